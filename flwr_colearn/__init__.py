@@ -1,0 +1,40 @@
+"""Co-learning across data centers as a Flower strategy: few, long rounds, nothing lost.
+
+On the server ``CoLearn`` takes the place of ``FedAvg``; a participant iterates the ``LocalPlan``
+that it finds in its train config. The rest are the values that the two are made of.
+"""
+
+from .averaging import RunningMean, relative_change
+from .colearn import CoLearn
+from .errors import ColearnError
+from .history import History, RoundRecord
+from .inprocess import InProcessGrid
+from .plan import Epoch, LocalPlan
+from .roles import Role
+from .schedules import (
+    ConstantRate,
+    CyclicalRate,
+    ExponentialRate,
+    FixedEpochs,
+    IncreasingEpochs,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CoLearn",
+    "ColearnError",
+    "ConstantRate",
+    "CyclicalRate",
+    "Epoch",
+    "ExponentialRate",
+    "FixedEpochs",
+    "History",
+    "InProcessGrid",
+    "IncreasingEpochs",
+    "LocalPlan",
+    "Role",
+    "RoundRecord",
+    "RunningMean",
+    "relative_change",
+]

@@ -1,0 +1,86 @@
+"""Everything that this plugin takes from Flower outside its public modules, in one place."""
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp.strategy.strategy_utils import config_to_str as config_to_str
+
+from .errors import ColearnError, expected
+from .roles import NDArray
+
+
+def view(record: ArrayRecord) -> dict[str, NDArray]:
+    """Return the arrays of a record as read-only views of its bytes: nothing is copied.
+
+    Raises
+    ------
+    ColearnError
+        If an entry is not a well-formed serialised numpy array.
+    """
+    return {name: _view(name, array) for name, array in record.items()}
+
+
+def data_bytes(record: ArrayRecord) -> int:
+    """Return the bytes of a record's serialised arrays."""
+    return sum(len(array.data) for array in record.values())
+
+
+def to_record(arrays: dict[str, NDArray]) -> ArrayRecord:
+    """Return named arrays as an ArrayRecord."""
+    return ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
+
+
+def assume_identity() -> None:
+    """Let ``Message(...)`` be called outside a Flower run, as flwr demands since 1.38."""
+    try:
+        from flwr.supercore.task_identity import TaskIdentity
+    except ImportError:  # flwr < 1.38 asks for none
+        return
+    for name in ("task_id", "run_id", "node_id"):
+        try:
+            getattr(TaskIdentity, name)
+        except RuntimeError:
+            setattr(TaskIdentity, name, 1)
+
+
+def empty_run(run_id: int) -> Any:
+    """Return Flower's description of a run about which only the id is known."""
+    try:
+        from flwr.supercore.run import Run
+    except ImportError:  # flwr < 1.38
+        from flwr.common.typing import Run  # type: ignore[attr-defined,no-redef]
+    return Run.create_empty(run_id)
+
+
+def _view(name: str, array: Array) -> NDArray:
+    try:
+        if array.stype != "numpy.ndarray":
+            raise ValueError(f"serialised as {array.stype!r}")
+        file = io.BytesIO(array.data)
+        version = np.lib.format.read_magic(file)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran_order, dtype = read_header(file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        flat = np.frombuffer(array.data, dtype, count=math.prod(shape), offset=file.tell())
+        return flat.reshape(shape, order="F" if fortran_order else "C")
+    except (ValueError, KeyError, TypeError, EOFError) as error:
+        reason = str(error) or type(error).__name__
+    raise expected(f"array '{name}'", "a serialised numpy array", reason)
+
+
+__all__ = [
+    "ColearnError",
+    "assume_identity",
+    "config_to_str",
+    "data_bytes",
+    "empty_run",
+    "to_record",
+    "view",
+]

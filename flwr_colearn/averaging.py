@@ -1,0 +1,229 @@
+"""The streaming mean over participants' models, pooled statistics, and the relative change."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from .errors import ColearnError, expected
+from .roles import Arrays, NDArray, Role, Roles, assign_roles, pair_statistics
+
+# Elements converted to float64 at a time, so that no pass needs a second copy of an array.
+_BLOCK = 1 << 16
+
+
+class RunningMean:
+    """The mean of K models, added one at a time (eq. 2 of Mi et al., 2020).
+
+    w = sum_k n_k w_k / sum_k n_k, with n_k = 1 for the paper's plain mean. float16 and float32 are
+    summed in float64, divided once and rounded once: the bits do not depend on the order of the
+    models (as long as an element's magnitudes lie within a factor of 2^24 of each other and the
+    weights are whole numbers below 2^5; the last bit of float64 arrays does depend on it).
+    Integers are summed as int64 and rounded to the nearest whole number, halves upwards.
+    Batch-norm statistics are pooled:
+
+    mu  = sum n_k mu_k / n
+    var = sum n_k var_k / n + sum n_k (mu_k - mu)^2 / n
+
+    Memory is one float64 sum, whatever the number of models.
+
+    Parameters
+    ----------
+    like : mapping of str to numpy.ndarray
+        The model that the participants started from: every model added must have its names,
+        shapes and types.
+    roles : mapping or sequence, optional
+        See `flwr_colearn.Role`; by default the arrays' names decide.
+
+    Raises
+    ------
+    ColearnError
+        If the roles do not fit the model.
+
+    Examples
+    --------
+    >>> mean = RunningMean(like={"w": np.zeros(2, np.float32)})
+    >>> mean.add({"w": np.array([1, 2], np.float32)})
+    >>> mean.add({"w": np.array([3, 4], np.float32)})
+    >>> mean.mean()["w"]
+    array([2., 3.], dtype=float32)
+    """
+
+    def __init__(self, like: Arrays, roles: Roles = None) -> None:
+        self._like = dict(like)
+        self.roles = assign_roles(like, roles)
+        self._pairs = pair_statistics(like, self.roles)
+        self._sums: dict[str, NDArray] = {}
+        self._spreads: dict[str, NDArray] = {}
+        self.weight: float = 0
+        self.count = 0
+
+    def add(self, arrays: Arrays, weight: float = 1) -> None:
+        """Add one participant's model; it may be dropped afterwards.
+
+        Parameters
+        ----------
+        arrays : mapping of str to numpy.ndarray
+            The model. It is checked whole before any of it is added.
+        weight : float, default 1
+            n_k, positive and finite.
+
+        Raises
+        ------
+        ColearnError
+            If the weight is not positive, or an array is missing, unexpected, of another shape or
+            type, not finite, or too large an integer. The mean is then as it was.
+        """
+        if not (weight > 0 and math.isfinite(weight)):
+            raise expected("weight of a model", "a positive finite number", weight)
+        weight = int(weight) if float(weight).is_integer() else float(weight)
+        self._check(arrays, weight)
+        for name, array in arrays.items():
+            if name not in self._sums:
+                kind = np.float64 if array.dtype.kind == "f" else np.int64
+                self._sums[name] = np.zeros(array.shape, kind)
+            if array.dtype.kind == "f":
+                _add_scaled(self._sums[name], array, weight)
+            else:  # float64 from here on if the weight is a fraction
+                self._sums[name] = np.asarray(self._sums[name] + array.astype(np.int64) * weight)
+        for mean, _ in self._pairs:
+            self._spreads[mean] = self._spreads.get(mean, 0.0) + weight * self._offset(mean, arrays)
+        self.weight += weight
+        self.count += 1
+
+    def mean(self) -> dict[str, NDArray]:
+        """Return the mean of the models added, with the names, shapes and types of `like`.
+
+        Raises
+        ------
+        ColearnError
+            If nothing was added.
+        """
+        if not self.count:
+            raise ColearnError("mean: expected at least one model added, found none")
+        result = {name: self._divide(name) for name in self._like}
+        for mean, variance in self._pairs:
+            result[variance] = self._pooled_variance(mean, variance)
+        return result
+
+    def _check(self, arrays: Arrays, weight: float) -> None:
+        missing = [name for name in self._like if name not in arrays]
+        extra = [name for name in arrays if name not in self._like]
+        if missing or extra:
+            raise ColearnError(
+                f"arrays: expected the {len(self._like)} names that were sent, found "
+                f"{len(missing)} missing {missing[:3]} and {len(extra)} unknown {extra[:3]}"
+            )
+        for name, like in self._like.items():
+            array = arrays[name]
+            if array.shape != like.shape or array.dtype != like.dtype:
+                raise ColearnError(
+                    f"array '{name}': expected {like.dtype} of shape {like.shape}, found "
+                    f"{array.dtype} of shape {array.shape}"
+                )
+            if array.dtype.kind == "f":
+                if not _all_finite(array):
+                    raise ColearnError(f"array '{name}': expected finite numbers, found NaN or Inf")
+            elif array.size:
+                largest = max(abs(int(array.max())), abs(int(array.min())))
+                if largest * (self.weight + weight) >= 2**63:
+                    raise expected(f"array '{name}'", "integers that sum within int64", largest)
+
+    def _offset(self, name: str, arrays: Arrays) -> NDArray:
+        """Squared distance of a running mean to the shared model's (a shift keeps precision)."""
+        difference = np.subtract(arrays[name], self._like[name], dtype=np.float64)
+        return difference * difference
+
+    def _divide(self, name: str) -> NDArray:
+        total, dtype = self._sums[name], self._like[name].dtype
+        if dtype.kind == "f":
+            out = np.empty(total.shape, dtype)
+            return np.divide(total, self.weight, out=out, casting="same_kind")
+        if total.dtype.kind == "f":
+            return np.floor(total / self.weight + 0.5).astype(dtype)
+        quotient, rest = np.divmod(total, self.weight)
+        return np.asarray(quotient + (rest >= self.weight - rest)).astype(dtype)
+
+    def _pooled_variance(self, mean: str, variance: str) -> NDArray:
+        shift = self._sums[mean] / self.weight - self._like[mean].astype(np.float64)
+        between = np.maximum(self._spreads[mean] / self.weight - shift * shift, 0.0)
+        pooled = self._sums[variance] / self.weight + between
+        return np.asarray(pooled, self._like[variance].dtype)
+
+
+def relative_change(
+    new: Arrays | Sequence[NDArray],
+    old: Arrays | Sequence[NDArray],
+) -> float:
+    """Return |new - old| / |old|, the left side of eq. 4 (Mi et al., 2020).
+
+    The norm is L2 over all arrays taken as one vector, in float64; the paper names none.
+
+    Parameters
+    ----------
+    new, old : mapping of str to numpy.ndarray, or sequence of numpy.ndarray
+        The trainable arrays of two successive shared models.
+
+    Returns
+    -------
+    float
+        At least 0; ``inf`` against a model of zeros, 0 where both are zeros.
+
+    Raises
+    ------
+    ColearnError
+        If the two models differ in names or shapes.
+
+    Examples
+    --------
+    >>> relative_change([np.array([3.0, 5.0])], [np.array([3.0, 4.0])])
+    0.2
+    """
+    new_arrays, old_arrays = _by_name(new), _by_name(old)
+    shapes = [{name: a.shape for name, a in side.items()} for side in (new_arrays, old_arrays)]
+    if shapes[0] != shapes[1]:
+        raise ColearnError(
+            f"relative change: expected two models of the same arrays, found {shapes[0]} "
+            f"and {shapes[1]}"
+        )
+    change = size = 0.0
+    for name, array in new_arrays.items():
+        for a, b in zip(_blocks(array), _blocks(old_arrays[name]), strict=True):
+            difference, base = np.subtract(a, b, dtype=np.float64), b.astype(np.float64)
+            change += float(difference @ difference)
+            size += float(base @ base)
+    if size == 0.0:
+        return 0.0 if change == 0.0 else math.inf
+    return math.sqrt(change) / math.sqrt(size)
+
+
+def trainable(arrays: Arrays, roles: Mapping[str, Role]) -> dict[str, NDArray]:
+    """Return the arrays that count in eq. 4."""
+    return {name: array for name, array in arrays.items() if roles[name] is Role.TRAINABLE}
+
+
+def _by_name(model: Arrays | Sequence[NDArray]) -> Arrays:
+    if isinstance(model, Mapping):
+        return model
+    return {str(index): array for index, array in enumerate(model)}
+
+
+def _blocks(array: NDArray) -> Iterator[NDArray]:
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _BLOCK):
+        yield flat[start : start + _BLOCK]
+
+
+def _add_scaled(total: NDArray, array: NDArray, weight: float) -> None:
+    """Do total += weight * array in float64, without a float64 copy of the whole array."""
+    if weight == 1:
+        np.add(total, array, out=total)
+        return
+    for part, block in zip(_blocks(total), _blocks(array), strict=True):
+        part += np.multiply(block, weight, dtype=np.float64)
+
+
+def _all_finite(array: NDArray) -> bool:
+    # A sum in float64 is finite only if every term is; the exact test is for its overflow.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(array.sum(dtype=np.float64)) or np.isfinite(array).all())

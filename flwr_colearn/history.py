@@ -1,0 +1,181 @@
+"""What happened in every round: RoundRecord, and the history it is written to."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from logging import INFO
+from pathlib import Path
+from typing import Any
+
+from flwr.common import log
+
+from .errors import ColearnError
+
+
+@dataclass
+class RoundRecord:
+    """One communication round.
+
+    Attributes
+    ----------
+    round : int
+        From 1.
+    local_epochs : int
+        T_i.
+    learning_rate : float
+        eta^i.
+    epochs_done : int
+        Local epochs of every participant up to the end of this round.
+    relative_change : float or None
+        |w^{i+1} - w^i| / |w^i| over the trainable arrays: what eq. 4 compares with epsilon to
+        decide the next round's T. ``None`` until the round is closed.
+    bytes_down, bytes_up : int
+        Bytes of the serialised arrays sent to, and taken from, all participants.
+    participants : list of str
+        Those whose model is in the average.
+    refusals : list of dict
+        Replies left out, each with ``participant`` and ``reason``.
+    restarts : list of dict
+        Participants whose training was started again, each with ``participant`` and ``reason``.
+    seconds : float
+        From the round's plan to its record.
+    train_metrics, evaluate_metrics, server_metrics : dict
+        Aggregated metrics of the participants' training and evaluation, and of the server's own
+        evaluation of the shared model.
+    """
+
+    round: int
+    local_epochs: int
+    learning_rate: float
+    epochs_done: int
+    relative_change: float | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
+    participants: list[str] = field(default_factory=list)
+    refusals: list[dict[str, str]] = field(default_factory=list)
+    restarts: list[dict[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+    train_metrics: dict[str, Any] = field(default_factory=dict)
+    evaluate_metrics: dict[str, Any] = field(default_factory=dict)
+    server_metrics: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the record as one line of JSON; numbers that are not finite become strings."""
+        return json.dumps(_spell(asdict(self)), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> "RoundRecord":
+        """Read a record back from `to_json`.
+
+        Raises
+        ------
+        ColearnError
+            If the line is not a record.
+        """
+        try:
+            values = json.loads(line)
+            known = {item.name for item in fields(cls)}
+            record = cls(**{key: values[key] for key in values if key in known})
+        except (ValueError, TypeError) as error:
+            raise ColearnError(
+                f"history: expected one RoundRecord a line, found {line[:80]!r} ({error})"
+            ) from None
+        if isinstance(record.relative_change, str):
+            record.relative_change = float(record.relative_change)
+        return record
+
+
+class History:
+    """The records of a run, in memory and, if a path is given, as JSON lines on disk.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        Written line by line, flushed with every round; the first record of a run replaces what an
+        earlier run left there.
+
+    Examples
+    --------
+    >>> history = History()
+    >>> history.append(RoundRecord(1, 5, 0.01, epochs_done=5))
+    >>> [record.local_epochs for record in history]
+    [5]
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.records: list[RoundRecord] = []
+
+    def __iter__(self) -> Iterator[RoundRecord]:
+        """Yield the records in order."""
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        """Return the number of rounds recorded."""
+        return len(self.records)
+
+    def append(self, record: RoundRecord) -> None:
+        """Add a complete round: keep it, write it, log it."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a" if self.records else "w") as file:
+                file.write(record.to_json() + "\n")
+        self.records.append(record)
+        _log_record(record)
+
+    def clear(self) -> None:
+        """Forget the records of an earlier run; its file stays until a new record is written."""
+        self.records = []
+
+    @classmethod
+    def read(cls, path: str | Path) -> "History":
+        """Read a history written earlier.
+
+        Raises
+        ------
+        ColearnError
+            If a line is not a record.
+        """
+        history = cls()
+        history.records = [
+            RoundRecord.from_json(line) for line in Path(path).read_text().splitlines() if line
+        ]
+        return history
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes of arrays moved in both directions."""
+        return sum(record.bytes_down + record.bytes_up for record in self.records)
+
+    @property
+    def epochs_path(self) -> list[int]:
+        """T_i of every round."""
+        return [record.local_epochs for record in self.records]
+
+
+def _log_record(record: RoundRecord) -> None:
+    change = record.relative_change
+    log(INFO, "CoLearn: round %s complete in %.1f s", record.round, record.seconds)
+    log(INFO, "\t├── Local epochs: %s (%s in all)", record.local_epochs, record.epochs_done)
+    log(INFO, "\t├── Learning rate: from %g", record.learning_rate)
+    log(INFO, "\t├── Relative change: %s", "unknown" if change is None else f"{change:.4g}")
+    log(INFO, "\t├── Bytes: %s down, %s up", f"{record.bytes_down:,}", f"{record.bytes_up:,}")
+    log(
+        INFO,
+        "\t└── Participants: %s averaged, %s refused, %s restarted",
+        len(record.participants),
+        len(record.refusals),
+        len(record.restarts),
+    )
+
+
+def _spell(value: Any) -> Any:
+    """Replace non-finite floats by 'inf', '-inf', 'nan', which JSON has no numbers for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _spell(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_spell(item) for item in value]
+    return value

@@ -1,0 +1,158 @@
+"""InProcessGrid: a Flower Grid whose participants are function calls in this process."""
+
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from logging import ERROR
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common import log
+from flwr.serverapp import Grid
+
+from ._flwr import assume_identity, empty_run
+from .errors import ColearnError, expected, whole_number
+
+CLIENT_RAISED = 2  # Flower's error code for an exception in a ClientApp
+
+
+class InProcessGrid(Grid):
+    """Runs a ClientApp for K participants in this process: no Ray, no server, deterministic.
+
+    Participants are called one after the other, in the order of the messages, each with its own
+    `Context`, whose state lasts as long as the grid. For tests, for debugging a ClientApp with a
+    debugger, and for studies in which the participants share one GPU.
+
+    Parameters
+    ----------
+    client_app : ClientApp
+        The app, of the Message API or over a NumPyClient.
+    num_supernodes : int
+        K. Participant k = 0 .. K-1 has node id k + 1, and ``partition-id`` k and
+        ``num-partitions`` K in its node config, as in Flower's simulation.
+    run_config : mapping, optional
+        The run config that every participant sees.
+    node_configs : sequence of mappings, optional
+        Further entries of each participant's node config.
+
+    Raises
+    ------
+    ColearnError
+        If `num_supernodes` is not positive or `node_configs` has another length.
+
+    Examples
+    --------
+    ::
+
+        grid = InProcessGrid(client_app, num_supernodes=5, run_config={"seed": 0})
+        result = strategy.start(grid, initial_arrays)
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_supernodes: int,
+        run_config: Mapping[str, Any] | None = None,
+        node_configs: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        k = whole_number("num_supernodes", num_supernodes, least=1)
+        if node_configs is not None and len(node_configs) != k:
+            raise expected("node_configs", f"one for each of {k} participants", len(node_configs))
+        assume_identity()
+        self.client_app = client_app
+        self._run: Any = empty_run(1)
+        self._replies: dict[str, Message] = {}
+        self.contexts = {
+            index + 1: Context(
+                run_id=1,
+                node_id=index + 1,
+                node_config={
+                    "partition-id": index,
+                    "num-partitions": k,
+                    **(node_configs[index] if node_configs else {}),
+                },
+                state=RecordDict(),
+                run_config=dict(run_config or {}),
+            )
+            for index in range(k)
+        }
+
+    def set_run(self, run: Any) -> None:
+        """Set Flower's description of the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Any:
+        """Flower's description of the run."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Create a message; Flower's own code now calls ``Message`` instead."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the ids of the participants: 1 .. K."""
+        return list(self.contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Run the ClientApp on every message, and keep the replies to be pulled."""
+        ids = []
+        for message in messages:
+            reply = self._call(message)
+            ids.append(reply.metadata.reply_to_message_id)
+            self._replies[ids[-1]] = reply
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies to messages pushed before, each once."""
+        return [self._replies.pop(id_) for id_ in message_ids if id_ in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Run the ClientApp on every message and return the replies; `timeout` is not used."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def _call(self, message: Message) -> Message:
+        node_id = message.metadata.dst_node_id
+        if node_id not in self.contexts:
+            raise ColearnError(
+                f"message: expected a node id from 1 to {len(self.contexts)}, found {node_id}"
+            )
+        received = Message(
+            content=_copy(message.content),
+            dst_node_id=node_id,
+            message_type=message.metadata.message_type,
+            ttl=message.metadata.ttl,
+            group_id=message.metadata.group_id,
+        )
+        for each in (message, received):
+            each.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+        received.metadata.__dict__["_message_id"] = message.metadata.message_id
+        try:
+            reply = self.client_app(received, self.contexts[node_id])
+        except (
+            Exception
+        ) as error:  # whatever a ClientApp raises becomes an error reply, as in Flower
+            log(ERROR, "The ClientApp of node %s raised", node_id, exc_info=True)
+            reason = f"{type(error).__name__}: {error}"
+            reply = Message(Error(CLIENT_RAISED, reason), reply_to=received)
+        reply.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+        return reply
+
+
+def _copy(content: RecordDict) -> RecordDict:
+    """Copy the records but not the arrays' bytes: what a participant changes stays its own."""
+    return RecordDict(
+        {
+            name: type(record)(dict(record))  # type: ignore[arg-type]
+            for name, record in content.items()
+        }
+    )

@@ -1,0 +1,211 @@
+"""CoLearn for projects on Flower's legacy API: ``ServerAppComponents`` and ``NumPyClient``."""
+
+from logging import INFO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.common import (
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    Parameters,
+    Scalar,
+    log,
+    ndarrays_to_parameters,
+    parameters_to_ndarrays,
+)
+from flwr.server.client_manager import ClientManager
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.strategy import FedAvg
+
+from .colearn import participant_arguments
+from .errors import ColearnError
+from .history import History
+from .roles import Arrays, Roles
+from .rule import CoLearningRule, Weighting
+from .schedules import EpochRule, LearningRate
+
+FitFailure = tuple[ClientProxy, FitRes] | BaseException
+EvaluateFailure = tuple[ClientProxy, EvaluateRes] | BaseException
+
+
+class CoLearn(FedAvg):
+    """The strategy of `flwr_colearn.CoLearn` for the legacy API; the plan goes in the fit config.
+
+    A participant reads it in ``NumPyClient.fit``::
+
+        from flwr_colearn import LocalPlan
+
+        def fit(self, parameters, config):
+            ...
+            for epoch in LocalPlan.from_config(config):
+                train_one_epoch(self.model, self.data, lr=epoch.learning_rate)
+
+    Legacy parameters are nameless, so batch-norm statistics are pooled only if `roles` lists a
+    role for every array. Flower's legacy server always runs ``ServerConfig.num_rounds`` rounds:
+    once `total_epochs` is spent the remaining ones send nothing and change nothing.
+
+    Parameters
+    ----------
+    num_participants : int, optional
+        K; by default `min_fit_clients`.
+    local_epochs, learning_rate, total_epochs, weighting, roles, history
+        As for `flwr_colearn.CoLearn`.
+    **kwargs
+        The arguments of ``flwr.server.strategy.FedAvg``, except `fraction_fit`, which must stay 1.
+
+    Attributes
+    ----------
+    history : History
+        The rounds so far.
+
+    Raises
+    ------
+    ColearnError
+        If an argument is not what it should be; during a run, if no model arrived.
+    """
+
+    def __init__(
+        self,
+        num_participants: int | None = None,
+        *,
+        local_epochs: int | EpochRule,
+        learning_rate: float | LearningRate,
+        total_epochs: int | None = None,
+        weighting: Weighting = "uniform",
+        roles: Roles = None,
+        history: str | Path | History | None = None,
+        **kwargs: Any,
+    ) -> None:
+        clients = participant_arguments(
+            num_participants,
+            kwargs,
+            fraction="fraction_fit",
+            least=("min_fit_clients", "min_available_clients", "min_evaluate_clients"),
+        )
+        super().__init__(**{**kwargs, **clients})
+        self._rule = CoLearningRule(
+            local_epochs, learning_rate, weighting, total_epochs, roles, history
+        )
+        self._shared: Parameters | None = None
+        self._rule.log_summary(lambda line: log(INFO, line))
+
+    def __repr__(self) -> str:
+        """Return the strategy's name and its two rules."""
+        return f"CoLearn({self._rule.local_epochs}, {self._rule.learning_rate})"
+
+    @property
+    def history(self) -> History:
+        """The rounds so far."""
+        return self._rule.history
+
+    def configure_fit(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, FitIns]]:
+        """Decide T (eq. 4) from the parameters received, and ask K participants to train."""
+        plan = self._rule.open(server_round, _named(parameters))
+        if plan is None:
+            return []
+        config: dict[str, Scalar] = {}
+        if self.on_fit_config_fn is not None:
+            config.update(self.on_fit_config_fn(server_round))
+        config.update(plan.to_config())
+        clients = client_manager.sample(
+            num_clients=self.min_fit_clients, min_num_clients=self.min_available_clients
+        )
+        self._rule.sent_down(_size(parameters) * len(clients))
+        return [(client, FitIns(parameters, config)) for client in clients]
+
+    def aggregate_fit(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, FitRes]],
+        failures: list[FitFailure],
+    ) -> tuple[Parameters | None, dict[str, Scalar]]:
+        """Fold the results one by one into the mean (eq. 2), refusing those that do not fit.
+
+        Raises
+        ------
+        ColearnError
+            If no model arrived at all, or some did not and `accept_failures` is False.
+        """
+        for failure in failures:
+            self._rule.refuse(*_describe(failure))
+        if failures and not self.accept_failures:
+            raise ColearnError(
+                f"round {server_round}: expected no failures (accept_failures=False), "
+                f"found {len(failures)}"
+            )
+        metrics: list[tuple[int, dict[str, Scalar]]] = []
+        # Legacy results arrive in any order; float64 models are summed by participant.
+        for client, result in sorted(results, key=lambda item: item[0].cid):
+            if self._fold(client.cid, result):
+                metrics.append((result.num_examples, result.metrics))
+        average = ndarrays_to_parameters(list(self._rule.average().values()))
+        aggregated: dict[str, Scalar] = {}
+        if self.fit_metrics_aggregation_fn is not None:
+            aggregated = self.fit_metrics_aggregation_fn(metrics)
+        self._rule.note(train_metrics=aggregated)
+        return average, aggregated
+
+    def evaluate(
+        self, server_round: int, parameters: Parameters
+    ) -> tuple[float, dict[str, Scalar]] | None:
+        """Evaluate the shared model on the server, if an `evaluate_fn` was given."""
+        outcome = super().evaluate(server_round, parameters)
+        if outcome is not None:
+            self._rule.note(server_metrics={"loss": outcome[0], **outcome[1]})
+        return outcome
+
+    def configure_evaluate(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, EvaluateIns]]:
+        """Ask participants to evaluate the shared model, as FedAvg does."""
+        self._shared = parameters
+        if not self._rule.under_way:
+            return []
+        instructions = super().configure_evaluate(server_round, parameters, client_manager)
+        if not instructions:  # then Flower does not call aggregate_evaluate
+            self._rule.close(_named(parameters))
+        return instructions
+
+    def aggregate_evaluate(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, EvaluateRes]],
+        failures: list[EvaluateFailure],
+    ) -> tuple[float | None, dict[str, Scalar]]:
+        """Aggregate the participants' evaluation as FedAvg does, and close the round's record."""
+        counted = [item for item in results if item[1].num_examples > 0]
+        loss, metrics = super().aggregate_evaluate(server_round, counted, failures)
+        self._rule.note(evaluate_metrics=metrics if loss is None else {"loss": loss, **metrics})
+        if self._shared is not None:
+            self._rule.close(_named(self._shared))
+        return loss, metrics
+
+    def _fold(self, participant: str, result: FitRes) -> bool:
+        try:
+            arrays = _named(result.parameters)
+        except ValueError as error:
+            self._rule.refuse(participant, f"parameters: expected numpy arrays, found {error}")
+            return False
+        return self._rule.fold(participant, arrays, result.num_examples, _size(result.parameters))
+
+
+def _named(parameters: Parameters) -> Arrays:
+    """Return legacy parameters under the names that ``ArrayRecord(list)`` gives: '0', '1', ..."""
+    arrays = parameters_to_ndarrays(parameters)
+    return {str(index): np.asarray(array) for index, array in enumerate(arrays)}
+
+
+def _size(parameters: Parameters) -> int:
+    return sum(len(tensor) for tensor in parameters.tensors)
+
+
+def _describe(failure: FitFailure) -> tuple[str, str]:
+    if isinstance(failure, BaseException):
+        return "unknown", str(failure) or type(failure).__name__
+    client, result = failure
+    return client.cid, result.status.message

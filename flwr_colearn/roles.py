@@ -1,0 +1,149 @@
+"""Roles of a model's arrays: which are trained, which are statistics, which count."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
+from logging import WARNING
+from typing import Any
+
+import numpy.typing as npt
+from flwr.common import log
+
+from .errors import ColearnError, expected
+
+NDArray = npt.NDArray[Any]
+
+Arrays = Mapping[str, NDArray]
+"""A model: its arrays by name, in the order in which they travel."""
+
+
+class Role(StrEnum):
+    """What the average does with an array.
+
+    ============= ============================================ =================================
+    role          in the average                               in eq. 4's relative change
+    ============= ============================================ =================================
+    ``trainable`` mean                                         counts
+    ``mean``      mean; pooled with its variance where paired  left out
+    ``variance``  pooled with its mean where paired            left out
+    ``counter``   mean rounded to the nearest whole number     left out
+    ============= ============================================ =================================
+    """
+
+    TRAINABLE = "trainable"
+    MEAN = "mean"
+    VARIANCE = "variance"
+    COUNTER = "counter"
+
+
+Roles = Mapping[str, Role | str] | Sequence[Role | str] | None
+"""Roles as a user gives them: by array name, or one for every array in order, or not at all."""
+
+# The last part of an array's name: torch's state_dict, Keras's and TF-slim's variables.
+_BY_NAME = {
+    "running_mean": Role.MEAN,
+    "running_var": Role.VARIANCE,
+    "num_batches_tracked": Role.COUNTER,
+    "moving_mean": Role.MEAN,
+    "moving_variance": Role.VARIANCE,
+}
+
+
+def assign_roles(arrays: Arrays, given: Roles = None) -> dict[str, Role]:
+    """Return the role of every array of a model.
+
+    Parameters
+    ----------
+    arrays : mapping of str to numpy.ndarray
+        The model. Names that are all numbers count as nameless (``ArrayRecord(list)``, legacy
+        ``Parameters``).
+    given : mapping or sequence, optional
+        Roles by name (the others get their default), or one role for every array in order.
+        By default the name decides (``running_mean``, ``running_var``, ``num_batches_tracked``
+        of torch; ``moving_mean``, ``moving_variance`` of Keras and TF-slim), then the type:
+        floats are trainable, integers and booleans are counters.
+
+    Raises
+    ------
+    ColearnError
+        If a given role is unknown, belongs to no array, contradicts an array's type, or if a list
+        has another length than the model.
+    """
+    roles = {name: _default_role(name, array) for name, array in arrays.items()}
+    if isinstance(given, Mapping):
+        unknown = [name for name in given if name not in arrays]
+        if unknown:
+            raise expected("roles", f"names of the model's arrays {_few(arrays)}", unknown[0])
+        roles.update({name: _as_role(role) for name, role in given.items()})
+    elif given is not None:
+        if isinstance(given, str) or len(given) != len(arrays):
+            raise expected("roles", f"one role for each of the {len(arrays)} arrays", given)
+        roles = {name: _as_role(role) for name, role in zip(arrays, given, strict=True)}
+    elif all(name.isdigit() for name in arrays):
+        log(
+            WARNING,
+            "The model's arrays have no names, so batch-norm statistics cannot be told from "
+            "weights: floats are averaged as weights and nothing is pooled. Name them "
+            "(ArrayRecord(model.state_dict()) or ArrayRecord of a dict), or give roles=[...], "
+            "one of 'trainable', 'mean', 'variance', 'counter' for each array.",
+        )
+    for name, role in roles.items():
+        is_float = arrays[name].dtype.kind == "f"
+        if is_float == (role is Role.COUNTER):
+            wanted = "a float type" if role is not Role.COUNTER else "an integer type"
+            raise expected(f"array '{name}' with role '{role}'", wanted, str(arrays[name].dtype))
+    return roles
+
+
+def pair_statistics(arrays: Arrays, roles: Mapping[str, Role]) -> list[tuple[str, str]]:
+    """Return the (mean, variance) names that are pooled together.
+
+    Within one layer (the name up to its last separator) the first mean belongs to the first
+    variance, and so on; what finds no partner is averaged like a weight.
+
+    Raises
+    ------
+    ColearnError
+        If the two arrays of a pair differ in shape.
+    """
+    layers: dict[str, tuple[list[str], list[str]]] = {}
+    for name, role in roles.items():
+        if role in (Role.MEAN, Role.VARIANCE):
+            layer = layers.setdefault(_split(name)[0], ([], []))
+            layer[role is Role.VARIANCE].append(name)
+    # Not strict: a mean or variance without a partner is legitimate.
+    pairs = [pair for means, variances in layers.values() for pair in zip(means, variances)]  # noqa: B905
+    for mean, variance in pairs:
+        if arrays[mean].shape != arrays[variance].shape:
+            raise ColearnError(
+                f"roles: expected mean '{mean}' and variance '{variance}' of one shape, found "
+                f"{arrays[mean].shape} and {arrays[variance].shape}"
+            )
+    return pairs
+
+
+def _default_role(name: str, array: NDArray) -> Role:
+    if array.dtype.kind not in "fiub":
+        raise expected(f"array '{name}'", "a float, integer or boolean type", str(array.dtype))
+    if array.dtype.kind != "f":
+        return Role.COUNTER
+    role = _BY_NAME.get(_split(name)[1], Role.TRAINABLE)
+    return Role.TRAINABLE if role is Role.COUNTER else role
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Split 'layer/moving_mean:0' or 'layer.running_mean' into the layer and the last part."""
+    path = name.partition(":")[0].replace("/", ".")
+    layer, _, last = path.rpartition(".")
+    return layer, last
+
+
+def _as_role(role: object) -> Role:
+    try:
+        return Role(role)  # type: ignore[arg-type]
+    except ValueError:
+        raise expected("roles", "one of " + ", ".join(Role), role) from None
+
+
+def _few(names: Iterable[str]) -> str:
+    shown = list(names)
+    return f"{shown[:5]}" + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")

@@ -1,0 +1,297 @@
+"""The co-learning rule, apart from any Flower API: both strategies are thin layers over it."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from flwr.common import log
+
+from .averaging import RunningMean, relative_change, trainable
+from .errors import ColearnError, expected, whole_number
+from .history import History, RoundRecord
+from .plan import LocalPlan
+from .roles import Arrays, NDArray, Role, Roles, assign_roles
+from .schedules import (
+    EpochRule,
+    ExponentialRate,
+    LearningRate,
+    as_epoch_rule,
+    as_learning_rate,
+)
+
+Weighting = Literal["uniform", "weighted"]
+
+
+@dataclass
+class Progress:
+    """All that the rule remembers from round to round, besides the last shared model."""
+
+    round: int = 0
+    local_epochs: int = 0
+    epochs_done: int = 0
+
+
+@dataclass
+class _OpenRound:
+    """A round under way: its record and the mean of what has arrived."""
+
+    record: RoundRecord
+    mean: RunningMean
+    opened_at: float
+
+
+class CoLearningRule:
+    """Algorithm 1 of Mi et al. (2020), server side: plan, mean, relative change, next plan.
+
+    A round is `open` (closing the one before), `fold` for every reply, `average`, `close`.
+
+    Parameters
+    ----------
+    local_epochs : int or EpochRule
+        T: ``IncreasingEpochs`` (ILE), ``FixedEpochs`` or a number (FLE).
+    learning_rate : float or LearningRate
+        ``CyclicalRate`` (CLR), ``ExponentialRate`` (ELR), ``ConstantRate`` or a number.
+    weighting : {"uniform", "weighted"}
+        Weights of the mean: 1/K each, or by number of examples.
+    total_epochs : int, optional
+        Budget: local epochs per participant after which the run ends.
+    roles : mapping or sequence, optional
+        See `flwr_colearn.Role`.
+    history : str, Path or History, optional
+        Where the rounds are recorded.
+
+    Raises
+    ------
+    ColearnError
+        If an argument is not what it should be.
+    """
+
+    def __init__(
+        self,
+        local_epochs: int | EpochRule,
+        learning_rate: float | LearningRate,
+        weighting: Weighting = "uniform",
+        total_epochs: int | None = None,
+        roles: Roles = None,
+        history: str | Path | History | None = None,
+    ) -> None:
+        if weighting not in ("uniform", "weighted"):
+            raise expected("weighting", "'uniform' or 'weighted'", weighting)
+        if total_epochs is not None:
+            whole_number("total_epochs", total_epochs, least=1)
+        self.local_epochs = as_epoch_rule(local_epochs)
+        self.learning_rate = as_learning_rate(learning_rate)
+        if (
+            isinstance(self.learning_rate, ExponentialRate)
+            and total_epochs is not None
+            and self.learning_rate.total_epochs != total_epochs
+        ):
+            raise expected(
+                "total_epochs of ExponentialRate",
+                f"the run's own total_epochs={total_epochs}",
+                self.learning_rate.total_epochs,
+            )
+        self.weighting = weighting
+        self.total_epochs = total_epochs
+        self.history = history if isinstance(history, History) else History(history)
+        self.progress = Progress()
+        self._given_roles = roles
+        self._roles: dict[str, Role] = {}
+        self._open_round: _OpenRound | None = None
+        self._sent: Arrays = {}
+        self._measured: tuple[object, float] | None = None
+
+    @property
+    def spent(self) -> bool:
+        """Whether the budget of local epochs is used up."""
+        return self.total_epochs is not None and self.progress.epochs_done >= self.total_epochs
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a round is open: false once the budget is spent.
+
+        Raises
+        ------
+        ColearnError
+            If no round was opened although the budget is not spent.
+        """
+        if self._open_round is None and self.spent:
+            return False
+        return self._round is not None
+
+    @property
+    def order_matters(self) -> bool:
+        """Whether the last bit of the mean depends on the order of the replies."""
+        return any(array.dtype == np.float64 for array in self._sent.values())
+
+    def open(self, server_round: int, arrays: Arrays) -> LocalPlan | None:
+        """Begin a round from the shared model; ``None`` if the budget is spent.
+
+        The model is compared with the one that the last round started from (eq. 4), so whatever
+        a wrapper did to the average, such as adding noise, is what counts.
+
+        Parameters
+        ----------
+        server_round : int
+            From 1. A number not above the last one begins a new run.
+        arrays : mapping of str to numpy.ndarray
+            The shared model w^i.
+        """
+        if server_round <= self.progress.round:
+            self.reset()
+        self.close(arrays)
+        if self.spent:
+            return None
+        local_epochs = self._next_local_epochs(arrays)
+        done = self.progress.epochs_done
+        plan = self._plan(server_round, local_epochs, done)
+        if not self._roles:
+            self._roles = assign_roles(arrays, self._given_roles)
+        self._sent, self._measured = arrays, None
+        self.progress = Progress(server_round, local_epochs, done + plan.local_epochs)
+        record = RoundRecord(
+            server_round, plan.local_epochs, plan.learning_rate, self.progress.epochs_done
+        )
+        mean = RunningMean(arrays, self._roles)
+        self._open_round = _OpenRound(record, mean, time.perf_counter())
+        return plan
+
+    def reset(self) -> None:
+        """Forget an earlier run."""
+        self.progress, self._open_round = Progress(), None
+        self._sent, self._measured, self._roles = {}, None, {}
+        self.history.clear()
+
+    def fold(self, participant: str, arrays: Arrays, examples: float, size: int) -> bool:
+        """Add one participant's model to the mean, or refuse it.
+
+        Parameters
+        ----------
+        participant : str
+            Whose model it is; named in the record.
+        arrays : mapping of str to numpy.ndarray
+            The model.
+        examples : float
+            Number of examples it was trained on, positive.
+        size : int
+            Bytes received.
+
+        Returns
+        -------
+        bool
+            False if the model was refused; log and record say why.
+        """
+        record = self._round.record
+        record.bytes_up += size
+        try:
+            if participant in record.participants:
+                raise ColearnError("expected one reply from each participant, found a second one")
+            if not examples > 0:
+                raise expected("number of examples", "a positive number", examples)
+            self._round.mean.add(arrays, 1 if self.weighting == "uniform" else examples)
+        except ColearnError as error:
+            self.refuse(participant, str(error))
+            return False
+        record.participants.append(participant)
+        return True
+
+    def refuse(self, participant: str, reason: str) -> None:
+        """Record that a participant's reply is left out of the average."""
+        log(WARNING, "CoLearn: reply of participant %s refused: %s", participant, reason)
+        self._round.record.refusals.append({"participant": participant, "reason": reason})
+
+    def sent_down(self, size: int) -> None:
+        """Count bytes of arrays sent to participants."""
+        self._round.record.bytes_down += size
+
+    def average(self) -> dict[str, NDArray]:
+        """Return the mean of the models folded in this round (eq. 2).
+
+        Raises
+        ------
+        ColearnError
+            If no participant's model arrived.
+        """
+        record, mean = self._round.record, self._round.mean
+        if not mean.count:
+            reasons = "; ".join(f"{r['participant']}: {r['reason']}" for r in record.refusals)
+            raise ColearnError(
+                f"round {record.round}: expected a model from at least one participant, "
+                f"found none ({reasons or 'no replies before the timeout'})"
+            )
+        return mean.mean()
+
+    def note(self, **metrics: Mapping[str, Any] | None) -> None:
+        """Keep metrics (train_metrics=, evaluate_metrics=, server_metrics=) for the record."""
+        if self._open_round is not None:
+            for name, values in metrics.items():
+                setattr(self._open_round.record, name, dict(values or {}))
+
+    def close(self, arrays: Arrays) -> None:
+        """Complete the record of the round under way, if any, and write it.
+
+        Parameters
+        ----------
+        arrays : mapping of str to numpy.ndarray
+            The shared model w^{i+1} that the round ended with.
+        """
+        if self._open_round is None:
+            return
+        record = self._open_round.record
+        record.relative_change = self._change(arrays)
+        record.seconds = round(time.perf_counter() - self._open_round.opened_at, 3)
+        self._open_round = None
+        self.history.append(record)
+
+    def log_summary(self, write: Callable[[str], None]) -> None:
+        """Write the settings as branches of Flower's strategy tree."""
+        write("\t├──> Co-learning settings:")
+        write(f"\t│\t├── Local epochs: {self.local_epochs}")
+        write(f"\t│\t├── Learning rate: {self.learning_rate}")
+        write(f"\t│\t├── Weighting: {self.weighting}")
+        write(f"\t│\t└── Budget in local epochs: {self.total_epochs or 'none'}")
+
+    @property
+    def _round(self) -> _OpenRound:
+        if self._open_round is None:
+            raise ColearnError(
+                "round: expected configure_train (configure_fit) before the aggregation, found none"
+            )
+        return self._open_round
+
+    def _next_local_epochs(self, arrays: Arrays) -> int:
+        last = self.progress.local_epochs
+        if not last:
+            return int(self.local_epochs.initial)
+        change = self._change(arrays)
+        chosen = int(self.local_epochs.next(last, change))
+        if chosen != last:
+            log(INFO, "CoLearn: relative change %.4g, local epochs %s -> %s", change, last, chosen)
+        return chosen
+
+    def _plan(self, server_round: int, local_epochs: int, epochs_done: int) -> LocalPlan:
+        rate = self.learning_rate
+        planned = getattr(rate, "total_epochs", self.total_epochs)
+        if self.total_epochs is not None:
+            local_epochs = min(local_epochs, self.total_epochs - epochs_done)
+        return LocalPlan(
+            round=server_round,
+            local_epochs=local_epochs,
+            learning_rate=rate.start(server_round - 1),
+            schedule=rate.kind,
+            decay=getattr(rate, "decay", None),
+            epochs_done=epochs_done,
+            total_epochs=planned,
+        )
+
+    def _change(self, arrays: Arrays) -> float:
+        """Relative change from the model sent last; measured once for the same arrays."""
+        if self._measured is None or self._measured[0] is not arrays:
+            new, old = trainable(arrays, self._roles), trainable(self._sent, self._roles)
+            change = relative_change(new, old)
+            self._measured = arrays, change
+        return self._measured[1]
