@@ -1,0 +1,33 @@
+# make demo   co-learning on real images, five participants, through `flwr run`
+# make test   lint, types and all tests
+# Both set up .venv by themselves; PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: .venv/demo.stamp
+	.venv/bin/python -m simulations.demo
+
+test: lint
+	.venv/bin/python -m pytest
+
+lint: .venv/dev.stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv outputs
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e ".[simulation,torch,report]"
+	touch $@
+
+.venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e ".[dev]"
+	touch $@

@@ -1,0 +1,35 @@
+"""The participant of this repository's Flower app: ``clients.app:app`` in pyproject.toml."""
+
+from functools import lru_cache
+
+from flwr.app import Context
+
+from clients.client_app import make_client_app
+from clients.settings import ParticipantSettings
+from clients.tasks.registry import participant_trainer
+from clients.torch_trainer import TorchTrainer
+
+
+def build(context: Context) -> TorchTrainer:
+    """Return the trainer that a participant's run config and node config describe."""
+    settings = _settings(context)
+    return _trainer(
+        settings,
+        int(context.node_config["partition-id"]),
+        int(context.node_config["num-partitions"]),
+    )
+
+
+def _settings(context: Context) -> ParticipantSettings:
+    return ParticipantSettings.from_config(context.run_config)
+
+
+# A process that serves many messages (simulation, in process) prepares each shard once. Trainers
+# start afresh with every set_weights, so nothing leaks from one round to the next.
+_trainer = lru_cache(maxsize=64)(participant_trainer)
+
+app = make_client_app(
+    build,
+    seed=lambda context: _settings(context).seed,
+    keep_optimizer=lambda context: _settings(context).keep_optimizer,
+)

@@ -1,0 +1,53 @@
+"""One Message API ClientApp for every Trainer."""
+
+from collections.abc import Callable
+
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from clients.numpy_client import train_locally
+from clients.trainer import Trainer
+from flwr_colearn import LocalPlan
+
+
+def make_client_app(
+    build: Callable[[Context], Trainer],
+    seed: Callable[[Context], int] = lambda context: 0,
+    keep_optimizer: Callable[[Context], bool] = lambda context: False,
+) -> ClientApp:
+    """Return a ClientApp whose participants train what `build` returns for their context.
+
+    Parameters
+    ----------
+    build : callable
+        ``Context -> Trainer``: the model and this participant's data, which the context's node
+        config and run config describe.
+    seed : callable, optional
+        ``Context -> int``: the run's seed; each participant's own is drawn from it.
+    keep_optimizer : callable, optional
+        ``Context -> bool``: keep the optimizer's state on the participant between rounds.
+    """
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        trainer = _load(build(context), message)
+        plan = LocalPlan.from_config(message.content["config"])
+        metrics = train_locally(trainer, plan, context, seed(context), keep_optimizer(context))
+        weights = {name: Array(array) for name, array in trainer.get_weights().items()}
+        content = RecordDict({"arrays": ArrayRecord(weights), "metrics": MetricRecord(metrics)})
+        return Message(content=content, reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        metrics = _load(build(context), message).evaluate()
+        content = RecordDict({"metrics": MetricRecord(metrics)})
+        return Message(content=content, reply_to=message)
+
+    return app
+
+
+def _load(trainer: Trainer, message: Message) -> Trainer:
+    arrays = message.content.array_records["arrays"]
+    trainer.set_weights({name: array.numpy() for name, array in arrays.items()})
+    return trainer

@@ -1,0 +1,66 @@
+"""Networks for CIFAR-10 that torchvision does not ship."""
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+
+def resnet8(num_classes: int = 10) -> nn.Module:
+    """Return a compact residual CNN for CPUs: three basic blocks of 16, 32 and 64 channels.
+
+    78,042 parameters; the smallest of the CIFAR ResNets (He et al., 2016) with the projection
+    shortcuts of torchvision's ``BasicBlock``.
+    """
+
+    def shortcut(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs)
+        )
+
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(inplace=True),
+        BasicBlock(16, 16),
+        BasicBlock(16, 32, stride=2, downsample=shortcut(16, 32)),
+        BasicBlock(32, 64, stride=2, downsample=shortcut(32, 64)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, num_classes),
+    )
+
+
+class DenseLayer(nn.Module):
+    """BN-ReLU-3x3 convolution whose output is appended to its input's channels."""
+
+    def __init__(self, channels: int, growth: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, growth, 3, padding=1, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map [N, channels, H, W] to [N, channels + growth, H, W]."""
+        return torch.cat([inputs, self.conv(torch.relu(self.norm(inputs)))], 1)
+
+
+def densenet40(num_classes: int = 10, growth: int = 12) -> nn.Module:
+    """Return DenseNet-40 (k=12) without bottleneck and compression (Huang et al., 2017).
+
+    3x3 convolution to 16 channels; three blocks of 12 dense layers; between them BN-ReLU-1x1
+    convolution and average pooling; BN-ReLU-global pooling-linear. 1,019,722 parameters.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False)]
+    channels = 16
+    for block in range(3):
+        for _ in range(12):
+            layers.append(DenseLayer(channels, growth))
+            channels += growth
+        layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        if block < 2:
+            layers += [nn.Conv2d(channels, channels, 1, bias=False), nn.AvgPool2d(2)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
+    model = nn.Sequential(*layers)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return model

@@ -1,0 +1,87 @@
+"""Which example belongs to which participant: seeded, disjoint, complete."""
+
+import numpy as np
+import numpy.typing as npt
+
+from flwr_colearn import ColearnError
+
+Labels = npt.ArrayLike
+Shards = list[npt.NDArray[np.int64]]
+
+
+def equal_shards(num_examples: int, num_partitions: int, seed: int) -> Shards:
+    """Deal examples at random into equal shards (IID, as in the paper); sizes differ by one."""
+    order = np.random.default_rng(seed).permutation(num_examples)
+    return _checked([np.sort(shard) for shard in np.array_split(order, num_partitions)])
+
+
+def dirichlet_shards(labels: Labels, num_partitions: int, alpha: float, seed: int) -> Shards:
+    """Deal each class by proportions drawn from Dirichlet(alpha) (arXiv 1909.06335).
+
+    Parameters
+    ----------
+    labels : array of int, [N]
+        Class of every example.
+    num_partitions : int
+        K.
+    alpha : float
+        Positive; small values give every class to few participants.
+    seed : int
+        Of the draw.
+
+    Returns
+    -------
+    list of arrays
+        Indices of each participant's examples, ascending.
+    """
+    if not alpha > 0:
+        raise ColearnError(f"alpha of the Dirichlet partition: expected above 0, found {alpha!r}")
+    rng = np.random.default_rng(seed)
+    labels = np.asarray(labels)
+    shards: list[list[npt.NDArray[np.int64]]] = [[] for _ in range(num_partitions)]
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        ends = np.cumsum(rng.dirichlet([alpha] * num_partitions))[:-1] * len(members)
+        for shard, part in zip(shards, np.split(members, ends.astype(int)), strict=True):
+            shard.append(part)
+    return _checked([np.sort(np.concatenate(shard)) for shard in shards])
+
+
+def class_shards(labels: Labels, num_partitions: int, classes_each: int, seed: int) -> Shards:
+    """Give every participant `classes_each` classes; a class's examples are shared equally.
+
+    Classes are dealt in a random order, round after round, so all are given out if
+    num_partitions * classes_each is at least their number.
+
+    Raises
+    ------
+    ColearnError
+        If classes would be left over, or a participant would get a class twice.
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.asarray(labels)
+    classes = rng.permutation(np.unique(labels))
+    if classes_each > len(classes) or num_partitions * classes_each < len(classes):
+        raise ColearnError(
+            f"classes for each participant: expected from {-(-len(classes) // num_partitions)} to "
+            f"{len(classes)} for {num_partitions} participants and {len(classes)} classes, found "
+            f"{classes_each}"
+        )
+    dealt = np.resize(classes, (num_partitions, classes_each))
+    shards: list[list[npt.NDArray[np.int64]]] = [[] for _ in range(num_partitions)]
+    for label in classes:
+        owners = np.flatnonzero((dealt == label).any(axis=1))
+        members = rng.permutation(np.flatnonzero(labels == label))
+        for owner, part in zip(owners, np.array_split(members, len(owners)), strict=True):
+            shards[owner].append(part)
+    return _checked([np.sort(np.concatenate(shard)) for shard in shards])
+
+
+def _checked(shards: Shards) -> Shards:
+    empty = [index for index, shard in enumerate(shards) if len(shard) == 0]
+    if empty:
+        raise ColearnError(
+            f"partition: expected examples for each of {len(shards)} participants, found none for "
+            f"participant {empty[0]}; use fewer participants, more data, or less skew"
+        )
+    return shards

@@ -1,0 +1,93 @@
+"""What a run's config says to the participants, checked and typed."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from flwr_colearn import ColearnError
+
+
+class FromConfig:
+    """Mixin: build a dataclass of settings from kebab-case keys of a Flower run config."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Take this class's keys from `config`; those that are absent keep their default.
+
+        Raises
+        ------
+        ColearnError
+            If a value is of another type than its default.
+        """
+        values = {}
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            key = field.name.replace("_", "-")
+            if key not in config:
+                continue
+            wanted, found = type(field.default), config[key]
+            if wanted is float and type(found) is int:
+                found = float(found)
+            if type(found) is not wanted:
+                raise ColearnError(
+                    f"run config '{key}': expected {wanted.__name__}, found {config[key]!r}"
+                )
+            values[field.name] = found
+        return cls(**values)
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the settings under their kebab-case keys."""
+        values = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {name.replace("_", "-"): value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class ParticipantSettings(FromConfig):
+    """A participant's data, model and optimizer; each field is a run-config key.
+
+    Attributes
+    ----------
+    task : str
+        "digits" or "cifar10".
+    model : str
+        One of the task's models; empty for its default.
+    data_dir : str
+        Where the data lies, for tasks that read it from disk; empty for ``data``.
+    examples : int
+        Use only so many training examples; 0 for all.
+    partition : str
+        "iid", "dirichlet" or "classes".
+    dirichlet_alpha : float
+        Concentration of the "dirichlet" partition.
+    classes_each : int
+        Classes of each participant in the "classes" partition.
+    seed : int
+        Of the partition, the initial model, and the participants' training.
+    batch_size, momentum, weight_decay, clip_norm
+        Of SGD; `clip_norm` 0 clips nothing.
+    augment : bool
+        The task's standard augmentation.
+    keep_optimizer : bool
+        Keep the optimizer's state on the participant between rounds.
+    device, precision, channels_last, workers
+        See `clients.torch_trainer.TorchTrainer`; `device` empty for cuda if there is one.
+    """
+
+    task: str = "digits"
+    model: str = ""
+    data_dir: str = ""
+    examples: int = 0
+    partition: str = "iid"
+    dirichlet_alpha: float = 0.5
+    classes_each: int = 2
+    seed: int = 0
+    batch_size: int = 32
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    augment: bool = False
+    keep_optimizer: bool = False
+    device: str = ""
+    precision: str = "float32"
+    channels_last: bool = False
+    workers: int = 0

@@ -1,0 +1,1 @@
+"""The tasks: real data, its partition over participants, and the models that learn it."""

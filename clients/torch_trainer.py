@@ -1,0 +1,252 @@
+"""TorchTrainer: any nn.Module as a participant."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
+from tqdm import tqdm
+
+from clients.trainer import EpochResult, NDArray
+from flwr_colearn import ColearnError, Role
+
+Transform = Callable[[Tensor, bool], Tensor]
+"""``(inputs, training) -> inputs``, applied to every batch on the device."""
+
+_NORMS_WITH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+class TorchTrainer:
+    """Trains an ``nn.Module`` on one participant's data with SGD, as a plan asks.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any module that maps a batch of inputs to outputs for `loss`.
+    train_set : Dataset
+        Yields (input, target). A ``TensorDataset`` is indexed a batch at a time, which is fast.
+    test_set : Dataset, optional
+        What `evaluate` uses.
+    batch_size : int, default 32
+        The last batch of an epoch may be smaller; a single left-over example, which batch norm
+        cannot train on, is left out of that epoch.
+    momentum, weight_decay : float, default 0.9 and 0
+        Of SGD.
+    loss : callable, optional
+        ``(outputs, targets) -> scalar`` mean loss; by default cross-entropy.
+    transform : callable, optional
+        ``(inputs, training) -> inputs`` on the device: normalisation, augmentation.
+    device : str or torch.device, optional
+        By default ``cuda`` if there is one, else ``cpu``.
+    precision : {"float32", "bfloat16", "float16"}, default "float32"
+        The latter two train under autocast; float16 with loss scaling.
+    channels_last : bool, default False
+        Memory format of 4-d inputs and of the model: faster convolutions on recent GPUs.
+    clip_norm : float, optional
+        Clip the gradient to this L2 norm.
+    workers : int, default 0
+        Processes that load data.
+
+    Raises
+    ------
+    ColearnError
+        If there is nothing to train on or an argument is unknown.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_set: Dataset[Any],
+        test_set: Dataset[Any] | None = None,
+        *,
+        batch_size: int = 32,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        transform: Transform | None = None,
+        device: str | torch.device | None = None,
+        precision: str = "float32",
+        channels_last: bool = False,
+        clip_norm: float | None = None,
+        workers: int = 0,
+    ) -> None:
+        if len(train_set) == 0:  # type: ignore[arg-type]
+            raise ColearnError("train_set: expected at least one example, found an empty shard")
+        if precision not in ("float32", "bfloat16", "float16"):
+            raise ColearnError(
+                f"precision: expected float32, bfloat16 or float16, found {precision!r}"
+            )
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=self.memory_format)
+        self.train_set, self.test_set = train_set, test_set
+        self.batch_size = batch_size
+        self.loss = loss or nn.CrossEntropyLoss()
+        self.transform = transform or (lambda inputs, training: inputs)
+        self.precision = precision
+        self.clip_norm = clip_norm
+        self.workers = workers
+        self._sgd = {"momentum": momentum, "weight_decay": weight_decay}
+        self.optimizer = self._new_optimizer()
+
+    def get_weights(self) -> dict[str, NDArray]:
+        """Return the state dict as numpy arrays."""
+        # Copies: on the CPU .numpy() would go on changing with the model.
+        state = self.model.state_dict()
+        return {name: tensor.cpu().numpy().copy() for name, tensor in state.items()}
+
+    def set_weights(self, weights: Mapping[str, NDArray]) -> None:
+        """Load the state dict and start with a fresh optimizer.
+
+        Raises
+        ------
+        ColearnError
+            If names or shapes are not the model's.
+        """
+        # A copy, because the arrays may be read-only views of a message.
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}
+        try:
+            self.model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ColearnError(
+                f"weights: expected those of this participant's {type(self.model).__name__}, "
+                f"found others; is it the server's model? {error}"
+            ) from error
+        self.optimizer = self._new_optimizer()
+
+    def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
+        """Train one full pass over the local data; see `Trainer.train_epoch`."""
+        torch.manual_seed(seed)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.model.train()
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
+        total, count = torch.zeros((), device=self.device), 0
+        # disable=None: no bar where no terminal watches.
+        for inputs, targets in tqdm(
+            self._train_batches(seed), desc="local epoch", disable=None, leave=False
+        ):
+            loss = self._forward(inputs, targets)
+            self.optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            if self.clip_norm is not None:
+                scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            scaler.step(self.optimizer)
+            scaler.update()
+            total += loss.detach() * len(targets)
+            count += len(targets)
+        return EpochResult(float(total) / count, count)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return ``num-examples``, mean ``loss`` and ``accuracy`` on the test set."""
+        outputs, targets = self.predict()
+        return {
+            "num-examples": len(targets),
+            "loss": float(self.loss(outputs, targets)),
+            "accuracy": accuracy(outputs, targets),
+        }
+
+    @torch.no_grad()
+    def predict(self) -> tuple[Tensor, Tensor]:
+        """Return the model's outputs and the targets on the test set, as float32 on the CPU."""
+        if self.test_set is None:
+            raise ColearnError("test_set: expected a data set to evaluate on, found None")
+        self.model.eval()
+        outputs, targets = [], []
+        for inputs, target in self._batches(self.test_set, max(self.batch_size, 256)):
+            with self._autocast():
+                outputs.append(self.model(self._prepare(inputs, training=False)).float().cpu())
+            targets.append(target)
+        return torch.cat(outputs), torch.cat(targets)
+
+    def get_optimizer_state(self) -> dict[str, NDArray]:
+        """Return SGD's buffers by ``parameter index/name``."""
+        state = self.optimizer.state_dict()["state"]
+        return {
+            f"{index}/{name}": value.cpu().numpy().copy()
+            for index, values in state.items()
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+
+    def set_optimizer_state(self, state: Mapping[str, NDArray]) -> None:
+        """Go on with buffers that `get_optimizer_state` returned."""
+        buffers: dict[int, dict[str, Tensor]] = {}
+        for key, array in state.items():
+            index, _, name = key.partition("/")
+            buffers.setdefault(int(index), {})[name] = torch.from_numpy(np.array(array))
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": buffers, "param_groups": groups})
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return torch.optim.SGD(trained, lr=0.0, **self._sgd)  # type: ignore[arg-type]
+
+    def _forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with self._autocast():
+            outputs = self.model(self._prepare(inputs, training=True))
+            return self.loss(outputs, targets.to(self.device, non_blocking=True))
+
+    def _prepare(self, inputs: Tensor, training: bool) -> Tensor:
+        inputs = self.transform(inputs.to(self.device, non_blocking=True), training)
+        return inputs.contiguous(memory_format=self.memory_format) if inputs.dim() == 4 else inputs
+
+    def _autocast(self) -> Any:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.precision))
+
+    def _train_batches(self, seed: int) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(seed)
+        order = RandomSampler(self.train_set, generator=generator)  # type: ignore[arg-type]
+        lonely = len(self.train_set) % self.batch_size == 1 and len(self.train_set) > 1  # type: ignore[arg-type]
+        return self._batches(self.train_set, self.batch_size, order, drop_last=lonely)
+
+    def _batches(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        order: Any = None,
+        drop_last: bool = False,
+    ) -> DataLoader[Any]:
+        sampler = order if order is not None else range(len(dataset))  # type: ignore[arg-type]
+        batches = BatchSampler(sampler, batch_size, drop_last)
+        common = {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
+        if isinstance(dataset, TensorDataset):  # a list of indices takes a whole batch at once
+            return DataLoader(dataset, sampler=batches, batch_size=None, **common)  # type: ignore[arg-type]
+        return DataLoader(dataset, batch_sampler=batches, **common)  # type: ignore[arg-type]
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """Return the share of examples whose largest output [N, classes] is the target's [N]."""
+    return float((outputs.argmax(1) == targets).double().mean())
+
+
+def roles_of(model: nn.Module) -> dict[str, Role]:
+    """Return the role of every array of a model's state dict, by module type, never by name.
+
+    Parameters that are trained are ``trainable``; running means, variances and counters of
+    normalization layers get their roles; frozen parameters and other buffers are averaged but do
+    not count in the relative change.
+    """
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    roles = {
+        name: _role_by_type(tensor, name in trained) for name, tensor in model.state_dict().items()
+    }
+    for layer, module in model.named_modules():
+        if isinstance(module, _NORMS_WITH_STATISTICS):
+            prefix = f"{layer}." if layer else ""
+            for buffer, role in (("running_mean", Role.MEAN), ("running_var", Role.VARIANCE)):
+                if prefix + buffer in roles:
+                    roles[prefix + buffer] = role
+    return roles
+
+
+def _role_by_type(tensor: Tensor, is_trained: bool) -> Role:
+    if not tensor.is_floating_point():
+        return Role.COUNTER
+    return Role.TRAINABLE if is_trained else Role.MEAN

@@ -1,0 +1,84 @@
+"""The Trainer protocol, and following a plan with one: no framework in sight."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from flwr_colearn import LocalPlan
+
+NDArray = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What one local epoch gave: mean training loss, and the number of examples seen."""
+
+    loss: float
+    num_examples: int
+
+
+class Trainer(Protocol):
+    """A model with its participant's data: all that a framework has to offer to take part."""
+
+    def get_weights(self) -> dict[str, NDArray]:
+        """Return the model's arrays by name, statistics and counters included."""
+
+    def set_weights(self, weights: Mapping[str, NDArray]) -> None:
+        """Start afresh from these arrays, with a fresh optimizer."""
+
+    def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
+        """Train one full pass over the local data.
+
+        Parameters
+        ----------
+        learning_rate : float
+            For every step of the epoch.
+        seed : int
+            Decides the order of the data, augmentation and dropout: the same seed from the same
+            weights gives the same weights.
+        """
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate on the evaluation data: ``num-examples``, ``loss`` and the task's metrics."""
+
+    def get_optimizer_state(self) -> dict[str, NDArray]:
+        """Return the optimizer's state as arrays, for participants that keep it between rounds."""
+
+    def set_optimizer_state(self, state: Mapping[str, NDArray]) -> None:
+        """Go on with an optimizer state returned earlier; call it after `set_weights`."""
+
+
+def follow(plan: LocalPlan, trainer: Trainer, seed: int) -> dict[str, float]:
+    """Train the local epochs of a plan.
+
+    Parameters
+    ----------
+    plan : LocalPlan
+        What the round asks for.
+    trainer : Trainer
+        Its weights are trained in place.
+    seed : int
+        The participant's. Every epoch of the run has a seed of its own, drawn from this one and
+        the epoch's number in the run, so a restarted round repeats itself exactly.
+
+    Returns
+    -------
+    dict
+        ``num-examples`` of an epoch, and the last epoch's ``train-loss`` and ``learning-rate``.
+    """
+    for epoch in plan:
+        epoch_seed = derive_seed(seed, plan.epochs_done + epoch.index)
+        result = trainer.train_epoch(epoch.learning_rate, epoch_seed)
+    return {
+        "num-examples": result.num_examples,
+        "train-loss": result.loss,
+        "learning-rate": epoch.learning_rate,
+    }
+
+
+def derive_seed(*numbers: int) -> int:
+    """Return a 32-bit seed drawn from whole numbers of at least 0."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

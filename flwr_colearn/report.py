@@ -1,0 +1,115 @@
+"""Curves and figures from a history; matplotlib is imported only here (extra ``[report]``)."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import ColearnError
+from .history import RoundRecord
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric of the shared model against local epochs per participant.
+
+    Attributes
+    ----------
+    label : str
+        For the legend.
+    epochs : list of int
+        Local epochs done, ascending.
+    values : list of float
+        The metric after so many epochs.
+    doublings : list of int
+        Local epochs after which T was increased.
+    """
+
+    label: str
+    epochs: list[int]
+    values: list[float]
+    doublings: list[int] = field(default_factory=list)
+
+
+def curve(records: Iterable[RoundRecord], label: str, metric: str = "accuracy") -> Curve:
+    """Return the curve of a server metric over the rounds of a history.
+
+    Raises
+    ------
+    ColearnError
+        If a round has no such metric.
+    """
+    records = list(records)
+    for record in records:
+        if metric not in record.server_metrics:
+            raise ColearnError(
+                f"curve: expected the metric '{metric}' from the server's evaluation in every "
+                f"round, found {sorted(record.server_metrics)} in round {record.round}"
+            )
+    return Curve(
+        label,
+        [record.epochs_done for record in records],
+        [record.server_metrics[metric] for record in records],
+        doublings(records),
+    )
+
+
+def doublings(records: Sequence[RoundRecord]) -> list[int]:
+    """Return the local epochs done when T was increased."""
+    return [
+        before.epochs_done
+        for before, after in itertools.pairwise(records)
+        if after.local_epochs > before.local_epochs
+    ]
+
+
+def save_figure(
+    curves: Sequence[Curve], path: str | Path, title: str = "", ylabel: str = "accuracy"
+) -> Path:
+    """Draw curves against local epochs, the increases of T marked, as in the paper's Figure 2.
+
+    Parameters
+    ----------
+    curves : sequence of Curve
+        Drawn in order.
+    path : str or Path
+        Its ending decides the format (.png, .svg, .pdf).
+    title, ylabel : str
+        Of the axes.
+
+    Returns
+    -------
+    Path
+        Where the figure is.
+    """
+    try:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise ColearnError(
+            "figure: expected matplotlib, found none; pip install 'flwr-colearn[report]'"
+        ) from error
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for each in curves:
+        (line,) = axes.plot(each.epochs, each.values, label=each.label, linewidth=1.5)
+        marked = [each.epochs.index(epoch) for epoch in each.doublings]
+        axes.plot(
+            [each.epochs[i] for i in marked],
+            [each.values[i] for i in marked],
+            linestyle="none",
+            marker="^",
+            markersize=8,
+            color=line.get_color(),
+        )
+    if any(each.doublings for each in curves):
+        axes.plot([], [], linestyle="none", marker="^", color="grey", label="T increased")
+    axes.set(xlabel="local epochs per participant", ylabel=ylabel, title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

@@ -1,0 +1,1 @@
+"""ServerApps, run configurations, the study and the demo."""

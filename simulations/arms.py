@@ -1,0 +1,88 @@
+"""The arms of the paper's study as pairs of a learning rate and an epoch rule."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from flwr_colearn import (
+    ColearnError,
+    CyclicalRate,
+    ExponentialRate,
+    FixedEpochs,
+    IncreasingEpochs,
+)
+from simulations.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training.
+
+    Attributes
+    ----------
+    title : str
+        For tables and legends.
+    cyclical : bool
+        CLR, else ELR.
+    increasing : bool
+        ILE, else FLE.
+    pooled_data : bool
+        Vanilla: all data at one site.
+    averaged : bool
+        False for the ensemble, whose participants never exchange models.
+    """
+
+    title: str
+    cyclical: bool = False
+    increasing: bool = False
+    pooled_data: bool = False
+    averaged: bool = True
+
+
+ARMS = {
+    "clr-ile": Arm("CLR+ILE (co-learning)", cyclical=True, increasing=True),
+    "clr-fle": Arm("CLR+FLE", cyclical=True),
+    "elr-ile": Arm("ELR+ILE", increasing=True),
+    "elr-fle": Arm("ELR+FLE (federated averaging)"),
+    "vanilla-elr": Arm("vanilla (ELR)", pooled_data=True),
+    "vanilla-clr": Arm("vanilla (CLR+ILE)", cyclical=True, increasing=True, pooled_data=True),
+    "ensemble": Arm("ensemble (ELR)", averaged=False),
+}
+
+
+def arm_named(name: str) -> Arm:
+    """Return the arm.
+
+    Raises
+    ------
+    ColearnError
+        If there is none of that name.
+    """
+    if name not in ARMS:
+        raise ColearnError(f"arm: expected one of {', '.join(ARMS)}, found {name!r}")
+    return ARMS[name]
+
+
+def schedules(arm: Arm, settings: RunSettings) -> dict[str, Any]:
+    """Return the arm's `local_epochs`, `learning_rate` and `total_epochs` for ``CoLearn``.
+
+    Raises
+    ------
+    ColearnError
+        If an exponential rate has no planned total.
+    """
+    if not arm.cyclical and not settings.total_epochs:
+        raise ColearnError(
+            "run config 'total-epochs': expected the planned local epochs, since an exponential "
+            "rate decays over them, found 0"
+        )
+    return {
+        "learning_rate": CyclicalRate(settings.learning_rate, settings.decay)
+        if arm.cyclical
+        else ExponentialRate(settings.learning_rate, settings.decay, settings.total_epochs),
+        "local_epochs": IncreasingEpochs(
+            settings.initial_epochs, settings.epsilon, maximum=settings.max_local_epochs or None
+        )
+        if arm.increasing
+        else FixedEpochs(settings.initial_epochs),
+        "total_epochs": settings.total_epochs or None,
+    }

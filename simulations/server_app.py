@@ -1,0 +1,116 @@
+"""The server of this repository's Flower app: co-learning from a run config."""
+
+import json
+import time
+from collections.abc import Callable
+from logging import INFO
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, MetricRecord
+from flwr.common import log
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Result
+
+from clients.settings import ParticipantSettings
+from clients.tasks.registry import server_trainer
+from clients.torch_trainer import TorchTrainer, roles_of
+from clients.trainer import Trainer
+from flwr_colearn import CoLearn, ColearnError, History
+from flwr_colearn.report import curve, save_figure
+from simulations.arms import arm_named, schedules
+from simulations.settings import RunSettings
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Train with co-learning; leave history, model, figure and summary in the output folder."""
+    participants = ParticipantSettings.from_config(context.run_config)
+    settings = RunSettings.from_config(context.run_config)
+    output = Path(settings.output_dir or time.strftime("outputs/run-%Y%m%d-%H%M%S")).absolute()
+    trainer = server_trainer(participants)
+    strategy = make_strategy(settings, trainer, output / "history.jsonl")
+    try:
+        result = strategy.start(
+            grid,
+            to_record(trainer),
+            num_rounds=settings.num_server_rounds or None,
+            timeout=float("inf"),
+            evaluate_fn=evaluate_with(trainer),
+        )
+    except ColearnError as error:
+        if error.result is not None:
+            save_model(error.result, output)
+            log(INFO, "The model of the last completed round is in %s", output)
+        raise
+    save_model(result, output)
+    summarise(result, strategy.history, settings, output)
+
+
+def make_strategy(
+    settings: RunSettings, trainer: TorchTrainer, history: str | Path | History | None
+) -> CoLearn:
+    """Return the strategy of the arm that the settings name."""
+    arm = arm_named(settings.arm)
+    if not arm.averaged:
+        raise ColearnError(
+            f"run config 'arm': expected one whose participants exchange models, found "
+            f"{settings.arm!r}; python -m simulations.study runs it"
+        )
+    return CoLearn(
+        settings.num_participants,
+        **schedules(arm, settings),
+        weighting=settings.weighting,  # type: ignore[arg-type]  # CoLearn checks it
+        roles=roles_of(trainer.model),
+        history=history,
+        fraction_evaluate=settings.fraction_evaluate,
+        wait_for_participants=settings.wait_for_participants,
+    )
+
+
+def to_record(trainer: Trainer) -> ArrayRecord:
+    """Return a trainer's weights as Flower sends them."""
+    return ArrayRecord({name: Array(array) for name, array in trainer.get_weights().items()})
+
+
+def evaluate_with(trainer: Trainer) -> Callable[[int, ArrayRecord], MetricRecord]:
+    """Return an `evaluate_fn` that evaluates on the trainer's test set."""
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        trainer.set_weights({name: array.numpy() for name, array in arrays.items()})
+        return MetricRecord(trainer.evaluate())
+
+    return evaluate
+
+
+def save_model(result: Result, output: Path) -> None:
+    """Write the model's arrays by name to ``model.npz``."""
+    output.mkdir(parents=True, exist_ok=True)
+    arrays = {name: array.numpy() for name, array in result.arrays.items()}
+    np.savez(output / "model.npz", allow_pickle=False, **arrays)
+
+
+def summarise(result: Result, history: History, settings: RunSettings, output: Path) -> None:
+    """Write ``summary.json`` and ``accuracy.png``, and log what was reached."""
+    last = history.records[-1]
+    summary = {
+        "accuracy": last.server_metrics["accuracy"],
+        "rounds": len(history),
+        "local-epochs": last.epochs_done,
+        "epochs-path": history.epochs_path,
+        "bytes": history.bytes_total,
+        # What federated averaging moves for the same local epochs: a round every T0 of them.
+        "fedavg-rounds": -(-last.epochs_done // settings.initial_epochs),
+    }
+    summary["fedavg-bytes"] = summary["fedavg-rounds"] * summary["bytes"] // summary["rounds"]
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for key, value in summary.items():
+        log(INFO, "%s: %s", key, value)
+    title = arm_named(settings.arm).title
+    try:
+        save_figure([curve(history, title)], output / "accuracy.png", title)
+    except ColearnError as error:
+        log(INFO, "No picture: %s", error)
+    log(INFO, "History, model and summary are in %s", output)
