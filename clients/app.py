@@ -7,10 +7,10 @@ from flwr.app import Context
 from clients.client_app import make_client_app
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import participant_trainer
-from clients.torch_trainer import TorchTrainer
+from clients.trainer import Trainer
 
 
-def build(context: Context) -> TorchTrainer:
+def build(context: Context) -> Trainer:
     """Return the trainer that a participant's run config and node config describe."""
     settings = _settings(context)
     return _trainer(
@@ -21,7 +21,8 @@ def build(context: Context) -> TorchTrainer:
 
 
 def _settings(context: Context) -> ParticipantSettings:
-    return ParticipantSettings.from_config(context.run_config)
+    # What a site sets in its node config (data-dir, devices, workers) goes before the run's.
+    return ParticipantSettings.from_config({**context.run_config, **context.node_config})
 
 
 # A process that serves many messages (simulation, in process) prepares each shard once. Trainers

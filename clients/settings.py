@@ -69,8 +69,11 @@ class ParticipantSettings(FromConfig):
         The task's standard augmentation.
     keep_optimizer : bool
         Keep the optimizer's state on the participant between rounds.
-    device, precision, channels_last, workers
-        See `clients.torch_trainer.TorchTrainer`; `device` empty for cuda if there is one.
+    devices : str
+        A device, or several separated by commas for data parallel training inside the site; empty
+        for cuda if there is one.
+    precision, channels_last, workers
+        See `clients.torch_trainer.TorchTrainer`.
     """
 
     task: str = "digits"
@@ -87,7 +90,7 @@ class ParticipantSettings(FromConfig):
     clip_norm: float = 0.0
     augment: bool = False
     keep_optimizer: bool = False
-    device: str = ""
+    devices: str = ""
     precision: str = "float32"
     channels_last: bool = False
     workers: int = 0

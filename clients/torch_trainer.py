@@ -1,6 +1,6 @@
 """TorchTrainer: any nn.Module as a participant."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -82,6 +82,7 @@ class TorchTrainer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.memory_format)
+        self.network: nn.Module = self.model  # what training calls: a subclass may wrap the model
         self.train_set, self.test_set = train_set, test_set
         self.batch_size = batch_size
         self.loss = loss or nn.CrossEntropyLoss()
@@ -129,8 +130,8 @@ class TorchTrainer:
         for inputs, targets in tqdm(
             self._train_batches(seed), desc="local epoch", disable=None, leave=False
         ):
-            loss = self._forward(inputs, targets)
             self.optimizer.zero_grad(set_to_none=True)
+            loss = self._forward(inputs, targets)
             scaler.scale(loss).backward()
             if self.clip_norm is not None:
                 scaler.unscale_(self.optimizer)
@@ -157,7 +158,7 @@ class TorchTrainer:
             raise ColearnError("test_set: expected a data set to evaluate on, found None")
         self.model.eval()
         outputs, targets = [], []
-        for inputs, target in self._batches(self.test_set, max(self.batch_size, 256)):
+        for inputs, target in self._test_batches(self.test_set):
             with self._autocast():
                 outputs.append(self.model(self._prepare(inputs, training=False)).float().cpu())
             targets.append(target)
@@ -188,7 +189,7 @@ class TorchTrainer:
 
     def _forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with self._autocast():
-            outputs = self.model(self._prepare(inputs, training=True))
+            outputs = self.network(self._prepare(inputs, training=True))
             return self.loss(outputs, targets.to(self.device, non_blocking=True))
 
     def _prepare(self, inputs: Tensor, training: bool) -> Tensor:
@@ -200,24 +201,28 @@ class TorchTrainer:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.precision))
 
+    def own_part(self, batches: BatchSampler) -> Iterable[list[int]]:
+        """Return the part of every batch that this trainer takes: all of it."""
+        return batches
+
     def _train_batches(self, seed: int) -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(seed)
         order = RandomSampler(self.train_set, generator=generator)  # type: ignore[arg-type]
-        lonely = len(self.train_set) % self.batch_size == 1 and len(self.train_set) > 1  # type: ignore[arg-type]
-        return self._batches(self.train_set, self.batch_size, order, drop_last=lonely)
+        lonely = len(order) % self.batch_size == 1 and len(order) > 1
+        batches = BatchSampler(order, self.batch_size, drop_last=lonely)
+        return self._loader(self.train_set, self.own_part(batches))
 
-    def _batches(
-        self,
-        dataset: Dataset[Any],
-        batch_size: int,
-        order: Any = None,
-        drop_last: bool = False,
-    ) -> DataLoader[Any]:
-        sampler = order if order is not None else range(len(dataset))  # type: ignore[arg-type]
-        batches = BatchSampler(sampler, batch_size, drop_last)
-        common = {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
+    def _test_batches(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        order = range(len(dataset))  # type: ignore[arg-type]
+        return self._loader(dataset, BatchSampler(order, max(self.batch_size, 256), False))
+
+    def _loader(self, dataset: Dataset[Any], batches: Iterable[list[int]]) -> DataLoader[Any]:
+        common: dict[str, Any] = {
+            "num_workers": self.workers,
+            "pin_memory": self.device.type == "cuda",
+        }
         if isinstance(dataset, TensorDataset):  # a list of indices takes a whole batch at once
-            return DataLoader(dataset, sampler=batches, batch_size=None, **common)  # type: ignore[arg-type]
+            return DataLoader(dataset, sampler=batches, batch_size=None, **common)
         return DataLoader(dataset, batch_sampler=batches, **common)  # type: ignore[arg-type]
 
 

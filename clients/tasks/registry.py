@@ -1,6 +1,7 @@
 """From settings to tasks, models, shards and trainers."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch.utils.data import TensorDataset
 from clients.partition import Shards, class_shards, dirichlet_shards, equal_shards
 from clients.settings import ParticipantSettings
 from clients.tasks.image_task import ImageTask
+from clients.torch_parallel import ParallelTrainer
 from clients.torch_trainer import TorchTrainer
 from flwr_colearn import ColearnError
 
@@ -78,34 +80,33 @@ def shards(settings: ParticipantSettings, num_partitions: int) -> Shards:
 
 def participant_trainer(
     settings: ParticipantSettings, partition_id: int, num_partitions: int
-) -> TorchTrainer:
+) -> TorchTrainer | ParallelTrainer:
     """Return the trainer of one participant, who sees its own shard only."""
     indices = torch.from_numpy(shards(settings, num_partitions)[partition_id])
     shard = TensorDataset(*(t[indices] for t in load_task(settings).train_set.tensors))
-    return _trainer(settings, shard, test_set=shard)
+    options = _trainer_options(settings)
+    devices = settings.devices.split(",") if settings.devices else []
+    if len(devices) > 1:
+        return ParallelTrainer(build_model(settings), shard, shard, devices=devices, **options)
+    device = devices[0] if devices else None
+    return TorchTrainer(build_model(settings), shard, shard, device=device, **options)
 
 
 def server_trainer(settings: ParticipantSettings) -> TorchTrainer:
     """Return a trainer that evaluates on the common test set; the server's own."""
-    task = load_task(settings)
-    return _trainer(settings, task.test_set, test_set=task.test_set)
+    test_set = load_task(settings).test_set
+    return TorchTrainer(build_model(settings), test_set, test_set, **_trainer_options(settings))
 
 
-def _trainer(
-    settings: ParticipantSettings, train_set: TensorDataset, test_set: TensorDataset
-) -> TorchTrainer:
+def _trainer_options(settings: ParticipantSettings) -> dict[str, Any]:
     task = load_task(settings)
-    return TorchTrainer(
-        build_model(settings),
-        train_set,
-        test_set,
-        batch_size=settings.batch_size,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        transform=task.augmentation if settings.augment else task.transform,
-        device=settings.device or None,
-        precision=settings.precision,
-        channels_last=settings.channels_last,
-        clip_norm=settings.clip_norm or None,
-        workers=settings.workers,
-    )
+    return {
+        "batch_size": settings.batch_size,
+        "momentum": settings.momentum,
+        "weight_decay": settings.weight_decay,
+        "transform": task.augmentation if settings.augment else task.transform,
+        "precision": settings.precision,
+        "channels_last": settings.channels_last,
+        "clip_norm": settings.clip_norm or None,
+        "workers": settings.workers,
+    }
