@@ -8,7 +8,7 @@ from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
 from clients.trainer import NDArray, Trainer, derive_seed, follow
-from flwr_colearn import LocalPlan
+from flwr_colearn import LocalPlan, participant_mod
 
 OPTIMIZER = "colearn.optimizer"
 """Key in ``context.state`` under which a participant keeps its optimizer's state."""
@@ -83,5 +83,6 @@ def make_numpy_client_app(
 ) -> ClientApp:
     """Return a legacy ClientApp whose participants train what `build` returns for their context."""
     return ClientApp(
-        client_fn=lambda context: TrainerClient(build(context), seed, keep_optimizer).to_client()
+        client_fn=lambda context: TrainerClient(build(context), seed, keep_optimizer).to_client(),
+        mods=[participant_mod],
     )

@@ -5,11 +5,14 @@ that it finds in its train config. The rest are the values that the two are made
 """
 
 from .averaging import RunningMean, relative_change
+from .checkpoint import CheckpointFolder
 from .colearn import CoLearn
 from .errors import ColearnError
 from .history import History, RoundRecord
 from .inprocess import InProcessGrid
+from .participant import introduce, participant_mod
 from .plan import Epoch, LocalPlan
+from .recovery import Quorum, RecoveringGrid, Recovery
 from .roles import Role
 from .schedules import (
     ConstantRate,
@@ -22,6 +25,7 @@ from .schedules import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointFolder",
     "CoLearn",
     "ColearnError",
     "ConstantRate",
@@ -33,8 +37,13 @@ __all__ = [
     "InProcessGrid",
     "IncreasingEpochs",
     "LocalPlan",
+    "Quorum",
+    "RecoveringGrid",
+    "Recovery",
     "Role",
     "RoundRecord",
     "RunningMean",
+    "introduce",
+    "participant_mod",
     "relative_change",
 ]

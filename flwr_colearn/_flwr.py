@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy.strategy_utils import config_to_str as config_to_str
 
 from .errors import ColearnError, expected
@@ -31,6 +32,13 @@ def data_bytes(record: ArrayRecord) -> int:
 def to_record(arrays: dict[str, NDArray]) -> ArrayRecord:
     """Return named arrays as an ArrayRecord."""
     return ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
+
+
+def node_names(grid: Grid) -> dict[int, str]:
+    """Return the names with which connected nodes are registered, where they have one."""
+    # Before flwr 1.30 nodes have no names.
+    named = {info.node_id: getattr(info, "name", "") for info in grid.get_nodes()}
+    return {node_id: name for node_id, name in named.items() if name}
 
 
 def assume_identity() -> None:
@@ -81,6 +89,7 @@ __all__ = [
     "config_to_str",
     "data_bytes",
     "empty_run",
+    "node_names",
     "to_record",
     "view",
 ]

@@ -107,24 +107,9 @@ class RunningMean:
         return result
 
     def _check(self, arrays: Arrays, weight: float) -> None:
-        missing = [name for name in self._like if name not in arrays]
-        extra = [name for name in arrays if name not in self._like]
-        if missing or extra:
-            raise ColearnError(
-                f"arrays: expected the {len(self._like)} names that were sent, found "
-                f"{len(missing)} missing {missing[:3]} and {len(extra)} unknown {extra[:3]}"
-            )
-        for name, like in self._like.items():
-            array = arrays[name]
-            if array.shape != like.shape or array.dtype != like.dtype:
-                raise ColearnError(
-                    f"array '{name}': expected {like.dtype} of shape {like.shape}, found "
-                    f"{array.dtype} of shape {array.shape}"
-                )
-            if array.dtype.kind == "f":
-                if not _all_finite(array):
-                    raise ColearnError(f"array '{name}': expected finite numbers, found NaN or Inf")
-            elif array.size:
+        check_model(arrays, self._like)
+        for name, array in arrays.items():
+            if array.dtype.kind != "f" and array.size:
                 largest = max(abs(int(array.max())), abs(int(array.min())))
                 if largest * (self.weight + weight) >= 2**63:
                     raise expected(f"array '{name}'", "integers that sum within int64", largest)
@@ -149,6 +134,26 @@ class RunningMean:
         between = np.maximum(self._spreads[mean] / self.weight - shift * shift, 0.0)
         pooled = self._sums[variance] / self.weight + between
         return np.asarray(pooled, self._like[variance].dtype)
+
+
+def check_model(arrays: Arrays, like: Arrays) -> None:
+    """Raise a ColearnError unless `arrays` is finite and has the names, shapes, types of `like`."""
+    missing = [name for name in like if name not in arrays]
+    extra = [name for name in arrays if name not in like]
+    if missing or extra:
+        raise ColearnError(
+            f"arrays: expected the {len(like)} names that were sent, found "
+            f"{len(missing)} missing {missing[:3]} and {len(extra)} unknown {extra[:3]}"
+        )
+    for name, wanted in like.items():
+        array = arrays[name]
+        if array.shape != wanted.shape or array.dtype != wanted.dtype:
+            raise ColearnError(
+                f"array '{name}': expected {wanted.dtype} of shape {wanted.shape}, found "
+                f"{array.dtype} of shape {array.shape}"
+            )
+        if array.dtype.kind == "f" and not _all_finite(array):
+            raise ColearnError(f"array '{name}': expected finite numbers, found NaN or Inf")
 
 
 def relative_change(

@@ -4,11 +4,14 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from logging import INFO, WARNING
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flwr.app import (
+    DEFAULT_TTL,
     ArrayRecord,
     ConfigRecord,
     Message,
@@ -20,9 +23,13 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ._flwr import config_to_str, data_bytes, to_record, view
+from ._flwr import data_bytes, to_record, view
+from .checkpoint import CheckpointFolder
 from .errors import ColearnError, expected, whole_number
 from .history import History
+from .loop import Loop
+from .recovery import Quorum, RecoveringGrid, Recovery
+from .replies import arrays_of, check_train_reply, examples_of
 from .roles import Arrays, Roles
 from .rule import CoLearningRule, Weighting
 from .schedules import EpochRule, LearningRate
@@ -74,6 +81,12 @@ class CoLearn(FedAvg):
     wait_for_participants : float, optional
         Seconds to wait for K nodes to connect before the run ends with an error. By default
         without limit, as FedAvg does.
+    recovery : Recovery, optional
+        How `start` restarts participants that fail, and what it does when one is lost; by default
+        three restarts, then the run ends with the model of the last completed round. ``None``
+        leaves failed participants out, as Flower does.
+    checkpoints : str, Path or CheckpointFolder, optional
+        Where `start` saves the run after every round. By default nowhere.
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
         stay 1: nobody is left out of a round.
@@ -82,6 +95,10 @@ class CoLearn(FedAvg):
     ----------
     history : History
         The rounds so far.
+    rule : CoLearningRule
+        The co-learning rule itself, and what it remembers.
+    time_limit : float or None
+        Seconds that an attempt of the round under way may take, in the loop of `start`.
 
     Raises
     ------
@@ -112,6 +129,8 @@ class CoLearn(FedAvg):
         roles: Roles = None,
         history: str | Path | History | None = None,
         wait_for_participants: float | None = None,
+        recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
+        checkpoints: str | Path | CheckpointFolder | None = None,
         **kwargs: Any,
     ) -> None:
         nodes = participant_arguments(
@@ -125,22 +144,31 @@ class CoLearn(FedAvg):
         self.wait_for_participants = (
             math.inf if wait_for_participants is None else wait_for_participants
         )
-        self._rule = CoLearningRule(
+        self.rule = CoLearningRule(
             local_epochs, learning_rate, weighting, total_epochs, roles, history
         )
+        self.recovery = recovery
+        self.checkpoints = (
+            checkpoints
+            if checkpoints is None or isinstance(checkpoints, CheckpointFolder)
+            else CheckpointFolder(checkpoints)
+        )
+        self.random = random.Random()
+        self.time_limit: float | None = None
+        self._grid: Grid | None = None
+        self._loop: Loop | None = None
         self._viewed: tuple[ArrayRecord, Arrays] | None = None
         self._last_nodes: list[int] = []
         self._evaluated: ArrayRecord | None = None
-        self._in_own_loop = False
 
     @property
     def history(self) -> History:
         """The rounds so far."""
-        return self._rule.history
+        return self.rule.history
 
     def summary(self) -> None:
         """Log the settings of the strategy."""
-        self._rule.log_summary(lambda line: log(INFO, line))
+        self.rule.log_summary(lambda line: log(INFO, line))
         log(INFO, "\t├──> Participants: %s", self.num_participants)
         super().summary()
 
@@ -154,9 +182,15 @@ class CoLearn(FedAvg):
         list of Message
             One for each participant, all with the same content; none when the budget is spent.
         """
-        plan = self._rule.open(server_round, self._view(arrays))
+        self._refuse_foreign_loop()
+        self._grid = grid
+        plan = self.rule.open(server_round, self.view_of(arrays))
         if plan is None:
             return []
+        self.time_limit = None
+        if self._loop is not None:
+            self.time_limit = self._loop.time_limit(plan.local_epochs)
+        plan = replace(plan, time_limit=self.time_limit)
         log(
             INFO,
             "configure_train: %s participants train %s local epochs from learning rate %g",
@@ -165,12 +199,18 @@ class CoLearn(FedAvg):
             plan.learning_rate,
         )
         self._last_nodes = self._choose_nodes(grid)
-        self._rule.sent_down(data_bytes(arrays) * len(self._last_nodes))
+        self.rule.sent_down(data_bytes(arrays) * len(self._last_nodes))
         # A copy: Flower hands the same ConfigRecord to every round.
         train_config = ConfigRecord({**config, **plan.to_config()})
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: train_config})
         return [
-            Message(content=content, message_type=MessageType.TRAIN, dst_node_id=node_id)
+            Message(
+                content=content,
+                message_type=MessageType.TRAIN,
+                dst_node_id=node_id,
+                # The reply, too, must arrive while the message lives.
+                ttl=max(float(DEFAULT_TTL), 2.0 * (plan.time_limit or 0.0)),
+            )
             for node_id in self._last_nodes
         ]
 
@@ -184,25 +224,39 @@ class CoLearn(FedAvg):
         ColearnError
             If no model arrived at all.
         """
-        if not self._rule.under_way:
+        if not self.rule.under_way:
             return None, None
+        if isinstance(self._grid, RecoveringGrid):
+            replies = list(replies)  # of a grid that recovers while it is iterated
+            self.rule.note_recovery(self._grid.take_events())
+            self.rule.note_seconds(self._grid.seconds)
+            self._last_nodes = self._grid.node_ids
         metrics: list[RecordDict] = []
         for reply in self._in_order(replies):
             if self._fold(reply):
                 metrics.append(RecordDict({**reply.content.metric_records}))
-        average = to_record(self._rule.average())
+        average = to_record(self.rule.average())
         train_metrics = self._aggregate_metrics(self.train_metrics_aggr_fn, metrics)
-        self._rule.note(train_metrics=train_metrics)
+        self.rule.note(train_metrics=train_metrics)
         return average, train_metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask participants to evaluate the shared model, as FedAvg does."""
+        """Ask participants that are connected to evaluate the shared model."""
         self._evaluated = arrays
-        if not self._rule.under_way:
+        nodes = sorted(grid.get_node_ids())
+        # As many as FedAvg asks for, but of those who are there: nobody is waited for.
+        wanted = max(int(len(nodes) * self.fraction_evaluate), self.min_evaluate_nodes)
+        if not self.rule.under_way or self.fraction_evaluate == 0.0 or not nodes:
             return []
-        return super().configure_evaluate(server_round, arrays, config, grid)
+        chosen = nodes if wanted >= len(nodes) else self.random.sample(nodes, wanted)
+        record = ConfigRecord({**config, "server-round": server_round})
+        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: record})
+        return [
+            Message(content=content, message_type=MessageType.EVALUATE, dst_node_id=node_id)
+            for node_id in chosen
+        ]
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -214,9 +268,9 @@ class CoLearn(FedAvg):
         """
         contents = [reply.content for reply in replies if self._evaluation_ok(reply)]
         metrics = self._aggregate_metrics(self.evaluate_metrics_aggr_fn, contents)
-        self._rule.note(evaluate_metrics=metrics)
-        if not self._in_own_loop and self._evaluated is not None:
-            self._rule.close(self._view(self._evaluated))
+        self.rule.note(evaluate_metrics=metrics)
+        if self._loop is None and self._evaluated is not None:
+            self.rule.close(self.view_of(self._evaluated))
         return metrics
 
     def start(
@@ -228,6 +282,7 @@ class CoLearn(FedAvg):
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        resume: Literal["never", "auto"] = "never",
     ) -> Result:
         """Run co-learning; ends after `num_rounds` or when the budget of local epochs is spent.
 
@@ -240,12 +295,16 @@ class CoLearn(FedAvg):
         num_rounds : int, optional
             By default 3, as in Flower, or without limit where `total_epochs` is given.
         timeout : float, default 3600
-            Seconds to wait for the replies of one round. Rounds grow with T.
+            Seconds that one attempt of one participant may take. It grows with T, from the time
+            that a local epoch was seen to take, and the log says so.
         train_config, evaluate_config : ConfigRecord, optional
             Further entries for the participants; the plan's keys are added to the former.
         evaluate_fn : callable, optional
             ``(round, arrays) -> MetricRecord | None``: the server's own evaluation, called with
             round 0 before the first one.
+        resume : {"never", "auto"}, default "never"
+            "auto" goes on from the newest checkpoint, in the round that was under way when the
+            server ended, with the plan that it would have had; without a checkpoint it begins.
 
         Returns
         -------
@@ -255,140 +314,98 @@ class CoLearn(FedAvg):
         Raises
         ------
         ColearnError
-            If fewer than K nodes connect in time, or a round brings no model. ``error.result``
-            holds what was reached.
+            If fewer than K nodes connect in time, a participant is lost, a round brings no model,
+            the checkpoints are damaged or of another configuration, or there are some although
+            `resume` is "never". ``error.result`` holds what was reached.
         """
-        if num_rounds is None:
-            num_rounds = 3 if self._rule.total_epochs is None else None
-        else:
+        if num_rounds is not None:
             whole_number("num_rounds", num_rounds, least=1)
+        elif self.rule.total_epochs is None:
+            num_rounds = 3
         result = Result(arrays=initial_arrays)
-        self._rule.reset()
-        self._in_own_loop = True
+        self._loop = Loop(
+            self,
+            self._recovering(grid),
+            result,
+            timeout,
+            train_config or ConfigRecord(),
+            evaluate_config or ConfigRecord(),
+            evaluate_fn,
+        )
         started = time.time()
         try:
-            self._log_start(num_rounds, initial_arrays, train_config)
-            self._evaluate_on_server(0, result, evaluate_fn)
-            server_round = 0
-            while server_round != num_rounds and not self._rule.spent:
-                server_round += 1
-                of = "" if num_rounds is None else f"/{num_rounds}"
-                log(INFO, "")
-                log(INFO, "[ROUND %s%s]", server_round, of)
-                self._train(server_round, grid, result, timeout, train_config)
-                self._evaluate(server_round, grid, result, timeout, evaluate_config)
-                self._evaluate_on_server(server_round, result, evaluate_fn)
-                self._rule.close(self._view(result.arrays))
+            self._loop.run(num_rounds, resume)
         except ColearnError as error:
             error.result = result
             raise
         finally:
-            self._in_own_loop = False
+            self._loop.log_recovery()
+            self._loop = None
         log(INFO, "")
         log(INFO, "Strategy execution finished in %.2fs", time.time() - started)
         return result
 
-    def _train(
-        self,
-        server_round: int,
-        grid: Grid,
-        result: Result,
-        timeout: float,
-        config: ConfigRecord | None,
-    ) -> None:
-        messages = self.configure_train(server_round, result.arrays, config or ConfigRecord(), grid)
-        replies = grid.send_and_receive(messages=messages, timeout=timeout)
-        arrays, metrics = self.aggregate_train(server_round, replies)
-        if arrays is not None:
-            result.arrays = arrays
-        if metrics is not None:
-            log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
-            result.train_metrics_clientapp[server_round] = metrics
-
-    def _evaluate(
-        self,
-        server_round: int,
-        grid: Grid,
-        result: Result,
-        timeout: float,
-        config: ConfigRecord | None,
-    ) -> None:
-        messages = self.configure_evaluate(
-            server_round, result.arrays, config or ConfigRecord(), grid
-        )
-        replies = grid.send_and_receive(messages=messages, timeout=timeout)
-        metrics = self.aggregate_evaluate(server_round, replies)
-        if metrics is not None:
-            log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
-            result.evaluate_metrics_clientapp[server_round] = metrics
-
-    def _evaluate_on_server(
-        self,
-        server_round: int,
-        result: Result,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
-    ) -> None:
-        if evaluate_fn is None:
-            return
-        metrics = evaluate_fn(server_round, result.arrays)
-        log(INFO, "Global evaluation")
-        log(INFO, "\t└──> MetricRecord: %s", metrics)
-        if metrics is not None:
-            result.evaluate_metrics_serverapp[server_round] = metrics
-            self._rule.note(server_metrics=metrics)
-
-    def _log_start(
-        self, num_rounds: int | None, arrays: ArrayRecord, config: ConfigRecord | None
-    ) -> None:
-        log(INFO, "Starting %s strategy:", type(self).__name__)
-        log(INFO, "\t├── Number of rounds: %s", num_rounds or "until the budget is spent")
-        log(INFO, "\t├── ArrayRecord (%.2f MB)", data_bytes(arrays) / 1024**2)
-        log(INFO, "\t├── ConfigRecord (train): %s", config_to_str(config) if config else "(empty!)")
-        self.summary()
-
     def _choose_nodes(self, grid: Grid) -> list[int]:
         """Return K connected nodes, those of the last round first."""
         wanted = max(self.min_available_nodes, self.num_participants)
-        nodes = wait_for_nodes(grid, wanted, self.wait_for_participants)
+        try:
+            nodes = wait_for_nodes(grid, wanted, self._patience())
+        except ColearnError:
+            nodes = sorted(set(grid.get_node_ids()))
+            policy = self.recovery.policy if self.recovery is not None else None
+            if not isinstance(policy, Quorum) or len(nodes) < policy.least:
+                raise
+            log(WARNING, "Quorum: %s of %s participants are connected", len(nodes), wanted)
         stayed = [node for node in self._last_nodes if node in nodes]
         others = sorted(set(nodes) - set(stayed))
-        wanted = self.num_participants - len(stayed)
-        return stayed + (others if len(others) == wanted else random.sample(others, wanted))
+        free = self.num_participants - len(stayed)
+        return stayed + (others if len(others) <= free else self.random.sample(others, free))
+
+    def _patience(self) -> float:
+        """Return the seconds to wait for participants before a round."""
+        if self.recovery is not None and isinstance(self.recovery.policy, Quorum):
+            return min(self.wait_for_participants, self.recovery.patience)
+        return self.wait_for_participants
+
+    def _recovering(self, grid: Grid) -> Grid:
+        """Return a grid that restarts participants, unless the recovery is None."""
+        if self.recovery is None or isinstance(grid, RecoveringGrid):
+            return grid
+        check = partial(check_train_reply, weighted_by_key=self.weighted_by_key)
+        return RecoveringGrid(grid, self.recovery, check)
+
+    def _refuse_foreign_loop(self) -> None:
+        """Raise for what only our own loop can do."""
+        if self._loop is not None:
+            return
+        for name, value in (
+            ("total_epochs", self.rule.total_epochs),
+            ("checkpoints", self.checkpoints),
+        ):
+            if value is not None:
+                raise expected(
+                    f"{name} under a wrapper such as differential privacy",
+                    "None, since the wrapper runs Flower's loop, which has no budget and would "
+                    "save averages without its noise; use num_rounds",
+                    value,
+                )
 
     def _fold(self, reply: Message) -> bool:
-        participant = str(reply.metadata.src_node_id)
+        node_id = reply.metadata.src_node_id
+        grid = self._grid
+        name = grid.name_of(node_id) if isinstance(grid, RecoveringGrid) else str(node_id)
         try:
-            arrays, examples = self._open_reply(reply)
+            examples = examples_of(reply, self.weighted_by_key)
+            arrays = arrays_of(reply)
             model = view(arrays)
         except ColearnError as error:
-            self._rule.refuse(participant, str(error))
+            self.rule.refuse(name, str(error))
             return False
-        return self._rule.fold(participant, model, examples, data_bytes(arrays))
-
-    def _open_reply(self, reply: Message) -> tuple[ArrayRecord, float]:
-        """Return a train reply's arrays and number of examples."""
-        examples = self._examples(reply)
-        records = list(reply.content.array_records.values())
-        if len(records) != 1:
-            raise expected("reply", "exactly one ArrayRecord", len(records))
-        return records[0], examples
-
-    def _examples(self, reply: Message) -> float:
-        """Return the number of examples that any reply must state."""
-        if reply.has_error():
-            reason = (reply.error.reason or f"error {reply.error.code}").strip()
-            raise ColearnError(f"the participant failed: {reason.splitlines()[-1]}")
-        records = list(reply.content.metric_records.values())
-        if len(records) != 1:
-            raise expected("reply", "exactly one MetricRecord", len(records))
-        examples = records[0].get(self.weighted_by_key)
-        if not isinstance(examples, int | float) or not 0 < examples < math.inf:
-            raise expected(f"'{self.weighted_by_key}' in the reply", "a positive number", examples)
-        return examples
+        return self.rule.fold(name, model, examples, data_bytes(arrays))
 
     def _evaluation_ok(self, reply: Message) -> bool:
         try:
-            self._examples(reply)
+            examples_of(reply, self.weighted_by_key)
         except ColearnError as error:
             log(
                 WARNING,
@@ -413,11 +430,11 @@ class CoLearn(FedAvg):
 
     def _in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
         """Sort by node where the sum's last bit depends on the order: float64 models."""
-        if self._rule.order_matters:
+        if self.rule.order_matters:
             return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
         return replies
 
-    def _view(self, arrays: ArrayRecord) -> Arrays:
+    def view_of(self, arrays: ArrayRecord) -> Arrays:
         """Return views of a record, the same ones for the same record."""
         if self._viewed is None or self._viewed[0] is not arrays:
             self._viewed = arrays, view(arrays)

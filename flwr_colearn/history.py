@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from logging import INFO
 from pathlib import Path
@@ -38,6 +38,8 @@ class RoundRecord:
         Replies left out, each with ``participant`` and ``reason``.
     restarts : list of dict
         Participants whose training was started again, each with ``participant`` and ``reason``.
+    absences : list of dict
+        Participants that the round did without, each with ``participant`` and ``reason``.
     seconds : float
         From the round's plan to its record.
     train_metrics, evaluate_metrics, server_metrics : dict
@@ -55,6 +57,7 @@ class RoundRecord:
     participants: list[str] = field(default_factory=list)
     refusals: list[dict[str, str]] = field(default_factory=list)
     restarts: list[dict[str, str]] = field(default_factory=list)
+    absences: list[dict[str, str]] = field(default_factory=list)
     seconds: float = 0.0
     train_metrics: dict[str, Any] = field(default_factory=dict)
     evaluate_metrics: dict[str, Any] = field(default_factory=dict)
@@ -128,6 +131,13 @@ class History:
         """Forget the records of an earlier run; its file stays until a new record is written."""
         self.records = []
 
+    def restore(self, records: Iterable[RoundRecord]) -> None:
+        """Go on from these records: what the file holds beyond them is dropped."""
+        self.records = list(records)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(record.to_json() + "\n" for record in self.records))
+
     @classmethod
     def read(cls, path: str | Path) -> "History":
         """Read a history written earlier.
@@ -163,10 +173,11 @@ def _log_record(record: RoundRecord) -> None:
     log(INFO, "\t├── Bytes: %s down, %s up", f"{record.bytes_down:,}", f"{record.bytes_up:,}")
     log(
         INFO,
-        "\t└── Participants: %s averaged, %s refused, %s restarted",
+        "\t└── Participants: %s averaged, %s refused, %s restarted, %s absent",
         len(record.participants),
         len(record.refusals),
         len(record.restarts),
+        len(record.absences),
     )
 
 

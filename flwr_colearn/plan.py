@@ -38,6 +38,9 @@ class LocalPlan:
         Local epochs that every participant has done before this round.
     total_epochs : int, optional
         Local epochs planned for the whole run; required by "exponential".
+    time_limit : float, optional
+        Seconds after which a participant that is still training counts as hanging; see
+        `flwr_colearn.participant_mod`.
 
     Raises
     ------
@@ -63,6 +66,7 @@ class LocalPlan:
     decay: float | None = None
     epochs_done: int = 0
     total_epochs: int | None = None
+    time_limit: float | None = None
 
     def __post_init__(self) -> None:
         whole_number(_entry("round"), self.round, least=1)
@@ -80,6 +84,8 @@ class LocalPlan:
             decay_factor(_entry("decay"), self.decay)
         if "total_epochs" in needed or self.total_epochs is not None:
             whole_number(_entry("total_epochs"), self.total_epochs, least=1)
+        if self.time_limit is not None:
+            real_number(_entry("time_limit"), self.time_limit, least=0.0)
 
     def __iter__(self) -> Iterator[Epoch]:
         """Yield the local epochs 1 .. T with their learning rates."""
@@ -144,6 +150,7 @@ _KEYS = {
     "decay": "learning-rate-decay",
     "epochs_done": "epochs-done",
     "total_epochs": "total-epochs",
+    "time_limit": "time-limit",
 }
 _NEEDS: dict[str, tuple[str, ...]] = {
     CyclicalRate.kind: ("decay",),

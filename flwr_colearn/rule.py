@@ -1,8 +1,8 @@
 """The co-learning rule, apart from any Flower API: both strategies are thin layers over it."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from .averaging import RunningMean, relative_change, trainable
 from .errors import ColearnError, expected, whole_number
 from .history import History, RoundRecord
 from .plan import LocalPlan
+from .recovery import Event
 from .roles import Arrays, NDArray, Role, Roles, assign_roles
 from .schedules import (
     EpochRule,
@@ -33,6 +34,7 @@ class Progress:
     round: int = 0
     local_epochs: int = 0
     epochs_done: int = 0
+    seconds_per_epoch: float = 0.0
 
 
 @dataclass
@@ -152,7 +154,12 @@ class CoLearningRule:
         if not self._roles:
             self._roles = assign_roles(arrays, self._given_roles)
         self._sent, self._measured = arrays, None
-        self.progress = Progress(server_round, local_epochs, done + plan.local_epochs)
+        self.progress = replace(
+            self.progress,
+            round=server_round,
+            local_epochs=local_epochs,
+            epochs_done=done + plan.local_epochs,
+        )
         record = RoundRecord(
             server_round, plan.local_epochs, plan.learning_rate, self.progress.epochs_done
         )
@@ -225,6 +232,23 @@ class CoLearningRule:
             )
         return mean.mean()
 
+    def note_recovery(self, events: Iterable[Event]) -> None:
+        """Record what a RecoveringGrid had to do in this round."""
+        record = self._round.record
+        lists = {
+            "restart": record.restarts,
+            "refusal": record.refusals,
+            "absence": record.absences,
+        }
+        for event in events:
+            lists[event.kind].append({"participant": event.participant, "reason": event.reason})
+
+    def note_seconds(self, seconds: float) -> None:
+        """Learn from the slowest participant's seconds how long a local epoch takes."""
+        if seconds > 0.0:
+            epochs = self._round.record.local_epochs
+            self.progress = replace(self.progress, seconds_per_epoch=seconds / epochs)
+
     def note(self, **metrics: Mapping[str, Any] | None) -> None:
         """Keep metrics (train_metrics=, evaluate_metrics=, server_metrics=) for the record."""
         if self._open_round is not None:
@@ -246,6 +270,42 @@ class CoLearningRule:
         record.seconds = round(time.perf_counter() - self._open_round.opened_at, 3)
         self._open_round = None
         self.history.append(record)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that `restore` needs besides the model, as JSON can hold it."""
+        return {
+            "progress": asdict(self.progress),
+            "relative-change": None if self._measured is None else repr(self._measured[1]),
+            "records": [record.to_json() for record in self.history],
+        }
+
+    def restore(self, state: Mapping[str, Any], arrays: Arrays) -> None:
+        """Go on after the round that `state` was taken after.
+
+        Parameters
+        ----------
+        state : mapping
+            What `state` returned.
+        arrays : mapping of str to numpy.ndarray
+            The shared model after that round; the same object must be given to `open`.
+        """
+        self.reset()
+        self.progress = Progress(**state["progress"])
+        self.history.restore(RoundRecord.from_json(line) for line in state["records"])
+        if state["relative-change"] is not None:
+            self._roles = assign_roles(arrays, self._given_roles)
+            self._measured = arrays, float(state["relative-change"])
+
+    def configuration(self) -> dict[str, str]:
+        """Return what must be the same for a run to be resumed."""
+        rate = self.learning_rate
+        starts = [rate.start(i) for i in range(3)] if callable(getattr(rate, "initial", 0)) else ""
+        return {
+            "local epochs": str(self.local_epochs),
+            "learning rate": f"function of the round: {starts}" if starts else str(rate),
+            "weighting": self.weighting,
+            "total epochs": str(self.total_epochs),
+        }
 
     def log_summary(self, write: Callable[[str], None]) -> None:
         """Write the settings as branches of Flower's strategy tree."""
