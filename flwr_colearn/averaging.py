@@ -10,6 +10,7 @@ from .roles import Arrays, NDArray, Role, Roles, assign_roles, pair_statistics
 
 # Elements converted to float64 at a time, so that no pass needs a second copy of an array.
 _BLOCK = 1 << 16
+_LARGEST_WEIGHT = 2**53
 
 
 class RunningMean:
@@ -25,7 +26,7 @@ class RunningMean:
     mu  = sum n_k mu_k / n
     var = sum n_k var_k / n + sum n_k (mu_k - mu)^2 / n
 
-    Memory is one float64 sum, whatever the number of models.
+    Memory is one float64 sum, and the running means of every model (a small part of it).
 
     Parameters
     ----------
@@ -54,7 +55,7 @@ class RunningMean:
         self.roles = assign_roles(like, roles)
         self._pairs = pair_statistics(like, self.roles)
         self._sums: dict[str, NDArray] = {}
-        self._spreads: dict[str, NDArray] = {}
+        self._means: dict[str, list[tuple[float, NDArray]]] = {}
         self.weight: float = 0
         self.count = 0
 
@@ -76,6 +77,8 @@ class RunningMean:
         """
         if not (weight > 0 and math.isfinite(weight)):
             raise expected("weight of a model", "a positive finite number", weight)
+        if weight > _LARGEST_WEIGHT:
+            raise expected("weight of a model", f"at most {_LARGEST_WEIGHT}", weight)
         weight = int(weight) if float(weight).is_integer() else float(weight)
         self._check(arrays, weight)
         for name, array in arrays.items():
@@ -87,7 +90,8 @@ class RunningMean:
             else:  # float64 from here on if the weight is a fraction
                 self._sums[name] = np.asarray(self._sums[name] + array.astype(np.int64) * weight)
         for mean, _ in self._pairs:
-            self._spreads[mean] = self._spreads.get(mean, 0.0) + weight * self._offset(mean, arrays)
+            copy = arrays[mean].astype(np.float64)
+            self._means.setdefault(mean, []).append((weight, copy))
         self.weight += weight
         self.count += 1
 
@@ -114,11 +118,6 @@ class RunningMean:
                 if largest * (self.weight + weight) >= 2**63:
                     raise expected(f"array '{name}'", "integers that sum within int64", largest)
 
-    def _offset(self, name: str, arrays: Arrays) -> NDArray:
-        """Squared distance of a running mean to the shared model's (a shift keeps precision)."""
-        difference = np.subtract(arrays[name], self._like[name], dtype=np.float64)
-        return difference * difference
-
     def _divide(self, name: str) -> NDArray:
         total, dtype = self._sums[name], self._like[name].dtype
         if dtype.kind == "f":
@@ -130,8 +129,9 @@ class RunningMean:
         return np.asarray(quotient + (rest >= self.weight - rest)).astype(dtype)
 
     def _pooled_variance(self, mean: str, variance: str) -> NDArray:
-        shift = self._sums[mean] / self.weight - self._like[mean].astype(np.float64)
-        between = np.maximum(self._spreads[mean] / self.weight - shift * shift, 0.0)
+        center = self._sums[mean] / self.weight
+        terms = [weight * (each - center) ** 2 for weight, each in self._means[mean]]
+        between = np.sort(terms, axis=0).sum(axis=0) / self.weight  # sorted: the same in any order
         pooled = self._sums[variance] / self.weight + between
         return np.asarray(pooled, self._like[variance].dtype)
 

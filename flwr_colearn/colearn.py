@@ -25,7 +25,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from ._flwr import data_bytes, to_record, view
 from .checkpoint import CheckpointFolder
-from .errors import ColearnError, expected, whole_number
+from .errors import ColearnError, expected, real_number, whole_number
 from .history import History
 from .loop import Loop
 from .recovery import Quorum, RecoveringGrid, Recovery
@@ -142,7 +142,9 @@ class CoLearn(FedAvg):
         super().__init__(**{**kwargs, **nodes})
         self.num_participants = self.min_train_nodes
         self.wait_for_participants = (
-            math.inf if wait_for_participants is None else wait_for_participants
+            math.inf
+            if wait_for_participants is None
+            else real_number("wait_for_participants", wait_for_participants, least=0.0)
         )
         self.rule = CoLearningRule(
             local_epochs, learning_rate, weighting, total_epochs, roles, history
@@ -155,6 +157,7 @@ class CoLearn(FedAvg):
         )
         self.random = random.Random()
         self.time_limit: float | None = None
+        self._model_bytes = 0
         self._grid: Grid | None = None
         self._loop: Loop | None = None
         self._viewed: tuple[ArrayRecord, Arrays] | None = None
@@ -199,7 +202,8 @@ class CoLearn(FedAvg):
             plan.learning_rate,
         )
         self._last_nodes = self._choose_nodes(grid)
-        self.rule.sent_down(data_bytes(arrays) * len(self._last_nodes))
+        self._model_bytes = data_bytes(arrays)
+        self.rule.sent_down(self._model_bytes * len(self._last_nodes))
         # A copy: Flower hands the same ConfigRecord to every round.
         train_config = ConfigRecord({**config, **plan.to_config()})
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: train_config})
@@ -230,6 +234,8 @@ class CoLearn(FedAvg):
             replies = list(replies)  # of a grid that recovers while it is iterated
             self.rule.note_recovery(self._grid.take_events())
             self.rule.note_seconds(self._grid.seconds)
+            restarted = self._grid.sent - len(self._last_nodes)
+            self.rule.sent_down(self._model_bytes * restarted)
             self._last_nodes = self._grid.node_ids
         metrics: list[RecordDict] = []
         for reply in self._in_order(replies):

@@ -8,6 +8,7 @@ from logging import INFO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.common import log
 
 from .errors import ColearnError
@@ -31,7 +32,8 @@ class RoundRecord:
         |w^{i+1} - w^i| / |w^i| over the trainable arrays: what eq. 4 compares with epsilon to
         decide the next round's T. ``None`` until the round is closed.
     bytes_down, bytes_up : int
-        Bytes of the serialised arrays sent to, and taken from, all participants.
+        Bytes of the serialised arrays sent to, and received from, all participants, restarts and
+        refused replies included.
     participants : list of str
         Those whose model is in the average.
     refusals : list of dict
@@ -80,12 +82,12 @@ class RoundRecord:
             values = json.loads(line)
             known = {item.name for item in fields(cls)}
             record = cls(**{key: values[key] for key in values if key in known})
+            if isinstance(record.relative_change, str):
+                record.relative_change = float(record.relative_change)
         except (ValueError, TypeError) as error:
             raise ColearnError(
                 f"history: expected one RoundRecord a line, found {line[:80]!r} ({error})"
             ) from None
-        if isinstance(record.relative_change, str):
-            record.relative_change = float(record.relative_change)
         return record
 
 
@@ -183,10 +185,14 @@ def _log_record(record: RoundRecord) -> None:
 
 def _spell(value: Any) -> Any:
     """Replace non-finite floats by 'inf', '-inf', 'nan', which JSON has no numbers for."""
-    if isinstance(value, float) and not math.isfinite(value):
+    if type(value) is float and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
         return {key: _spell(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, np.generic):
+        return _spell(value.item())
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, list | tuple):
         return [_spell(item) for item in value]
     return value

@@ -138,6 +138,8 @@ class InProcessGrid(Grid):
         received.metadata.__dict__["_message_id"] = message.metadata.message_id
         try:
             reply = self.client_app(received, self.contexts[node_id])
+            if not isinstance(reply, Message):
+                raise expected("ClientApp", "a Message in reply", reply)
         except (
             Exception
         ) as error:  # whatever a ClientApp raises becomes an error reply, as in Flower
@@ -152,7 +154,11 @@ def _copy(content: RecordDict) -> RecordDict:
     """Copy the records but not the arrays' bytes: what a participant changes stays its own."""
     return RecordDict(
         {
-            name: type(record)(dict(record))  # type: ignore[arg-type]
+            name: type(record)({key: _own(value) for key, value in record.items()})
             for name, record in content.items()
         }
     )
+
+
+def _own(value: Any) -> Any:
+    return value[:] if isinstance(value, list) else value

@@ -188,7 +188,7 @@ class CoLearn(FedAvg):
     def _fold(self, participant: str, result: FitRes) -> bool:
         try:
             arrays = _named(result.parameters)
-        except ValueError as error:
+        except Exception as error:  # anything may be in the bytes
             self._rule.refuse(participant, f"parameters: expected numpy arrays, found {error}")
             return False
         return self._rule.fold(participant, arrays, result.num_examples, _size(result.parameters))

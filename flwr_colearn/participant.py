@@ -1,7 +1,6 @@
 """The participant's half of recovery: it says who it is, and ends itself when it hangs."""
 
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,9 +12,6 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.common import log
 
 from .replies import ECHO
-
-GRACE = 10.0
-"""Seconds between asking the hanging process to end and ending it."""
 
 
 def participant_mod(
@@ -80,21 +76,16 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
     if seconds is None or Path(sys.argv[0]).name != "flwr-clientapp":
         yield
         return
-    timers = [
-        threading.Timer(seconds, _end_politely, [seconds]),
-        # For code that never lets Python handle a signal.
-        threading.Timer(seconds + GRACE, os._exit, [os.EX_TEMPFAIL]),
-    ]
-    for timer in timers:
-        timer.daemon = True
-        timer.start()
+    # Not SIGTERM: Flower takes that for the end of a task and reports nothing to the server.
+    timer = threading.Timer(seconds, _end_process, [seconds])
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        for timer in timers:
-            timer.cancel()
+        timer.cancel()
 
 
-def _end_politely(seconds: float) -> None:
+def _end_process(seconds: float) -> None:
     log(ERROR, "Local training exceeded its time limit of %s s; this process ends itself", seconds)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(os.EX_TEMPFAIL)

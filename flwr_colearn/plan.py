@@ -69,10 +69,12 @@ class LocalPlan:
     time_limit: float | None = None
 
     def __post_init__(self) -> None:
-        whole_number(_entry("round"), self.round, least=1)
-        whole_number(_entry("local_epochs"), self.local_epochs, least=1)
-        real_number(_entry("learning_rate"), self.learning_rate, least=0.0)
-        whole_number(_entry("epochs_done"), self.epochs_done, least=0)
+        plain: dict[str, Any] = {
+            "round": whole_number(_entry("round"), self.round, least=1),
+            "local_epochs": whole_number(_entry("local_epochs"), self.local_epochs, least=1),
+            "learning_rate": real_number(_entry("learning_rate"), self.learning_rate, least=0.0),
+            "epochs_done": whole_number(_entry("epochs_done"), self.epochs_done, least=0),
+        }
         if self.schedule not in _NEEDS:
             raise expected(
                 _entry("schedule"),
@@ -81,11 +83,15 @@ class LocalPlan:
             )
         needed = _NEEDS[self.schedule]
         if "decay" in needed or self.decay is not None:
-            decay_factor(_entry("decay"), self.decay)
+            plain["decay"] = decay_factor(_entry("decay"), self.decay)
         if "total_epochs" in needed or self.total_epochs is not None:
-            whole_number(_entry("total_epochs"), self.total_epochs, least=1)
+            total = whole_number(_entry("total_epochs"), self.total_epochs, least=1)
+            plain["total_epochs"] = total
         if self.time_limit is not None:
-            real_number(_entry("time_limit"), self.time_limit, least=0.0)
+            limit = real_number(_entry("time_limit"), self.time_limit, least=0.0)
+            plain["time_limit"] = limit
+        for field, value in plain.items():  # numpy's numbers cannot be sent: plain ones instead
+            object.__setattr__(self, field, value)
 
     def __iter__(self) -> Iterator[Epoch]:
         """Yield the local epochs 1 .. T with their learning rates."""

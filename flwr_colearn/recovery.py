@@ -14,7 +14,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ._flwr import node_names
+from ._flwr import data_bytes, node_names
 from .errors import ColearnError, expected, real_number, whole_number
 from .replies import ECHO, check_train_reply, echo_of, failure_of
 
@@ -92,11 +92,14 @@ class Event:
         Its name where known, else its node id.
     reason : str
         For the record.
+    size : int
+        Bytes of arrays that a refused reply brought.
     """
 
     kind: Literal["restart", "refusal", "absence"]
     participant: str
     reason: str
+    size: int = 0
 
 
 @dataclass
@@ -166,6 +169,8 @@ class RecoveringGrid(Grid):
         Of the last train round's participants, after any replacement, in the order of messages.
     seconds : float
         The longest that a participant of the last train round took for its successful attempt.
+    sent : int
+        Messages sent in the last train round, restarts included.
     """
 
     def __init__(
@@ -179,6 +184,7 @@ class RecoveringGrid(Grid):
         self.check = check
         self.node_ids: list[int] = []
         self.seconds = 0.0
+        self.sent = 0
         self._directory = _Directory()
         self._events: list[Event] = []
 
@@ -248,6 +254,7 @@ class RecoveringGrid(Grid):
             return self.grid.send_and_receive(batch, timeout=timeout)
         participants = [_Participant(message.metadata.dst_node_id, message) for message in batch]
         self._directory.seen.update(self.grid.get_node_ids())
+        self.sent = 0
         self._push(participants)
         poll = 0.01
         while not all(participant.done for participant in participants):
@@ -283,6 +290,7 @@ class RecoveringGrid(Grid):
             message_id = participant.message.metadata.message_id
             if message_id in accepted:
                 participant.message_id = message_id
+                self.sent += 1
             else:
                 self._failed(participant, "the message was not accepted", participants)
 
@@ -298,7 +306,8 @@ class RecoveringGrid(Grid):
             self._check_identity(participant, reply, participants)
             self.check(participant.message, reply)
         except ColearnError as error:
-            self._note("refusal", participant, str(error))
+            size = sum(data_bytes(record) for record in reply.content.array_records.values())
+            self._note("refusal", participant, str(error), size)
             self._failed(participant, f"its reply was refused: {error}", participants)
             return
         participant.seconds = time.monotonic() - participant.sent_at
@@ -445,9 +454,10 @@ class RecoveringGrid(Grid):
         kind: Literal["restart", "refusal", "absence"],
         participant: _Participant,
         reason: str,
+        size: int = 0,
     ) -> None:
         name = self.name_of(participant.node_id)
-        self._events.append(Event(kind, name, reason))
+        self._events.append(Event(kind, name, reason, size))
         log(WARNING, "Recovery: %s of participant %s: %s", kind, name, reason)
 
 

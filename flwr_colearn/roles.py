@@ -127,7 +127,8 @@ def _default_role(name: str, array: NDArray) -> Role:
     if array.dtype.kind != "f":
         return Role.COUNTER
     role = _BY_NAME.get(_split(name)[1], Role.TRAINABLE)
-    return Role.TRAINABLE if role is Role.COUNTER else role
+    # A counter kept as a float is averaged, and must not count in eq. 4.
+    return Role.MEAN if role is Role.COUNTER else role
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -106,6 +106,7 @@ class CoLearningRule:
         self._open_round: _OpenRound | None = None
         self._sent: Arrays = {}
         self._measured: tuple[object, float] | None = None
+        self._averaged = True
 
     @property
     def spent(self) -> bool:
@@ -242,6 +243,7 @@ class CoLearningRule:
         }
         for event in events:
             lists[event.kind].append({"participant": event.participant, "reason": event.reason})
+            record.bytes_up += event.size
 
     def note_seconds(self, seconds: float) -> None:
         """Learn from the slowest participant's seconds how long a local epoch takes."""
@@ -266,7 +268,8 @@ class CoLearningRule:
         if self._open_round is None:
             return
         record = self._open_round.record
-        record.relative_change = self._change(arrays)
+        self._averaged = self._open_round.mean.count > 0
+        record.relative_change = self._change(arrays) if self._averaged else None
         record.seconds = round(time.perf_counter() - self._open_round.opened_at, 3)
         self._open_round = None
         self.history.append(record)
@@ -327,6 +330,8 @@ class CoLearningRule:
         last = self.progress.local_epochs
         if not last:
             return int(self.local_epochs.initial)
+        if not self._averaged:  # eq. 4 compares averages, and the last round brought none
+            return last
         change = self._change(arrays)
         chosen = int(self.local_epochs.next(last, change))
         if chosen != last:

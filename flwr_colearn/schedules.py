@@ -8,7 +8,8 @@ CLR+ILE is ``CyclicalRate`` with ``IncreasingEpochs``, ELR+FLE (federated averag
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from numbers import Integral, Real
+from typing import ClassVar, Protocol, runtime_checkable
 
 from .errors import ColearnError, decay_factor, expected, real_number, whole_number
 
@@ -166,6 +167,7 @@ class ExponentialRate(ConstantRate):
         return self.start(round_index) * math.pow(self.decay, share)
 
 
+@runtime_checkable
 class EpochRule(Protocol):
     """Decides how many local epochs the next round has."""
 
@@ -257,8 +259,8 @@ def as_learning_rate(value: float | LearningRate) -> LearningRate:
     """Return `value` itself if it is a schedule, else ``ConstantRate(value)``."""
     if isinstance(value, ConstantRate):
         return value
-    if isinstance(value, int | float):
-        return ConstantRate(value)
+    if isinstance(value, Real):
+        return ConstantRate(real_number("initial learning rate", value, least=0.0))
     raise expected(
         "learning_rate", "a number, CyclicalRate, ExponentialRate or ConstantRate", value
     )
@@ -266,9 +268,9 @@ def as_learning_rate(value: float | LearningRate) -> LearningRate:
 
 def as_epoch_rule(value: int | EpochRule) -> EpochRule:
     """Return `value` itself if it is a rule, else ``FixedEpochs(value)``."""
-    if isinstance(value, int):
-        return FixedEpochs(value)
-    if callable(getattr(value, "next", None)) and hasattr(value, "initial"):
+    if isinstance(value, Integral):
+        return FixedEpochs(whole_number("local epochs of FixedEpochs", value, least=1))
+    if isinstance(value, EpochRule) and not isinstance(value, type):
         return value
     raise expected("local_epochs", "a whole number, IncreasingEpochs or FixedEpochs", value)
 

@@ -1,0 +1,180 @@
+"""A real deployment on loopback: a SuperLink with TLS and authentication, SuperNodes, an app."""
+
+import os
+import re
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+from simulations.local_run import flower, free_port, stop
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "simulations" / "deploy"
+APP = Path(__file__).parent / "app"
+
+
+class Site:
+    """A SuperNode under a restart loop, as systemd's Restart=always would run it."""
+
+    def __init__(self, deployment, index, key=None, ca=None):
+        self.index = index
+        self.home = deployment.folder / f"site-{index}"
+        self.home.mkdir(exist_ok=True)
+        self.log = self.home / "supernode.log"
+        self.command = [
+            flower("flower-supernode"),
+            "--root-certificates", str(ca or deployment.ca),
+            "--auth-supernode-private-key", str(key or self.home / "site.key"),
+            "--superlink", deployment.address,
+            "--port", str(free_port()),
+            "--node-config", f"partition-id={index} num-partitions=5",
+        ]  # fmt: skip
+        self.environment = {**deployment.environment, "FLWR_HOME": str(self.home)}
+        self.process = None
+        self._stopped = threading.Event()
+        self._loop = threading.Thread(target=self._run, daemon=True)
+
+    def start(self):
+        self._loop.start()
+        return self
+
+    def stop(self):
+        self._stopped.set()
+        if self.process is not None:
+            stop(self.process)
+        self._loop.join(timeout=30)
+
+    def kill(self, signal_number):
+        self.process.send_signal(signal_number)
+
+    def _run(self):
+        with self.log.open("a") as log_file:
+            while not self._stopped.is_set():
+                self.process = subprocess.Popen(
+                    self.command, env=self.environment, stdout=log_file, stderr=subprocess.STDOUT
+                )
+                self.process.wait()
+                self._stopped.wait(2)
+
+
+class Deployment:
+    """A SuperLink and its sites; everything lives in one folder and ends with `stop`."""
+
+    def __init__(self, folder, sites=5):
+        self.folder = folder
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.environment = {
+            **os.environ,
+            "FLWR_HOME": str(folder / "home"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "PYTHONPATH": str(ROOT),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        }
+        self.ca = folder / "certificates" / "ca.crt"
+        self.run_script("certificates.sh", folder / "certificates", "127.0.0.1")
+        self._start_superlink()
+        self._connect()
+        self.sites = []
+        for index in range(sites):
+            self.run_script("site-key.sh", folder / f"site-{index}")
+            self.register(folder / f"site-{index}" / "site.key.pub")
+            self.sites.append(Site(self, index).start())
+        self.await_nodes(sites)
+
+    def run_script(self, name, *arguments):
+        subprocess.run([SCRIPTS / name, *arguments], check=True, capture_output=True)
+
+    def flwr(self, *arguments, timeout=120):
+        done = subprocess.run(
+            [flower("flwr"), *map(str, arguments)],
+            env=self.environment, text=True, capture_output=True, timeout=timeout, check=False,
+        )  # fmt: skip
+        return done.stdout + done.stderr
+
+    def register(self, public_key):
+        output = self.flwr("supernode", "register", public_key, "site")
+        assert "success" in output.lower(), output
+
+    def nodes_online(self):
+        return len(re.findall(r"\bonline\b", self.flwr("supernode", "list", "site")))
+
+    def await_nodes(self, number, seconds=120):
+        await_that(lambda: self.nodes_online() >= number, seconds, f"{number} SuperNodes online")
+
+    def run(self, app=APP, **config):
+        """Start a run; return the ``flwr run`` process that streams its log to a file."""
+        overrides = " ".join(
+            f"{key.replace('_', '-')}={_toml(value)}" for key, value in config.items()
+        )
+        command = [flower("flwr"), "run", str(app), "site", "--stream", "--run-config", overrides]
+        with (self.folder / "run.log").open("a") as log_file:
+            return subprocess.Popen(
+                command, env=self.environment, stdout=log_file, stderr=subprocess.STDOUT
+            )
+
+    def process_named(self, name):
+        """Return the SuperLink's descendant of that program, or None."""
+        for child in psutil.Process(self.superlink.pid).children(recursive=True):
+            if any(Path(part).name == name for part in child.cmdline()[:2]):
+                return child
+        return None
+
+    def stop(self):
+        for site in self.sites:
+            site.stop()
+        stop(self.superlink)
+
+    def _start_superlink(self):
+        certificates = self.folder / "certificates"
+        self.log = self.folder / "superlink.log"
+        with self.log.open("w") as log_file:
+            self.superlink = subprocess.Popen(
+                [
+                    flower("flower-superlink"),
+                    "--ssl-ca-certfile", str(self.ca),
+                    "--ssl-certfile", str(certificates / "server.pem"),
+                    "--ssl-keyfile", str(certificates / "server.key"),
+                    "--enable-supernode-auth",
+                    "--database", str(self.folder / "state.db"),
+                    "--host", "127.0.0.1", "--port", str(self.port),
+                    "--disable-runtime-dependency-installation",
+                ],
+                env=self.environment, stdout=log_file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        trusted = ssl.create_default_context(cafile=self.ca)
+
+        def healthy():
+            try:
+                urllib.request.urlopen(f"https://{self.address}/health", context=trusted, timeout=2)
+            except OSError:
+                return False
+            return True
+
+        await_that(healthy, 60, f"the SuperLink ({self.log})")
+
+    def _connect(self):
+        self.flwr("ls")  # makes config.toml
+        config = Path(self.environment["FLWR_HOME"]) / "config.toml"
+        with config.open("a") as file:
+            file.write(
+                f'\n[superlink.site]\naddress = "{self.address}"\nroot-certificates = "{self.ca}"\n'
+            )
+
+
+def await_that(condition, seconds, what):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"expected {what} within {seconds} s"
+        time.sleep(0.5)
+
+
+def _toml(value):
+    return str(value) if isinstance(value, int | float) else f"'{value}'"

@@ -1,0 +1,278 @@
+import math
+from dataclasses import FrozenInstanceError
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flwr_colearn import (
+    ColearnError,
+    ConstantRate,
+    CyclicalRate,
+    ExponentialRate,
+    FixedEpochs,
+    IncreasingEpochs,
+)
+from flwr_colearn.schedules import as_epoch_rule, as_learning_rate
+
+NOT_RATES = [-0.01, math.nan, math.inf, -math.inf, True, "0.01", None, 1j]
+NOT_DECAYS = [0, 0.0, -0.25, 1.0000001, 4, math.nan, math.inf, True, "0.25", None]
+NOT_COUNTS = [0, -1, 2.0, 2.5, math.nan, True, "5", None]
+
+
+def rates(schedule, local_epochs, **where):
+    return [schedule.at(j, local_epochs, **where) for j in range(1, local_epochs + 1)]
+
+
+# Learning rates ---------------------------------------------------------------------------------
+
+
+def test_cyclical_rate_gives_the_papers_vector_for_five_epochs():
+    vector = [0.007579, 0.005743, 0.004353, 0.003299, 0.0025]
+    assert rates(CyclicalRate(0.01, 0.25), 5) == pytest.approx(vector, abs=5e-7)
+
+
+@pytest.mark.parametrize(("epochs", "first"), [(10, 0.008706), (20, 0.009330), (40, 0.009659)])
+def test_cyclical_rate_starts_as_in_the_spec_and_ends_at_eta_times_r(epochs, first):
+    all_rates = rates(CyclicalRate(0.01, 0.25), epochs)
+    assert all_rates[0] == pytest.approx(first, abs=5e-7)
+    assert all_rates[-1] == 0.0025
+
+
+def test_cyclical_rate_defaults_are_the_papers():
+    assert CyclicalRate() == CyclicalRate(initial=0.01, decay=0.25)
+
+
+def test_cyclical_rate_of_a_single_epoch_is_eta_times_r():
+    assert rates(CyclicalRate(0.8, 0.25), 1) == [0.2]
+
+
+def test_decay_of_one_is_a_constant_rate():
+    assert rates(CyclicalRate(0.01, 1), 4) == [0.01] * 4
+    assert rates(ExponentialRate(0.01, decay=1, total_epochs=4), 4) == [0.01] * 4
+
+
+def test_a_rate_of_zero_stays_zero():
+    assert rates(CyclicalRate(0), 3) == [0, 0, 0]
+
+
+@given(
+    eta=st.floats(1e-6, 10),
+    decay=st.floats(0.01, 0.99),
+    epochs=st.integers(2, 60),
+    done=st.integers(0, 1000),
+)
+def test_cyclical_rate_falls_by_one_factor_and_never_uses_the_full_eta(eta, decay, epochs, done):
+    all_rates = rates(CyclicalRate(eta, decay), epochs, epochs_done=done)
+    assert all_rates[0] < eta
+    assert all_rates[-1] == pytest.approx(eta * decay, rel=1e-12)
+    ratios = [b / a for a, b in pairwise(all_rates)]
+    assert ratios == pytest.approx([decay ** (1 / epochs)] * (epochs - 1), rel=1e-9)
+
+
+def test_cyclical_rate_restarts_with_every_round():
+    schedule = CyclicalRate(0.01)
+    first, later = rates(schedule, 5), rates(schedule, 5, round_index=7, epochs_done=35)
+    assert first == later
+
+
+def test_exponential_rate_gives_hand_values():
+    # 0.01 * (1/16) ** (e/4): e = 1 halves, e = 2 quarters, and so on.
+    schedule = ExponentialRate(0.01, decay=1 / 16, total_epochs=4)
+    assert rates(schedule, 4) == pytest.approx([0.005, 0.0025, 0.00125, 0.000625], rel=1e-14)
+
+
+def test_exponential_rate_does_not_restart():
+    schedule = ExponentialRate(0.1, decay=0.25, total_epochs=12)
+    in_one_round = rates(schedule, 12)
+    in_three_rounds = (
+        rates(schedule, 3, round_index=0, epochs_done=0)
+        + rates(schedule, 3, round_index=1, epochs_done=3)
+        + rates(schedule, 6, round_index=2, epochs_done=6)
+    )
+    assert in_three_rounds == in_one_round
+    assert in_one_round[-1] == pytest.approx(0.025)
+
+
+def test_exponential_rate_goes_on_decaying_beyond_the_plan():
+    schedule = ExponentialRate(0.1, decay=0.25, total_epochs=10)
+    assert schedule.at(10, 10, epochs_done=10) == pytest.approx(0.1 / 16)
+
+
+def test_constant_rate_is_the_same_in_every_epoch_and_round():
+    assert rates(ConstantRate(0.3), 3, round_index=4, epochs_done=9) == [0.3] * 3
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ConstantRate,
+        lambda eta: CyclicalRate(eta, 1),
+        lambda eta: ExponentialRate(eta, decay=1, total_epochs=9),
+    ],
+)
+def test_initial_rate_may_be_a_function_of_the_round(make):
+    schedule = make(lambda i: 0.01 * 0.9**i)
+    starts = [schedule.start(i) for i in range(3)]
+    assert starts == pytest.approx([0.01, 0.009, 0.0081])
+    assert [schedule.at(1, 1, round_index=i) for i in range(3)] == starts
+
+
+def test_a_falling_initial_rate_is_annealed_from_its_own_value():
+    schedule = CyclicalRate(lambda i: 0.01 * 0.9**i)
+    assert schedule.at(5, 5, round_index=2) == pytest.approx(0.0081 / 4)
+
+
+@pytest.mark.parametrize("value", NOT_RATES)
+@pytest.mark.parametrize("make", [ConstantRate, CyclicalRate, lambda x: ExponentialRate(x, 1, 1)])
+def test_impossible_initial_rates_are_refused(make, value):
+    with pytest.raises(ColearnError, match=r"initial learning rate: expected a .*number") as error:
+        make(value)
+    assert f"found {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("value", NOT_RATES)
+def test_an_impossible_value_of_the_initial_function_is_refused_with_its_round(value):
+    schedule = CyclicalRate(lambda i: 0.01 if i < 3 else value)
+    assert schedule.start(2) == 0.01
+    with pytest.raises(ColearnError, match=r"round i=3: expected a .*number"):
+        schedule.start(3)
+
+
+@pytest.mark.parametrize("value", NOT_DECAYS)
+@pytest.mark.parametrize(
+    "make", [lambda r: CyclicalRate(0.01, r), lambda r: ExponentialRate(0.01, r, 10)]
+)
+def test_impossible_decays_are_refused(make, value):
+    with pytest.raises(ColearnError, match=r"decay.*expected a number in \(0, 1\]") as error:
+        make(value)
+    assert f"found {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("value", NOT_COUNTS)
+def test_impossible_total_epochs_are_refused(value):
+    with pytest.raises(ColearnError, match=r"total_epochs.*a whole number of at least 1"):
+        ExponentialRate(0.01, 0.5, value)
+
+
+@pytest.mark.parametrize(("epoch", "local_epochs"), [(0, 5), (6, 5), (-1, 5)])
+@pytest.mark.parametrize(
+    "schedule", [ConstantRate(0.1), CyclicalRate(0.1), ExponentialRate(0.1, 0.5, 10)]
+)
+def test_epochs_outside_the_round_are_refused(schedule, epoch, local_epochs):
+    with pytest.raises(ColearnError, match="from 1 to local_epochs=5, found"):
+        schedule.at(epoch, local_epochs)
+
+
+# Local epochs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (0.011, 5),
+        (math.nextafter(0.01, 1), 5),
+        (0.01, 10),  # a tie doubles
+        (math.nextafter(0.01, 0), 10),
+        (0.0, 10),
+        (math.inf, 5),
+        (math.nan, 5),
+    ],
+)
+def test_epochs_double_at_or_below_epsilon(change, expected):
+    assert IncreasingEpochs(5, epsilon=0.01).next(5, change) == expected
+
+
+def test_epochs_grow_from_the_last_round_and_not_from_the_first():
+    rule = IncreasingEpochs(5, epsilon=0.01)
+    assert [rule.next(t, 0.0) for t in (5, 10, 20)] == [10, 20, 40]
+
+
+@pytest.mark.parametrize(("maximum", "expected"), [(6, 6), (10, 10), (11, 10), (5, 5)])
+def test_epochs_never_grow_beyond_the_maximum(maximum, expected):
+    assert IncreasingEpochs(5, epsilon=1, maximum=maximum).next(5, 0.5) == expected
+
+
+def test_factor_may_be_larger_than_two():
+    assert IncreasingEpochs(5, epsilon=1, factor=3).next(5, 0.5) == 15
+
+
+def test_epsilon_zero_grows_only_when_nothing_moved():
+    rule = IncreasingEpochs(5, epsilon=0)
+    assert (rule.next(5, 0.0), rule.next(5, 5e-324)) == (10, 5)
+
+
+@given(change=st.floats(), epochs=st.integers(1, 100))
+def test_fixed_epochs_never_change(change, epochs):
+    assert FixedEpochs(3).next(epochs, change) == epochs
+
+
+@pytest.mark.parametrize("value", NOT_COUNTS)
+@pytest.mark.parametrize("make", [FixedEpochs, lambda t0: IncreasingEpochs(t0, epsilon=0.1)])
+def test_impossible_initial_epochs_are_refused(make, value):
+    with pytest.raises(ColearnError, match="expected a whole number of at least 1") as error:
+        make(value)
+    assert f"found {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"epsilon": -1e-9}, "epsilon.*expected a number of at least 0"),
+        ({"epsilon": math.nan}, "epsilon.*expected a finite number, found nan"),
+        ({"epsilon": math.inf}, "epsilon.*expected a finite number, found inf"),
+        ({"epsilon": "small"}, "epsilon.*found 'small'"),
+        ({"epsilon": 0.1, "factor": 1}, "factor.*at least 2, found 1"),
+        ({"epsilon": 0.1, "factor": 2.5}, "factor.*at least 2, found 2.5"),
+        ({"epsilon": 0.1, "maximum": 4}, "maximum.*at least 5, found 4"),
+        ({"epsilon": 0.1, "maximum": 7.5}, "maximum.*at least 5, found 7.5"),
+    ],
+)
+def test_impossible_epoch_rules_are_refused(arguments, message):
+    with pytest.raises(ColearnError, match=message):
+        IncreasingEpochs(5, **arguments)
+
+
+def test_epsilon_has_no_default_since_the_paper_gives_none():
+    with pytest.raises(TypeError, match="epsilon"):
+        IncreasingEpochs(5)
+
+
+# All of them ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ConstantRate(0.1),
+        CyclicalRate(0.1),
+        ExponentialRate(0.1, 0.5, 10),
+        IncreasingEpochs(5, 0.01),
+        FixedEpochs(5),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_values_are_immutable_and_equal_by_content(value):
+    with pytest.raises(FrozenInstanceError):
+        value.initial = 7
+    assert value == type(value)(**vars(value))
+    assert hash(value) == hash(type(value)(**vars(value)))
+
+
+def test_numbers_are_shorthand_for_constant_rate_and_fixed_epochs():
+    assert as_learning_rate(0.1) == ConstantRate(0.1)
+    assert as_learning_rate(1) == ConstantRate(1)
+    assert as_epoch_rule(5) == FixedEpochs(5)
+
+
+@pytest.mark.parametrize("value", ["0.1", None, True, [0.1], CyclicalRate, lambda i: 0.1])
+def test_what_is_no_learning_rate_is_refused(value):
+    with pytest.raises(ColearnError, match=r"learning.rate: expected"):
+        as_learning_rate(value)
+
+
+@pytest.mark.parametrize("value", ["5", None, True, 5.0, [5], IncreasingEpochs])
+def test_what_is_no_epoch_rule_is_refused(value):
+    with pytest.raises(ColearnError, match=r"local.epochs.*: expected"):
+        as_epoch_rule(value)
