@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
+from flwr.server.server import fit_clients as fit_clients
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy.strategy_utils import config_to_str as config_to_str
 
@@ -89,6 +90,7 @@ __all__ = [
     "config_to_str",
     "data_bytes",
     "empty_run",
+    "fit_clients",
     "node_names",
     "to_record",
     "view",

@@ -1,6 +1,7 @@
 """CoLearn for projects on Flower's legacy API: ``ServerAppComponents`` and ``NumPyClient``."""
 
-from logging import INFO
+import time
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 
+from ._flwr import fit_clients
 from .colearn import participant_arguments
 from .errors import ColearnError
 from .history import History
+from .recovery import LONGEST_PAUSE, Event, Quorum, Recovery
 from .roles import Arrays, Roles
 from .rule import CoLearningRule, Weighting
 from .schedules import EpochRule, LearningRate
 
+Metrics = list[tuple[int, dict[str, Scalar]]]
 FitFailure = tuple[ClientProxy, FitRes] | BaseException
 EvaluateFailure = tuple[ClientProxy, EvaluateRes] | BaseException
 
@@ -53,6 +57,11 @@ class CoLearn(FedAvg):
         K; by default `min_fit_clients`.
     local_epochs, learning_rate, total_epochs, weighting, roles, history
         As for `flwr_colearn.CoLearn`.
+    recovery : Recovery, optional
+        As for `flwr_colearn.CoLearn`, as far as the legacy API lets us: participants that failed
+        are asked again through the same ``ClientProxy``, all of them at once. One whose SuperNode
+        came back with another node id is not recognised, `patience` is not used, and there are no
+        deadlines, checkpoints or resume. Turn it off (``None``) under SecAgg+.
     **kwargs
         The arguments of ``flwr.server.strategy.FedAvg``, except `fraction_fit`, which must stay 1.
 
@@ -77,6 +86,7 @@ class CoLearn(FedAvg):
         weighting: Weighting = "uniform",
         roles: Roles = None,
         history: str | Path | History | None = None,
+        recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
         **kwargs: Any,
     ) -> None:
         clients = participant_arguments(
@@ -89,7 +99,9 @@ class CoLearn(FedAvg):
         self._rule = CoLearningRule(
             local_epochs, learning_rate, weighting, total_epochs, roles, history
         )
+        self.recovery = recovery
         self._shared: Parameters | None = None
+        self._asked: dict[str, tuple[ClientProxy, FitIns]] = {}
         self._rule.log_summary(lambda line: log(INFO, line))
 
     def __repr__(self) -> str:
@@ -116,7 +128,8 @@ class CoLearn(FedAvg):
             num_clients=self.min_fit_clients, min_num_clients=self.min_available_clients
         )
         self._rule.sent_down(_size(parameters) * len(clients))
-        return [(client, FitIns(parameters, config)) for client in clients]
+        self._asked = {client.cid: (client, FitIns(parameters, config)) for client in clients}
+        return list(self._asked.values())
 
     def aggregate_fit(
         self,
@@ -129,20 +142,16 @@ class CoLearn(FedAvg):
         Raises
         ------
         ColearnError
-            If no model arrived at all, or some did not and `accept_failures` is False.
+            If no model arrived at all, a participant is lost (see `recovery`), or one failed and
+            `accept_failures` is False.
         """
-        for failure in failures:
-            self._rule.refuse(*_describe(failure))
         if failures and not self.accept_failures:
             raise ColearnError(
                 f"round {server_round}: expected no failures (accept_failures=False), "
                 f"found {len(failures)}"
             )
-        metrics: list[tuple[int, dict[str, Scalar]]] = []
-        # Legacy results arrive in any order; float64 models are summed by participant.
-        for client, result in sorted(results, key=lambda item: item[0].cid):
-            if self._fold(client.cid, result):
-                metrics.append((result.num_examples, result.metrics))
+        metrics = self._fold_all(results)
+        metrics += self._restart_missing(server_round, failures)
         average = ndarrays_to_parameters(list(self._rule.average().values()))
         aggregated: dict[str, Scalar] = {}
         if self.fit_metrics_aggregation_fn is not None:
@@ -185,6 +194,48 @@ class CoLearn(FedAvg):
             self._rule.close(_named(self._shared))
         return loss, metrics
 
+    def _restart_missing(self, server_round: int, failures: list[FitFailure]) -> Metrics:
+        """Ask participants without a usable result again, until the recovery's policy says stop."""
+        metrics: Metrics = []
+        restarts = 0
+        while missing := sorted(set(self._asked) - set(self._rule.replied)):
+            reason = "; ".join(map(_describe, failures)) or "its result was refused"
+            if self.recovery is None or (
+                restarts >= self.recovery.max_restarts and self.recovery.policy != "wait"
+            ):
+                self._give_up(server_round, missing, reason)
+                break
+            time.sleep(min(self.recovery.pause * 2**restarts, LONGEST_PAUSE))
+            restarts += 1
+            self._rule.note_recovery(Event("restart", cid, reason) for cid in missing)
+            for cid in missing:
+                self._rule.sent_down(_size(self._asked[cid][1].parameters))
+            again = [self._asked[cid] for cid in missing]
+            results, failures = fit_clients(again, None, None, server_round)
+            metrics += self._fold_all(results)
+        return metrics
+
+    def _give_up(self, server_round: int, missing: list[str], reason: str) -> None:
+        self._rule.note_recovery(Event("absence", cid, reason) for cid in missing)
+        log(WARNING, "Round %s goes without participants %s: %s", server_round, missing, reason)
+        if self.recovery is None:
+            return
+        policy, replied = self.recovery.policy, len(self._rule.replied)
+        least = policy.least if isinstance(policy, Quorum) else len(self._asked)
+        if replied < least:
+            raise ColearnError(
+                f"round {server_round}: expected results from at least {least} participants, found "
+                f"{replied}; lost {missing}: {reason}"
+            )
+
+    def _fold_all(self, results: list[tuple[ClientProxy, FitRes]]) -> Metrics:
+        """Fold results into the mean by participant; return the metrics of those accepted."""
+        return [
+            (result.num_examples, result.metrics)
+            for client, result in sorted(results, key=lambda item: item[0].cid)
+            if self._fold(client.cid, result)
+        ]
+
     def _fold(self, participant: str, result: FitRes) -> bool:
         try:
             arrays = _named(result.parameters)
@@ -204,8 +255,8 @@ def _size(parameters: Parameters) -> int:
     return sum(len(tensor) for tensor in parameters.tensors)
 
 
-def _describe(failure: FitFailure) -> tuple[str, str]:
+def _describe(failure: FitFailure) -> str:
     if isinstance(failure, BaseException):
-        return "unknown", str(failure) or type(failure).__name__
+        return str(failure) or type(failure).__name__
     client, result = failure
-    return client.cid, result.status.message
+    return f"{client.cid}: {result.status.message}"

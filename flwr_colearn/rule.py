@@ -226,12 +226,18 @@ class CoLearningRule:
         """
         record, mean = self._round.record, self._round.mean
         if not mean.count:
-            reasons = "; ".join(f"{r['participant']}: {r['reason']}" for r in record.refusals)
+            entries = record.refusals + record.absences
+            reasons = "; ".join(f"{each['participant']}: {each['reason']}" for each in entries)
             raise ColearnError(
                 f"round {record.round}: expected a model from at least one participant, "
                 f"found none ({reasons or 'no replies before the timeout'})"
             )
         return mean.mean()
+
+    @property
+    def replied(self) -> list[str]:
+        """The participants whose models are in the round's mean."""
+        return self._round.record.participants
 
     def note_recovery(self, events: Iterable[Event]) -> None:
         """Record what a RecoveringGrid had to do in this round."""

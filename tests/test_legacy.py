@@ -29,6 +29,8 @@ from flwr_colearn import (
     IncreasingEpochs,
     InProcessGrid,
     LocalPlan,
+    Quorum,
+    Recovery,
     legacy,
 )
 
@@ -245,12 +247,13 @@ def test_a_bad_result_is_refused_and_recorded_while_the_round_goes_on(answer, re
             return answer(arrays)
         return [arrays[0] + np.float32(k), *arrays[1:]]
 
-    strategy = legacy_strategy(shared=shared)
+    strategy = legacy_strategy(shared=shared, recovery=None)
     run_legacy(strategy, legacy_app(train), num_rounds=2)
     first, second = strategy.history
     assert first.participants == ["1", "2"]
-    [refusal] = first.refusals
-    assert re.search(reason, refusal["reason"])
+    left_out = first.refusals + first.absences
+    assert {entry["participant"] for entry in left_out} == {"3"}
+    assert re.search(reason, left_out[0]["reason"])
     assert np.array_equal(shared[1][0], np.full((2, 3), 0.5, np.float32))
     assert second.participants == ["1", "2", "3"]
     assert np.array_equal(shared[2][0], np.full((2, 3), 1.5, np.float32))
@@ -283,13 +286,13 @@ def test_no_result_that_a_participant_sends_ends_the_run(tensors, status, reason
     app = ClientApp(
         client_fn=lambda context: RawClient(context.node_config["partition-id"], tensors, status)
     )
-    strategy = legacy_strategy(fraction_evaluate=0.0)
+    strategy = legacy_strategy(fraction_evaluate=0.0, recovery=None)
     run_legacy(strategy, app, num_rounds=1)
     [record] = strategy.history
     assert record.participants == ["1", "2"]
-    [refusal] = record.refusals
-    assert refusal["participant"] == "3"
-    assert reason in refusal["reason"]
+    left_out = record.refusals + record.absences
+    assert {entry["participant"] for entry in left_out} == {"3"}
+    assert reason in left_out[0]["reason"]
 
 
 def test_a_round_that_brings_nothing_ends_the_run():
@@ -299,7 +302,49 @@ def test_a_round_that_brings_nothing_ends_the_run():
     with pytest.raises(
         ColearnError, match=r"round 1: expected a model from at least one.*disk full"
     ):
-        run_legacy(legacy_strategy(), legacy_app(train))
+        run_legacy(legacy_strategy(recovery=None), legacy_app(train))
+
+
+@pytest.mark.parametrize("fault", ["exception", "nan"])
+def test_a_participant_that_fails_is_restarted_in_the_same_round(fault):
+    shared, clean, failed = [], [], set()
+
+    def train(k, plan, arrays):
+        if k == 1 and plan.round not in failed:
+            failed.add(plan.round)
+            return 1 / 0 if fault == "exception" else [a * np.float32(np.nan) for a in arrays[:2]]
+        return descend(k, plan, arrays)
+
+    strategy = legacy_strategy(shared=shared, recovery=Recovery(pause=0.0))
+    run_legacy(strategy, legacy_app(train))
+    run_legacy(legacy_strategy(shared=clean), legacy_app(descend))
+    for record in strategy.history:
+        assert sorted(record.participants) == ["1", "2", "3"]
+        assert [entry["participant"] for entry in record.restarts] == ["2"]
+    for one, other in zip(shared, clean, strict=True):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("policy", "goes_on"), [("fail", False), (Quorum(3), False), (Quorum(2), True)]
+)
+def test_a_participant_that_is_lost_is_dealt_with_by_the_policy(policy, goes_on):
+    def train(k, plan, arrays):
+        return 1 / 0 if k == 2 else [arrays[0] + np.float32(k), *arrays[1:]]
+
+    shared = []
+    recovery = Recovery(max_restarts=2, pause=0.0, policy=policy)
+    strategy = legacy_strategy(shared=shared, recovery=recovery)
+    if goes_on:
+        run_legacy(strategy, legacy_app(train), num_rounds=1)
+        [record] = strategy.history
+        assert len(record.restarts) == 2
+        assert [entry["participant"] for entry in record.absences] == ["3"]
+        np.testing.assert_array_equal(shared[1][0], np.full((2, 3), 0.5, np.float32))
+    else:
+        with pytest.raises(ColearnError, match=r"lost \['3'\].*division by zero"):
+            run_legacy(strategy, legacy_app(train), num_rounds=1)
 
 
 def test_failures_end_the_run_if_they_are_not_accepted():

@@ -4,7 +4,8 @@
 #     certificates.sh FOLDER HOST [HOST ...]
 #
 # HOST: the names and addresses under which the sites reach the SuperLink, such as
-# link.hospital.example or 127.0.0.1. FOLDER gets ca.crt (give it to every site), ca.key (keep it
+# link.hospital.example; 127.0.0.1 is always added, since the SuperLink's own processes reach it
+# there. FOLDER gets ca.crt (give it to every site), ca.key (keep it
 # offline), server.pem and server.key (for the SuperLink only).
 set -euo pipefail
 
@@ -12,7 +13,7 @@ folder=${1:?"usage: certificates.sh FOLDER HOST [HOST ...]"}
 shift
 [ $# -gt 0 ] || { echo "certificates.sh: expected at least one HOST, found none" >&2; exit 2; }
 
-names=()
+names=(IP:127.0.0.1)
 for host in "$@"; do
     if [[ $host =~ ^[0-9.]+$ || $host == *:* ]]; then names+=("IP:$host"); else names+=("DNS:$host"); fi
 done

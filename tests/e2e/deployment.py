@@ -161,12 +161,13 @@ class Deployment:
         await_that(healthy, 60, f"the SuperLink ({self.log})")
 
     def _connect(self):
-        self.flwr("ls")  # makes config.toml
-        config = Path(self.environment["FLWR_HOME"]) / "config.toml"
-        with config.open("a") as file:
-            file.write(
-                f'\n[superlink.site]\naddress = "{self.address}"\nroot-certificates = "{self.ca}"\n'
-            )
+        # Written here: a flwr command that finds no config starts a local SuperLink of its own.
+        home = Path(self.environment["FLWR_HOME"])
+        home.mkdir()
+        (home / "config.toml").write_text(
+            '[superlink]\ndefault = "site"\n\n[superlink.site]\n'
+            f'address = "{self.address}"\nroot-certificates = "{self.ca}"\n'
+        )
 
 
 def await_that(condition, seconds, what):
