@@ -8,7 +8,7 @@ from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
 from clients.trainer import NDArray, Trainer, derive_seed, follow
-from flwr_colearn import LocalPlan, participant_mod
+from flwr_colearn import ColearnError, LocalPlan, participant_mod
 
 OPTIMIZER = "colearn.optimizer"
 """Key in ``context.state`` under which a participant keeps its optimizer's state."""
@@ -21,6 +21,8 @@ class TrainerClient(NumPyClient):
     ----------
     trainer : Trainer
         The model with this participant's data.
+    context : Context
+        What Flower gives to `client_fn`.
     seed : int, default 0
         The run's seed; the participant's own is drawn from it and its ``partition-id``.
     keep_optimizer : bool, default False
@@ -29,8 +31,11 @@ class TrainerClient(NumPyClient):
         fresh optimizer.
     """
 
-    def __init__(self, trainer: Trainer, seed: int = 0, keep_optimizer: bool = False) -> None:
+    def __init__(
+        self, trainer: Trainer, context: Context, seed: int = 0, keep_optimizer: bool = False
+    ) -> None:
         self.trainer = trainer
+        self.context = context
         self.seed = seed
         self.keep_optimizer = keep_optimizer
 
@@ -42,11 +47,9 @@ class TrainerClient(NumPyClient):
         self, parameters: list[NDArray], config: dict[str, Any]
     ) -> tuple[list[NDArray], int, dict[str, Any]]:
         """Train the shared model for the local epochs of the plan."""
-        context = self.get_context()
+        plan = LocalPlan.from_config(config)
         self._load(parameters)
-        metrics = train_locally(
-            self.trainer, LocalPlan.from_config(config), context, self.seed, self.keep_optimizer
-        )
+        metrics = train_locally(self.trainer, plan, self.context, self.seed, self.keep_optimizer)
         return self.get_parameters({}), int(metrics.pop("num-examples")), metrics
 
     def evaluate(
@@ -59,6 +62,11 @@ class TrainerClient(NumPyClient):
 
     def _load(self, parameters: list[NDArray]) -> None:
         names = self.trainer.get_weights()
+        if len(names) != len(parameters):
+            raise ColearnError(
+                f"parameters: expected the {len(names)} arrays of this participant's model, found "
+                f"{len(parameters)}; is it the server's model?"
+            )
         self.trainer.set_weights(dict(zip(names, parameters, strict=True)))
 
 
@@ -83,6 +91,8 @@ def make_numpy_client_app(
 ) -> ClientApp:
     """Return a legacy ClientApp whose participants train what `build` returns for their context."""
     return ClientApp(
-        client_fn=lambda context: TrainerClient(build(context), seed, keep_optimizer).to_client(),
+        client_fn=lambda context: TrainerClient(
+            build(context), context, seed, keep_optimizer
+        ).to_client(),
         mods=[participant_mod],
     )

@@ -56,7 +56,8 @@ def class_shards(labels: Labels, num_partitions: int, classes_each: int, seed: i
     Raises
     ------
     ColearnError
-        If classes would be left over, or a participant would get a class twice.
+        If classes would be left over, a participant would get a class twice, or a class has
+        fewer examples than participants.
     """
     rng = np.random.default_rng(seed)
     labels = np.asarray(labels)
@@ -72,6 +73,11 @@ def class_shards(labels: Labels, num_partitions: int, classes_each: int, seed: i
     for label in classes:
         owners = np.flatnonzero((dealt == label).any(axis=1))
         members = rng.permutation(np.flatnonzero(labels == label))
+        if len(members) < len(owners):
+            raise ColearnError(
+                f"partition: expected at least {len(owners)} examples of class {label}, one for "
+                f"each of its {len(owners)} participants, found {len(members)}"
+            )
         for owner, part in zip(owners, np.array_split(members, len(owners)), strict=True):
             shards[owner].append(part)
     return _checked([np.sort(np.concatenate(shard)) for shard in shards])

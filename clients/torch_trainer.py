@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from clients.trainer import EpochResult, NDArray
 from flwr_colearn import ColearnError, Role
+from flwr_colearn.errors import whole_number
 
 Transform = Callable[[Tensor, bool], Tensor]
 """``(inputs, training) -> inputs``, applied to every batch on the device."""
@@ -75,6 +76,7 @@ class TorchTrainer:
     ) -> None:
         if len(train_set) == 0:  # type: ignore[arg-type]
             raise ColearnError("train_set: expected at least one example, found an empty shard")
+        whole_number("batch_size", batch_size, least=1)
         if precision not in ("float32", "bfloat16", "float16"):
             raise ColearnError(
                 f"precision: expected float32, bfloat16 or float16, found {precision!r}"
@@ -235,8 +237,7 @@ def roles_of(model: nn.Module) -> dict[str, Role]:
     """Return the role of every array of a model's state dict, by module type, never by name.
 
     Parameters that are trained are ``trainable``; running means, variances and counters of
-    normalization layers get their roles; frozen parameters and other buffers are averaged but do
-    not count in the relative change.
+    normalization layers get their roles; frozen parameters and other buffers are ``buffer``.
     """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     roles = {
@@ -254,4 +255,4 @@ def roles_of(model: nn.Module) -> dict[str, Role]:
 def _role_by_type(tensor: Tensor, is_trained: bool) -> Role:
     if not tensor.is_floating_point():
         return Role.COUNTER
-    return Role.TRAINABLE if is_trained else Role.MEAN
+    return Role.TRAINABLE if is_trained else Role.BUFFER

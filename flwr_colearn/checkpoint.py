@@ -179,7 +179,7 @@ def _write(path: Path, checkpoint: Checkpoint) -> None:
     }
     members[_STATE] = np.frombuffer(state.encode(), np.uint8)
     with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, **members)
+        np.savez(file, **members)  # type: ignore[arg-type]  # members are named, not flags
         file.flush()
         os.fsync(file.fileno())
 

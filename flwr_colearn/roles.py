@@ -26,6 +26,7 @@ class Role(StrEnum):
     ``mean``      mean; pooled with its variance where paired  left out
     ``variance``  pooled with its mean where paired            left out
     ``counter``   mean rounded to the nearest whole number     left out
+    ``buffer``    mean                                         left out
     ============= ============================================ =================================
     """
 
@@ -33,6 +34,7 @@ class Role(StrEnum):
     MEAN = "mean"
     VARIANCE = "variance"
     COUNTER = "counter"
+    BUFFER = "buffer"
 
 
 Roles = Mapping[str, Role | str] | Sequence[Role | str] | None
@@ -83,8 +85,8 @@ def assign_roles(arrays: Arrays, given: Roles = None) -> dict[str, Role]:
             WARNING,
             "The model's arrays have no names, so batch-norm statistics cannot be told from "
             "weights: floats are averaged as weights and nothing is pooled. Name them "
-            "(ArrayRecord(model.state_dict()) or ArrayRecord of a dict), or give roles=[...], "
-            "one of 'trainable', 'mean', 'variance', 'counter' for each array.",
+            "(ArrayRecord(model.state_dict()) or ArrayRecord of a dict), or give roles=[...], one "
+            "of 'trainable', 'mean', 'variance', 'counter', 'buffer' for each array.",
         )
     for name, role in roles.items():
         is_float = arrays[name].dtype.kind == "f"
@@ -128,7 +130,7 @@ def _default_role(name: str, array: NDArray) -> Role:
         return Role.COUNTER
     role = _BY_NAME.get(_split(name)[1], Role.TRAINABLE)
     # A counter kept as a float is averaged, and must not count in eq. 4.
-    return Role.MEAN if role is Role.COUNTER else role
+    return Role.BUFFER if role is Role.COUNTER else role
 
 
 def _split(name: str) -> tuple[str, str]:

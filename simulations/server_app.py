@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
             evaluate_fn=evaluate_with(trainer),
         )
     except ColearnError as error:
-        if error.result is not None:
+        if error.result is not None and len(strategy.history):
             save_model(error.result, output)
             log(INFO, "The model of the last completed round is in %s", output)
         raise
@@ -89,7 +89,7 @@ def save_model(result: Result, output: Path) -> None:
     """Write the model's arrays by name to ``model.npz``."""
     output.mkdir(parents=True, exist_ok=True)
     arrays = {name: array.numpy() for name, array in result.arrays.items()}
-    np.savez(output / "model.npz", allow_pickle=False, **arrays)
+    np.savez(output / "model.npz", **arrays)
 
 
 def summarise(result: Result, history: History, settings: RunSettings, output: Path) -> None:

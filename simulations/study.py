@@ -91,7 +91,7 @@ def run_unit(name: str, participants: ParticipantSettings, settings: RunSettings
         # Vanilla learning exchanges no models: its rounds are only where it is evaluated.
         rounds, moved = (0, 0) if arm.pooled_data else (len(history), history.bytes_total)
     seconds = round(time.perf_counter() - started, 1)
-    config = {**participants.to_config(), **settings.to_config()}
+    config = unit_config(participants, settings)
     return Unit(name, participants.seed, epochs, accuracies, grown, rounds, moved, seconds, config)
 
 
@@ -168,7 +168,7 @@ def run_study(
     for arm, seed in tqdm(plan, desc="arms x seeds"):
         seeded = replace(participants, seed=seed)
         path = output / "units" / f"{arm}-{seed}.json"
-        unit = read_unit(path, {**seeded.to_config(), **settings.to_config()})
+        unit = read_unit(path, unit_config(seeded, settings))
         if unit is None:
             unit = run_unit(arm, seeded, settings)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,6 +177,14 @@ def run_study(
             scratch.replace(path)
         units.append(unit)
     return units
+
+
+def unit_config(participants: ParticipantSettings, settings: RunSettings) -> dict[str, object]:
+    """Return the settings that a result depends on; not those of the machine it came from."""
+    config = {**participants.to_config(), **settings.to_config()}
+    for key in ("data-dir", "devices", "workers", "output-dir", "wait-for-participants"):
+        del config[key]
+    return config
 
 
 def read_unit(path: Path, config: dict[str, object]) -> Unit | None:

@@ -1,0 +1,190 @@
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from clients.client_app import make_client_app
+from clients.numpy_client import OPTIMIZER
+from clients.torch_trainer import TorchTrainer, roles_of
+from clients.trainer import derive_seed, follow
+from flwr_colearn import (
+    CoLearn,
+    CyclicalRate,
+    ExponentialRate,
+    FixedEpochs,
+    InProcessGrid,
+    LocalPlan,
+)
+from simulations.server_app import to_record
+
+torch.set_num_threads(1)  # small networks: more threads only get in each other's way
+
+SEED = 4
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def trainer_of(k, model=None):
+    """The trainer of participant k, with data of its own."""
+    generator = torch.Generator().manual_seed(k)
+    labels = torch.arange(20 + k) % 3
+    data = TensorDataset(torch.randn(20 + k, 4, generator=generator) + labels[:, None], labels)
+    return TorchTrainer(model or network(), data, data, batch_size=8, device="cpu")
+
+
+def build(context):
+    # Its own initial weights never matter: those of the message do.
+    k = context.node_config["partition-id"]
+    return trainer_of(k, network(seed=100 + k))
+
+
+def app_of(**options):
+    return make_client_app(build, seed=lambda context: SEED, **options)
+
+
+def shared_model(seed=0):
+    return to_record(trainer_of(0, network(seed)))
+
+
+def ask(grid, node_id, message_type="train", **config):
+    content = RecordDict({"arrays": shared_model(), "config": ConfigRecord(config)})
+    [reply] = grid.send_and_receive([Message(content, node_id, message_type)])
+    return reply
+
+
+def arrays_of(record):
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def same(first, second):
+    return list(first) == list(second) and all(
+        a.dtype == b.dtype and np.array_equal(a, b)
+        for a, b in zip(first.values(), second.values(), strict=True)
+    )
+
+
+def trained_by_hand(k, *plans):
+    trainer = trainer_of(k)
+    for plan in plans:
+        metrics = follow(plan, trainer, derive_seed(SEED, k))
+    return trainer.get_weights(), metrics
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_a_participant_follows_the_plan_from_the_shared_model_on_its_own_data(k):
+    plan = LocalPlan(2, 3, 0.1, "cyclical", decay=0.25, epochs_done=5)
+    reply = ask(InProcessGrid(app_of(), 3), k + 1, **plan.to_config())
+    weights, metrics = trained_by_hand(k, plan)
+    assert same(arrays_of(reply.content["arrays"]), weights)
+    assert dict(reply.content["metrics"]) == metrics
+    # The last of 20, 21, 22 examples in batches of 8 is never alone.
+    assert metrics["num-examples"] == 20 + k
+    assert metrics["learning-rate"] == 0.025
+
+
+def test_the_runs_seed_decides():
+    def train(seed):
+        grid = InProcessGrid(make_client_app(build, seed=lambda context: seed), 1)
+        return arrays_of(ask(grid, 1, **LocalPlan(1, 1, 0.1).to_config()).content["arrays"])
+
+    assert same(train(0), train(0))
+    assert not same(train(0), train(1))
+
+
+def test_a_participant_evaluates_the_shared_model_on_its_own_data():
+    reply = ask(InProcessGrid(app_of(), 3), 3, "evaluate")
+    assert dict(reply.content["metrics"]) == trainer_of(2).evaluate()
+
+
+def test_a_server_without_a_plan_is_answered_with_the_key_that_is_missing():
+    reply = ask(InProcessGrid(app_of(), 1), 1, **{"server-round": 1})
+    assert "ColearnError: train config: expected the key 'local-epochs'" in reply.error.reason
+
+
+def test_a_model_of_another_architecture_is_answered_with_an_error():
+    arrays = ArrayRecord({"w": next(iter(shared_model().values()))})
+    content = RecordDict(
+        {"arrays": arrays, "config": ConfigRecord(LocalPlan(1, 1, 0.1).to_config())}
+    )
+    [reply] = InProcessGrid(app_of(), 1).send_and_receive([Message(content, 1, "train")])
+    assert "ColearnError: weights: expected those of this participant's" in reply.error.reason
+
+
+@pytest.mark.parametrize("rate", [CyclicalRate(0.1), ExponentialRate(0.1, 0.25, 6), 0.05], ids=repr)
+def test_one_round_of_one_participant_is_vanilla_training(rate):
+    strategy = CoLearn(
+        1, local_epochs=FixedEpochs(6), learning_rate=rate, total_epochs=6, fraction_evaluate=0.0
+    )
+    result = strategy.start(InProcessGrid(app_of(), 1), shared_model())
+    kind = rate.kind if isinstance(rate, CyclicalRate | ExponentialRate) else "constant"
+    eta = getattr(rate, "initial", rate)
+    plan = LocalPlan(1, 6, eta, kind, decay=getattr(rate, "decay", None), total_epochs=6)
+    weights, _ = trained_by_hand(0, plan)
+    assert len(strategy.history) == 1
+    assert same(arrays_of(result.arrays), weights)
+
+
+def test_a_round_is_the_mean_of_the_participants_trained_alone():
+    strategy = CoLearn(
+        3,
+        local_epochs=2,
+        learning_rate=CyclicalRate(0.1),
+        roles=roles_of(network()),
+        fraction_evaluate=0.0,
+    )
+    result = strategy.start(InProcessGrid(app_of(), 3), shared_model(), num_rounds=1)
+    plan = LocalPlan(1, 2, 0.1, "cyclical", decay=0.25)
+    alone = [trained_by_hand(k, plan)[0] for k in range(3)]
+    for name, array in arrays_of(result.arrays).items():
+        models = np.stack([weights[name] for weights in alone]).astype(np.float64)
+        expected = models.mean(0)
+        if name == "1.running_var":  # pooled: the spread of the means comes on top
+            expected += np.stack([weights["1.running_mean"] for weights in alone]).var(0)
+        np.testing.assert_allclose(array, expected, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def rounds_of_one_epoch(keep, total=5):
+    """Five rounds of one local epoch of one participant: its grid and the shared model."""
+    grid = InProcessGrid(app_of(keep_optimizer=lambda context: keep), 1)
+    strategy = CoLearn(
+        1,
+        local_epochs=1,
+        learning_rate=ExponentialRate(0.1, 0.25, total),
+        total_epochs=total,
+        fraction_evaluate=0.0,
+    )
+    return grid, arrays_of(strategy.start(grid, shared_model()).arrays)
+
+
+def test_a_kept_optimizer_makes_rounds_one_uninterrupted_training():
+    plan = LocalPlan(1, 5, 0.1, "exponential", decay=0.25, total_epochs=5)
+    uninterrupted, _ = trained_by_hand(0, plan)
+    assert same(rounds_of_one_epoch(keep=True)[1], uninterrupted)
+    assert not same(rounds_of_one_epoch(keep=False)[1], uninterrupted)
+
+
+def test_momentum_stays_in_the_participants_state_if_asked_for():
+    grid, _ = rounds_of_one_epoch(keep=True)
+    trainer = trainer_of(0)
+    plan = LocalPlan(1, 5, 0.1, "exponential", decay=0.25, total_epochs=5)
+    follow(plan, trainer, derive_seed(SEED, 0))
+    kept = arrays_of(grid.contexts[1].state[OPTIMIZER])
+    assert kept
+    assert same(kept, trainer.get_optimizer_state())
+    assert not rounds_of_one_epoch(keep=False)[0].contexts[1].state
+
+
+def test_a_participant_that_lost_its_optimizer_goes_on_with_a_fresh_one():
+    plan = LocalPlan(1, 2, 0.1)
+    grid = InProcessGrid(app_of(keep_optimizer=lambda context: True), 1)
+    first = ask(grid, 1, **plan.to_config())
+    second = ask(grid, 1, **plan.to_config())
+    assert not same(*(arrays_of(reply.content["arrays"]) for reply in (first, second)))
+    grid.contexts[1].state.clear()
+    again = ask(grid, 1, **plan.to_config())
+    assert same(*(arrays_of(reply.content["arrays"]) for reply in (first, again)))

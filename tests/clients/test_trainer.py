@@ -1,0 +1,65 @@
+from clients.trainer import EpochResult, derive_seed, follow
+from flwr_colearn import LocalPlan
+
+
+class Diary:
+    """A trainer without a model: it writes down what it is asked for."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def train_epoch(self, learning_rate, seed):
+        self.epochs.append((learning_rate, seed))
+        return EpochResult(loss=1 / len(self.epochs), num_examples=7)
+
+
+def followed(*plans, seed=0):
+    """The (learning rate, seed) of every epoch of some plans, followed by one trainer."""
+    diary = Diary()
+    for plan in plans:
+        follow(plan, diary, seed)
+    return diary.epochs
+
+
+def seeds_of(*plans, seed=0):
+    return [epoch_seed for _, epoch_seed in followed(*plans, seed=seed)]
+
+
+def test_every_epoch_has_the_rate_of_equation_3():
+    plan = LocalPlan(1, 4, 0.01, "cyclical", decay=0.25)
+    rates = [rate for rate, _ in followed(plan)]
+    assert rates == [0.01 * 0.25 ** (j / 4) for j in (1, 2, 3, 4)]
+
+
+def test_the_last_epoch_is_reported():
+    metrics = follow(LocalPlan(1, 4, 0.01, "cyclical", decay=0.25), Diary(), seed=0)
+    assert metrics == {"num-examples": 7, "train-loss": 0.25, "learning-rate": 0.0025}
+
+
+def test_every_epoch_of_a_run_has_a_seed_of_its_own():
+    rounds = [LocalPlan(i + 1, 5, 0.01, epochs_done=5 * i) for i in range(40)]
+    assert len(set(seeds_of(*rounds))) == 200
+
+
+def test_a_restarted_round_repeats_itself():
+    plan = LocalPlan(3, 4, 0.01, epochs_done=8)
+    again = seeds_of(plan, plan)
+    assert again[:4] == again[4:]
+
+
+def test_seeds_follow_the_epochs_of_the_run_however_they_fall_into_rounds():
+    parts = LocalPlan(1, 1, 0.01), LocalPlan(2, 3, 0.01, epochs_done=1)
+    assert seeds_of(*parts) == seeds_of(LocalPlan(1, 4, 0.01))
+
+
+def test_participants_with_other_seeds_train_with_other_seeds():
+    plan = LocalPlan(1, 50, 0.01)
+    assert not set(seeds_of(plan, seed=0)) & set(seeds_of(plan, seed=1))
+
+
+def test_derived_seeds_fit_every_generator_and_depend_on_every_number_and_its_place():
+    numbers = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (7, 3), (2**32 - 1, 3)]
+    seeds = [derive_seed(*each) for each in numbers]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert seeds == [derive_seed(*each) for each in numbers]

@@ -1,0 +1,64 @@
+import pytest
+
+from flwr_colearn import (
+    ColearnError,
+    CyclicalRate,
+    ExponentialRate,
+    FixedEpochs,
+    IncreasingEpochs,
+)
+from simulations.arms import ARMS, arm_named, schedules
+from simulations.settings import RunSettings
+
+SETTINGS = RunSettings(
+    learning_rate=0.02, decay=0.5, initial_epochs=3, epsilon=0.01, total_epochs=40
+)
+CLR, ELR = CyclicalRate(0.02, 0.5), ExponentialRate(0.02, 0.5, total_epochs=40)
+ILE, FLE = IncreasingEpochs(3, epsilon=0.01), FixedEpochs(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "epochs", "pooled", "averaged"),
+    [
+        ("clr-ile", CLR, ILE, False, True),
+        ("clr-fle", CLR, FLE, False, True),
+        ("elr-ile", ELR, ILE, False, True),
+        ("elr-fle", ELR, FLE, False, True),
+        ("vanilla-elr", ELR, FLE, True, True),
+        ("vanilla-clr", CLR, ILE, True, True),
+        ("ensemble", ELR, FLE, False, False),
+    ],
+)
+def test_an_arm_is_a_pair_of_a_rate_and_an_epoch_rule(name, rate, epochs, pooled, averaged):
+    arm = arm_named(name)
+    assert schedules(arm, SETTINGS) == {
+        "learning_rate": rate,
+        "local_epochs": epochs,
+        "total_epochs": 40,
+    }
+    assert (arm.pooled_data, arm.averaged) == (pooled, averaged)
+
+
+def test_these_are_all_the_arms_of_the_study_and_each_has_a_title_of_its_own():
+    assert len(ARMS) == 7
+    assert len({arm.title for arm in ARMS.values()}) == 7
+
+
+def test_t_can_be_bounded():
+    bounded = schedules(ARMS["clr-ile"], RunSettings(epsilon=0.01, max_local_epochs=8))
+    assert bounded["local_epochs"] == IncreasingEpochs(1, 0.01, maximum=8)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_an_exponential_rate_needs_the_planned_total_and_a_cyclical_one_does_not(name):
+    arm, settings = ARMS[name], RunSettings(total_epochs=0)
+    if arm.cyclical:
+        assert schedules(arm, settings)["total_epochs"] is None
+    else:
+        with pytest.raises(ColearnError, match="'total-epochs': expected the planned local epochs"):
+            schedules(arm, settings)
+
+
+def test_an_unknown_arm_is_refused_with_the_known_ones():
+    with pytest.raises(ColearnError, match=r"arm: expected one of clr-ile, .*, found 'fedavg'"):
+        arm_named("fedavg")
