@@ -22,12 +22,12 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 
 from ._flwr import fit_clients
-from .colearn import participant_arguments
 from .errors import ColearnError
 from .history import History
 from .recovery import LONGEST_PAUSE, Event, Quorum, Recovery
 from .roles import Arrays, Roles
 from .rule import CoLearningRule, Weighting
+from .sampling import participant_arguments
 from .schedules import EpochRule, LearningRate
 
 Metrics = list[tuple[int, dict[str, Scalar]]]

@@ -81,6 +81,7 @@ def test_its_history_has_five_participants_in_every_round(five):
 
 def test_its_model_is_that_of_the_same_run_in_process(five, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    torch.set_num_threads(1)  # as Flower's simulation gives each participant
     config = {**ParticipantSettings().to_config(), **RunSettings(total_epochs=4).to_config()}
     config["output-dir"] = str(tmp_path)
     context = Context(1, 0, {}, RecordDict(), config)
