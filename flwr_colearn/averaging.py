@@ -1,6 +1,7 @@
 """The streaming mean over participants' models, pooled statistics, and the relative change."""
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -55,6 +56,7 @@ class RunningMean:
         self.roles = assign_roles(like, roles)
         self._pairs = pair_statistics(like, self.roles)
         self._sums: dict[str, NDArray] = {}
+        self._bounds: dict[str, float] = {}
         self._means: dict[str, list[tuple[float, NDArray]]] = {}
         self.weight: float = 0
         self.count = 0
@@ -73,14 +75,14 @@ class RunningMean:
         ------
         ColearnError
             If the weight is not positive, or an array is missing, unexpected, of another shape or
-            type, not finite, or too large an integer. The mean is then as it was.
+            type, not finite, or too large to be summed. The mean is then as it was.
         """
         if not (weight > 0 and math.isfinite(weight)):
             raise expected("weight of a model", "a positive finite number", weight)
         if weight > _LARGEST_WEIGHT:
             raise expected("weight of a model", f"at most {_LARGEST_WEIGHT}", weight)
         weight = int(weight) if float(weight).is_integer() else float(weight)
-        self._check(arrays, weight)
+        self._bounds.update(self._check(arrays, weight))
         for name, array in arrays.items():
             if name not in self._sums:
                 kind = np.float64 if array.dtype.kind == "f" else np.int64
@@ -110,13 +112,24 @@ class RunningMean:
             result[variance] = self._pooled_variance(mean, variance)
         return result
 
-    def _check(self, arrays: Arrays, weight: float) -> None:
+    def _check(self, arrays: Arrays, weight: float) -> dict[str, float]:
+        """Check a model; return bounds of the magnitudes that the sums would have with it."""
         check_model(arrays, self._like)
+        bounds = {}
         for name, array in arrays.items():
-            if array.dtype.kind != "f" and array.size:
-                largest = max(abs(int(array.max())), abs(int(array.min())))
-                if largest * (self.weight + weight) >= 2**63:
-                    raise expected(f"array '{name}'", "integers that sum within int64", largest)
+            is_float = array.dtype.kind == "f"
+            if not array.size or (is_float and array.dtype.itemsize < 8):
+                continue  # float64 has room for any sum of float32
+            largest = max(abs(array.max().item()), abs(array.min().item()))
+            bounds[name] = self._bounds.get(name, 0) + largest * weight
+            if bounds[name] >= (sys.float_info.max if is_float else 2**63):
+                kind = (
+                    "numbers that sum within float64"
+                    if is_float
+                    else ("integers that sum within int64")
+                )
+                raise expected(f"array '{name}'", kind, largest)
+        return bounds
 
     def _divide(self, name: str) -> NDArray:
         total, dtype = self._sums[name], self._like[name].dtype
@@ -130,10 +143,14 @@ class RunningMean:
 
     def _pooled_variance(self, mean: str, variance: str) -> NDArray:
         center = self._sums[mean] / self.weight
-        terms = [weight * (each - center) ** 2 for weight, each in self._means[mean]]
-        between = np.sort(terms, axis=0).sum(axis=0) / self.weight  # sorted: the same in any order
-        pooled = self._sums[variance] / self.weight + between
-        return np.asarray(pooled, self._like[variance].dtype)
+        with np.errstate(over="ignore"):
+            terms = [weight * (each - center) ** 2 for weight, each in self._means[mean]]
+            # Sorted: the same in any order.
+            between = np.sort(terms, axis=0).sum(axis=0) / self.weight
+            pooled = self._sums[variance] / self.weight + between
+        # Means may be too far apart for the type of their variance.
+        dtype = self._like[variance].dtype
+        return np.asarray(np.minimum(pooled, np.finfo(dtype).max), dtype)
 
 
 def check_model(arrays: Arrays, like: Arrays) -> None:

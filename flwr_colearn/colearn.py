@@ -28,7 +28,7 @@ from .checkpoint import CheckpointFolder
 from .errors import ColearnError, expected, real_number, whole_number
 from .history import History
 from .loop import Loop
-from .recovery import Quorum, RecoveringGrid, Recovery
+from .recovery import Event, Quorum, RecoveringGrid, Recovery
 from .replies import arrays_of, check_train_reply, examples_of
 from .roles import Arrays, Roles
 from .rule import CoLearningRule, Weighting
@@ -162,7 +162,8 @@ class CoLearn(FedAvg):
         self._grid: Grid | None = None
         self._loop: Loop | None = None
         self._viewed: tuple[ArrayRecord, Arrays] | None = None
-        self._last_nodes: list[int] = []
+        self.last_nodes: list[int] = []
+        self._missing: list[int] = []
         self._evaluated: ArrayRecord | None = None
 
     @property
@@ -202,9 +203,9 @@ class CoLearn(FedAvg):
             plan.local_epochs,
             plan.learning_rate,
         )
-        self._last_nodes = self._choose_nodes(grid)
+        self.last_nodes = self._choose_nodes(grid)
         self._model_bytes = data_bytes(arrays)
-        self.rule.sent_down(self._model_bytes * len(self._last_nodes))
+        self.rule.sent_down(self._model_bytes * len(self.last_nodes))
         # A copy: Flower hands the same ConfigRecord to every round.
         train_config = ConfigRecord({**config, **plan.to_config()})
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: train_config})
@@ -216,7 +217,7 @@ class CoLearn(FedAvg):
                 # The reply, too, must arrive while the message lives.
                 ttl=max(float(DEFAULT_TTL), 2.0 * (plan.time_limit or 0.0)),
             )
-            for node_id in self._last_nodes
+            for node_id in self.last_nodes
         ]
 
     def aggregate_train(
@@ -232,16 +233,20 @@ class CoLearn(FedAvg):
         if not self.rule.under_way:
             return None, None
         if isinstance(self._grid, RecoveringGrid):
-            replies = list(replies)  # of a grid that recovers while it is iterated
+            # A list, since the grid recovers while it is iterated. By name and not by node, which
+            # a restart may change: float64 models are summed in the same order, come what may.
+            replies = self._grid.in_order(replies)
             self.rule.note_recovery(self._grid.take_events())
             self.rule.note_seconds(self._grid.seconds)
-            restarted = self._grid.sent - len(self._last_nodes)
+            restarted = self._grid.sent - len(self.last_nodes)
             self.rule.sent_down(self._model_bytes * restarted)
-            self._last_nodes = self._grid.node_ids
+            self.last_nodes = self._grid.node_ids + self._missing
         metrics: list[RecordDict] = []
         for reply in self._in_order(replies):
             if self._fold(reply):
                 metrics.append(RecordDict({**reply.content.metric_records}))
+        if isinstance(self._grid, RecoveringGrid):
+            self.rule.require(self._grid.required(self.num_participants))
         average = to_record(self.rule.average())
         train_metrics = self._aggregate_metrics(self.train_metrics_aggr_fn, metrics)
         self.rule.note(train_metrics=train_metrics)
@@ -363,10 +368,21 @@ class CoLearn(FedAvg):
             if not isinstance(policy, Quorum) or len(nodes) < policy.least:
                 raise
             log(WARNING, "Quorum: %s of %s participants are connected", len(nodes), wanted)
-        stayed = [node for node in self._last_nodes if node in nodes]
+        stayed = [node for node in self.last_nodes if node in nodes]
         others = sorted(set(nodes) - set(stayed))
         free = self.num_participants - len(stayed)
-        return stayed + (others if len(others) <= free else self.random.sample(others, free))
+        chosen = stayed + (others if len(others) <= free else self.random.sample(others, free))
+        left = [node for node in self.last_nodes if node not in nodes]
+        self._missing = left[: self.num_participants - len(chosen)]
+        self.rule.note_recovery(
+            Event(
+                "absence",
+                grid.name_of(node) if isinstance(grid, RecoveringGrid) else str(node),
+                "it was not connected when the round began",
+            )
+            for node in self._missing
+        )
+        return chosen
 
     def _patience(self) -> float:
         """Return the seconds to wait for participants before a round."""
@@ -437,7 +453,7 @@ class CoLearn(FedAvg):
 
     def _in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
         """Sort by node where the sum's last bit depends on the order: float64 models."""
-        if self.rule.order_matters:
+        if self.rule.order_matters and not isinstance(self._grid, RecoveringGrid):
             return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
         return replies
 

@@ -84,6 +84,8 @@ class RoundRecord:
             record = cls(**{key: values[key] for key in values if key in known})
             if isinstance(record.relative_change, str):
                 record.relative_change = float(record.relative_change)
+            for name in ("train_metrics", "evaluate_metrics", "server_metrics"):
+                setattr(record, name, _unspell(getattr(record, name)))
         except (ValueError, TypeError) as error:
             raise ColearnError(
                 f"history: expected one RoundRecord a line, found {line[:80]!r} ({error})"
@@ -181,6 +183,17 @@ def _log_record(record: RoundRecord) -> None:
         len(record.restarts),
         len(record.absences),
     )
+
+
+def _unspell(value: Any) -> Any:
+    """Undo `_spell` in metrics, which have no text of their own."""
+    if isinstance(value, str):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {key: _unspell(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unspell(item) for item in value]
+    return value
 
 
 def _spell(value: Any) -> Any:

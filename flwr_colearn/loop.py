@@ -64,7 +64,7 @@ class Loop:
         if server_round == 0:
             self._evaluate_on_server(0)
             self._save(0)
-        while server_round != num_rounds and not rule.spent:
+        while (num_rounds is None or server_round < num_rounds) and not rule.spent:
             server_round += 1
             log(INFO, "")
             log(INFO, "[ROUND %s%s]", server_round, f"/{num_rounds}" if num_rounds else "")
@@ -121,10 +121,20 @@ class Loop:
         return saved.round
 
     def _restore(self, saved: Checkpoint) -> None:
+        try:
+            self._restore_state(saved)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ColearnError(
+                "checkpoint: expected one of this version of flwr-colearn, found "
+                f"{type(error).__name__}: {error}; use another folder"
+            ) from error
+
+    def _restore_state(self, saved: Checkpoint) -> None:
         check_same_configuration(saved.state["configuration"], self._configuration())
         self.result.arrays = to_record(dict(saved.arrays))
         arrays = self.strategy.view_of(self.result.arrays)
         self.strategy.rule.restore(saved.state["rule"], arrays)
+        self.strategy.last_nodes = [int(node) for node in saved.state["nodes"]]
         version, numbers, gauss = saved.state["random"]
         self.strategy.random.setstate((version, tuple(numbers), gauss))
         for record in self.strategy.history:
@@ -143,6 +153,7 @@ class Loop:
             "configuration": self._configuration(),
             "rule": self.strategy.rule.state(),
             "random": self.strategy.random.getstate(),
+            "nodes": self.strategy.last_nodes,
         }
         arrays = self.strategy.view_of(self.result.arrays)
         self.strategy.checkpoints.save(Checkpoint(server_round, arrays, state))

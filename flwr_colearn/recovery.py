@@ -125,13 +125,22 @@ class _Participant:
 
 @dataclass
 class _Directory:
-    """Who is who: the names of the nodes, as far as they are known."""
+    """Who is who: the names of the nodes, as far as they are known.
 
-    names: dict[int, str] = field(default_factory=dict)
+    Nodes may have a name under SuperNode authentication and one that their ClientApp answers;
+    only names of one kind are compared.
+    """
+
+    registered: dict[int, str] = field(default_factory=dict)
+    answered: dict[int, str] = field(default_factory=dict)
+    silent: set[int] = field(default_factory=set)
     seen: set[int] = field(default_factory=set)
 
+    def name_of(self, node_id: int) -> str | None:
+        return self.answered.get(node_id) or self.registered.get(node_id)
+
     def call(self, node_id: int) -> str:
-        return self.names.get(node_id, str(node_id))
+        return self.name_of(node_id) or str(node_id)
 
 
 class RecoveringGrid(Grid):
@@ -221,6 +230,17 @@ class RecoveringGrid(Grid):
         """Return a participant's name where known, else its node id."""
         return self._directory.call(node_id)
 
+    def in_order(self, replies: Iterable[Message]) -> list[Message]:
+        """Return train replies by name of the participant; those without one as they came."""
+        return sorted(
+            replies, key=lambda reply: self._directory.name_of(reply.metadata.src_node_id) or ""
+        )
+
+    def required(self, participants: int) -> int:
+        """Return how many of the participants a round must have."""
+        policy = self.recovery.policy
+        return policy.least if isinstance(policy, Quorum) else participants
+
     def take_events(self) -> list[Event]:
         """Return what happened since the last call."""
         events, self._events = self._events, []
@@ -254,8 +274,9 @@ class RecoveringGrid(Grid):
             return self.grid.send_and_receive(batch, timeout=timeout)
         participants = [_Participant(message.metadata.dst_node_id, message) for message in batch]
         self._directory.seen.update(self.grid.get_node_ids())
+        self._directory.registered.update(node_names(self.grid))
         self.sent = 0
-        self._push(participants)
+        self._push(participants, participants)
         poll = 0.01
         while not all(participant.done for participant in participants):
             if self._advance(participants, timeout):
@@ -281,11 +302,11 @@ class RecoveringGrid(Grid):
         waiting = [p for p in participants if not p.done and p.message_id is None]
         return self._restart(waiting, participants) or bool(replies)
 
-    def _push(self, participants: list[_Participant]) -> None:
-        for participant in participants:
+    def _push(self, ready: list[_Participant], participants: list[_Participant]) -> None:
+        for participant in ready:
             participant.sent_at, participant.warned = time.monotonic(), False
-        accepted = set(self.grid.push_messages([p.message for p in participants]))
-        for participant in participants:
+        accepted = set(self.grid.push_messages([p.message for p in ready]))
+        for participant in ready:
             # Both of Flower's grids put the id into the message that they push.
             message_id = participant.message.metadata.message_id
             if message_id in accepted:
@@ -320,13 +341,13 @@ class RecoveringGrid(Grid):
         if name is None:
             return
         for other in participants:
-            if other is not participant and self._directory.names.get(other.node_id) == name:
+            if other is not participant and self._directory.answered.get(other.node_id) == name:
                 raise expected(
                     f"reply of node {participant.node_id}",
                     "a participant of its own",
                     f"{name}, which is node {other.node_id} too; do two sites share a node config?",
                 )
-        self._directory.names[participant.node_id] = str(name)
+        self._directory.answered[participant.node_id] = str(name)
 
     def _watch_clock(
         self, participant: _Participant, timeout: float | None, participants: list[_Participant]
@@ -358,7 +379,8 @@ class RecoveringGrid(Grid):
             restarts = f"{participant.restarts} restarts"
             self._give_up(participant, f"{reason} (after {restarts})", participants)
             return
-        pause = min(self.recovery.pause * 2**participant.restarts, LONGEST_PAUSE)
+        # The power is bounded: "wait" restarts more often than a float can be doubled.
+        pause = min(self.recovery.pause * 2.0 ** min(participant.restarts, 64), LONGEST_PAUSE)
         participant.restarts += 1
         participant.not_before, participant.waiting_since = now + pause, now
         self._note("restart", participant, reason)
@@ -384,7 +406,7 @@ class RecoveringGrid(Grid):
                 reason = f"it left and did not come back within {self.recovery.patience:g} s"
                 self._give_up(participant, reason, participants)
         if ready:
-            self._push(ready)
+            self._push(ready, participants)
         return bool(ready)
 
     def _find_node(
@@ -393,37 +415,43 @@ class RecoveringGrid(Grid):
         """Return the node on which a participant is to be found now, or None."""
         if participant.node_id in nodes:
             return participant.node_id
-        wanted = self._directory.names.get(participant.node_id)
-        others = {
-            self._directory.names.get(other.node_id)
-            for other in participants
-            if other is not participant
-        }
-        for node_id in sorted(nodes - self._directory.seen):
-            name = self._ask_name(node_id)
-            if name is not None and (name in others or (wanted is not None and name != wanted)):
+        directory = self._directory
+        directory.registered.update(node_names(self.grid))
+        others = [other.node_id for other in participants if other is not participant]
+        for node_id in sorted(nodes - set(others)):
+            same = self._same(node_id, participant.node_id)
+            # One that was there from the start may be the successor of one that was killed and
+            # not yet given up; without its name it is a spare.
+            if same is None and node_id not in directory.seen:
+                same = not any(self._same(node_id, other) for other in others)
+            if not same:
                 continue
-            self._directory.seen.add(node_id)
+            directory.seen.add(node_id)
+            name = directory.name_of(node_id)
             log(
                 INFO if name is not None else WARNING,
                 "Recovery: participant %s is back as node %s%s",
-                wanted or participant.node_id,
+                directory.call(participant.node_id),
                 node_id,
                 "" if name is not None else "; an assumption, since it does not say who it is",
             )
-            if name is not None:
-                self._directory.names[node_id] = name
             return node_id
         return None
 
-    def _ask_name(self, node_id: int) -> str | None:
-        """Return the name that a node is registered with or answers, or None if it has none."""
-        if node_id not in self._directory.names:
-            name = node_names(self.grid).get(node_id) or self._query_name(node_id)
+    def _same(self, node_id: int, earlier: int) -> bool | None:
+        """Return whether a node is the participant that an earlier one was; None if unknown."""
+        directory = self._directory
+        if node_id in directory.registered and earlier in directory.registered:
+            return directory.registered[node_id] == directory.registered[earlier]
+        if node_id not in directory.answered and node_id not in directory.silent:
+            name = self._query_name(node_id)
             if name is None:
-                return None
-            self._directory.names[node_id] = name
-        return self._directory.names[node_id]
+                directory.silent.add(node_id)
+            else:
+                directory.answered[node_id] = name
+        if node_id in directory.answered and earlier in directory.answered:
+            return directory.answered[node_id] == directory.answered[earlier]
+        return None
 
     def _query_name(self, node_id: int) -> str | None:
         question = Message(
@@ -439,11 +467,9 @@ class RecoveringGrid(Grid):
     ) -> None:
         participant.lost = reason
         self._note("absence", participant, reason)
-        policy = self.recovery.policy
-        left = sum(other.lost is None for other in participants)
-        if isinstance(policy, Quorum) and left >= policy.least:
+        wanted = self.required(len(participants))
+        if sum(other.lost is None for other in participants) >= wanted:
             return
-        wanted = policy.least if isinstance(policy, Quorum) else len(participants)
         raise ColearnError(
             f"participants: expected replies from at least {wanted} of {len(participants)}, lost "
             f"participant {self.name_of(participant.node_id)}: {reason}"

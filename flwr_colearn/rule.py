@@ -239,6 +239,16 @@ class CoLearningRule:
         """The participants whose models are in the round's mean."""
         return self._round.record.participants
 
+    def require(self, least: int) -> None:
+        """Raise a ColearnError if fewer than `least` models are in the round's mean."""
+        record = self._round.record
+        if len(record.participants) < least:
+            reasons = "; ".join(f"{r['participant']}: {r['reason']}" for r in record.refusals)
+            raise ColearnError(
+                f"round {record.round}: expected models of {least} participants, found "
+                f"{len(record.participants)} ({reasons})"
+            )
+
     def note_recovery(self, events: Iterable[Event]) -> None:
         """Record what a RecoveringGrid had to do in this round."""
         record = self._round.record

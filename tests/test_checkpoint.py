@@ -1,0 +1,416 @@
+import errno
+import hashlib
+import json
+import logging
+import zipfile
+
+import numpy as np
+import pytest
+from faults import EXPLOSIONS, Bomb, serialised
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from flwr_colearn import CheckpointFolder, ColearnError
+from flwr_colearn import checkpoint as module
+from flwr_colearn.checkpoint import Checkpoint, check_same_configuration, describe_arrays, read
+
+STATE = {"rule": {"T": 4, "rate": 0.1, "none": None, "list": [1, "zwei", 3.5]}, "text": "π/2\n"}
+
+
+def bits(arrays):
+    return [(name, a.dtype, a.shape, a.tobytes()) for name, a in arrays.items()]
+
+
+def model(round_):
+    return {"layer/w:0": np.full((2, 3), round_, np.float32), "b.ias": np.array(round_ / 3)}
+
+
+def save(folder, *rounds):
+    return [folder.save(Checkpoint(round_, model(round_), {"r": round_})) for round_ in rounds]
+
+
+def check_is(checkpoint, round_):
+    assert checkpoint.round == round_
+    assert bits(checkpoint.arrays) == bits(model(round_))
+    assert checkpoint.state == {"r": round_}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.path.iterdir())
+
+
+def warnings_of(log):
+    return [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return CheckpointFolder(tmp_path / "deep" / "run")
+
+
+# Round trip -------------------------------------------------------------------------------------
+
+DTYPES = [np.float16, np.float32, np.float64, ">f4", np.int8, np.int64, np.uint8, np.uint64, bool]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (2, 3, 4)])
+def test_a_checkpoint_comes_back_bit_by_bit(dtype, shape, folder):
+    array = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
+    arrays = {
+        "a/b:0": array,
+        "../../etc": array[...],
+        "": array,
+        "state": array,
+        "array-0": np.asfortranarray(array),
+        "κ\n.weight": array[..., None][..., ::-1],
+    }
+    folder.save(Checkpoint(7, arrays, STATE))
+    found = folder.latest()
+    assert (found.round, found.state) == (7, STATE)
+    assert bits(found.arrays) == bits(arrays)
+
+
+def test_numbers_that_are_not_finite_come_back_too(folder):
+    arrays = {"w": np.array([np.nan, -0.0, np.inf, -np.inf, 5e-324])}
+    folder.save(Checkpoint(1, arrays, {}))
+    assert bits(folder.latest().arrays) == bits(arrays)
+
+
+def test_a_model_without_arrays_comes_back(folder):
+    folder.save(Checkpoint(0, {}, {}))
+    assert folder.latest() == Checkpoint(0, {}, {})
+
+
+ARRAYS = st.dictionaries(
+    st.text(max_size=8),
+    hnp.arrays(
+        st.sampled_from(DTYPES), hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3)
+    ),
+    max_size=3,
+)
+
+
+@given(ARRAYS, st.integers(0, 10**7))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+def test_any_model_comes_back(tmp_path_factory, arrays, round_):
+    path = CheckpointFolder(tmp_path_factory.mktemp("any")).save(Checkpoint(round_, arrays, {}))
+    found = read(path)
+    assert (found.round, found.state) == (round_, {})
+    assert bits(found.arrays) == bits(arrays)
+
+
+# The folder -------------------------------------------------------------------------------------
+
+
+def test_an_empty_or_missing_folder_has_no_checkpoint(folder):
+    assert folder.latest() is None
+    folder.path.mkdir(parents=True)
+    assert folder.latest() is None
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 10])
+def test_the_newest_are_kept(keep, tmp_path):
+    folder = CheckpointFolder(tmp_path, keep)
+    for round_ in range(12):
+        save(folder, round_)
+        check_is(folder.latest(), round_)
+    kept = [f"round-{round_:06d}" for round_ in range(12 - keep, 12)]
+    assert [name[:12] for name in names(folder)] == kept[-12:]
+
+
+def test_rounds_beyond_six_digits_are_still_in_order(folder):
+    save(folder, 999_999, 1_000_000)
+    check_is(folder.latest(), 1_000_000)
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, True])
+def test_an_impossible_number_to_keep_is_refused(keep, tmp_path):
+    with pytest.raises(ColearnError, match="keep of CheckpointFolder: expected a whole number"):
+        CheckpointFolder(tmp_path, keep)
+
+
+def test_other_files_are_left_alone(folder):
+    folder.path.mkdir(parents=True)
+    strangers = ["notes.txt", "round-000009.npz", "round-9-0123456789abcdef.npz", "model.npz"]
+    for name in strangers:
+        (folder.path / name).write_text("mine")
+    save(folder, *range(5))
+    check_is(folder.latest(), 4)
+    assert set(strangers) < set(names(folder))
+    assert len(names(folder)) == len(strangers) + 3
+
+
+def test_a_run_that_goes_back_replaces_the_rounds_that_it_went_back_over(folder):
+    save(folder, 1, 2, 3)
+    save(folder, 1)
+    check_is(folder.latest(), 1)
+    assert len(names(folder)) == 1
+
+
+# Crashes ----------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill(*args, **kwargs):
+    raise Killed
+
+
+@pytest.mark.parametrize("point", ["os.fsync", "np.savez", "hashlib.file_digest", "Path.replace"])
+def test_a_crash_while_saving_leaves_the_checkpoint_before(point, folder, monkeypatch):
+    save(folder, 1, 2)
+    before = names(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"flwr_colearn.checkpoint.{point}", kill)
+        with pytest.raises(Killed):
+            save(folder, 3)
+    assert [name for name in names(folder) if name.endswith(".npz")] == before
+    check_is(folder.latest(), 2)
+    save(folder, 3)
+    check_is(folder.latest(), 3)
+    assert not [name for name in names(folder) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("point", ["_flush_folder", "Path.unlink"])
+def test_a_crash_after_the_renaming_has_the_new_checkpoint(point, folder, monkeypatch):
+    save(folder, 1, 2, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"flwr_colearn.checkpoint.{point}", kill)
+        with pytest.raises(Killed):
+            save(folder, 4)
+    check_is(folder.latest(), 4)
+
+
+def test_half_a_file_left_aside_is_no_checkpoint(folder):
+    [path] = save(folder, 1)
+    (folder.path / ".round-000002.tmp").write_bytes(path.read_bytes()[:100])
+    check_is(folder.latest(), 1)
+
+
+@pytest.mark.parametrize("point", ["os.fsync", "np.savez", "Path.replace", "Path.mkdir"])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(point, folder, monkeypatch, flower_log):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save(folder, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"flwr_colearn.checkpoint.{point}", full)
+        assert save(folder, 2) == [None]
+    [warning] = warnings_of(flower_log)
+    assert "Checkpoint of round 2 not written: [Errno 28] No space left on device" in warning
+    assert len(names(folder)) == 1  # the half-written one does not fill the disk any further
+    check_is(folder.latest(), 1)
+    save(folder, 3)
+    check_is(folder.latest(), 3)
+
+
+def test_a_folder_that_cannot_be_is_told(tmp_path, flower_log):
+    (tmp_path / "file").write_text("")
+    folder = CheckpointFolder(tmp_path / "file")
+    assert save(folder, 1) == [None]
+    assert "Checkpoint of round 1 not written" in flower_log.text
+
+
+# Damage -----------------------------------------------------------------------------------------
+
+DAMAGE = {
+    "flipped": lambda data: data[:90] + bytes([data[90] ^ 1]) + data[91:],
+    "cut": lambda data: data[:-1],
+    "empty": lambda data: b"",
+    "longer": lambda data: data + b"\0",
+    "zeros": lambda data: bytes(len(data)),
+}
+
+
+def damage(path, how):
+    path.write_bytes(DAMAGE[how](path.read_bytes()))
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_instead_of_a_damaged_checkpoint_the_one_before_is_used(how, folder, flower_log):
+    _, _, newest = save(folder, 1, 2, 3)
+    damage(newest, how)
+    check_is(folder.latest(), 2)
+    [warning] = warnings_of(flower_log)
+    assert newest.name in warning
+    assert "expected an undamaged file" in warning
+    assert warning.endswith("the one before it is used")
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_two_may_be_damaged_of_three_but_not_all(how, folder):
+    paths = save(folder, 1, 2, 3)
+    damage(paths[2], how)
+    damage(paths[1], how)
+    check_is(folder.latest(), 1)
+    damage(paths[0], how)
+    with pytest.raises(ColearnError, match="expected an undamaged one, found only") as error:
+        folder.latest()
+    assert all(path.name in str(error.value) for path in paths)
+
+
+def test_a_run_goes_on_after_a_damaged_checkpoint(folder):
+    *_, newest = save(folder, 1, 2, 3)
+    damage(newest, "cut")
+    check_is(folder.latest(), 2)
+    save(folder, 3)
+    check_is(folder.latest(), 3)
+
+
+def with_true_digest(folder, data, round_=5):
+    folder.path.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    path = folder.path / f"round-{round_:06d}-{digest}.npz"
+    path.write_bytes(data)
+    return path
+
+
+def archive(tmp_path, **members):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for name, data in members.items():
+            file.writestr(f"{name}.npy", data)
+    return (tmp_path / "a.zip").read_bytes()
+
+
+def state_of(value):
+    return serialised(np.frombuffer(json.dumps(value).encode(), np.uint8))
+
+
+BOMB = serialised(np.array([Bomb()]), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"state": BOMB},
+        {"state": state_of({"names": ["w"]}), "array-0": BOMB},
+        {"state": state_of({"names": ["w"]})},
+        {"state": state_of({})},
+        {"state": state_of([])},
+        {"state": serialised(np.zeros(3, np.uint8))},
+        {"array-0": serialised(np.zeros(3))},
+        {},
+    ],
+    ids=["bomb", "bomb in an array", "no array", "no names", "no dict", "no JSON", "no state", "-"],
+)
+def test_what_is_no_checkpoint_is_refused_and_nothing_is_unpickled(members, folder, tmp_path):
+    path = with_true_digest(folder, archive(tmp_path, **members))
+    with pytest.raises(ColearnError, match="expected an undamaged file, found"):
+        read(path)
+    with pytest.raises(ColearnError, match="found only"):
+        folder.latest()
+    assert EXPLOSIONS == []
+
+
+@pytest.mark.parametrize("data", [BOMB, serialised(np.zeros(3)), b"", b"PK\x03\x04", b"no zip"])
+def test_another_file_of_the_right_name_is_refused(data, folder):
+    with pytest.raises(ColearnError, match="expected an undamaged file, found"):
+        read(with_true_digest(folder, data))
+    assert EXPLOSIONS == []
+
+
+def test_a_missing_file_and_one_of_another_name_are_refused(folder):
+    with pytest.raises(ColearnError, match=r"expected an undamaged file, found .*No such file"):
+        read(folder.path / "round-000001-0123456789abcdef.npz")
+    with pytest.raises(ColearnError, match="expected a file named round-NNNNNN-DIGEST"):
+        read(folder.path / "model.npz")
+
+
+def spoiled(data, steps):
+    for kind, where, junk in steps:
+        at = int(where * len(data))
+        if kind == "cut":
+            data = data[:at]
+        elif kind == "insert":
+            data = data[:at] + junk + data[at:]
+        else:
+            data = data[:at] + bytes(b ^ junk[0] for b in data[at : at + 1]) + data[at + 1 :]
+    return data
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["flip", "flip", "cut", "insert"]),
+        st.floats(0, 1),
+        st.binary(min_size=1, max_size=4),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = CheckpointFolder(tmp_path_factory.mktemp("two"))
+    _, path = save(folder, 1, 2)
+    return folder, path, path.read_bytes()
+
+
+FUZZ = {"suppress_health_check": list(HealthCheck), "phases": [Phase.explicit, Phase.generate]}
+
+
+@given(steps=STEPS)
+@settings(max_examples=2500, **FUZZ)
+def test_damage_never_gives_a_wrong_array(two, steps):
+    folder, path, data = two
+    path.write_bytes(spoiled(data, steps))
+    check_is(folder.latest(), 2 if path.read_bytes() == data else 1)
+
+
+@given(steps=STEPS)
+@settings(max_examples=2500, **FUZZ)
+def test_nothing_in_a_file_makes_the_reader_raise_anything_but_a_colearn_error(two, steps):
+    """Not even in one that was made to have the right digest."""
+    _, path, data = two
+    digest = module._digest
+    module._digest = lambda path: path.name[13:29]
+    try:
+        path.write_bytes(spoiled(data, steps))
+        found = read(path)
+    except ColearnError:
+        return
+    finally:
+        module._digest = digest
+    assert all(array.dtype.hasobject is False for array in found.arrays.values())
+
+
+# Configurations ---------------------------------------------------------------------------------
+
+
+def test_the_same_configuration_passes():
+    check_same_configuration({"a": "1", "b": "2"}, {"b": "2", "a": "1"})
+
+
+@pytest.mark.parametrize(
+    ("current", "match"),
+    [
+        ({"a": "1", "b": "3"}, "found another b: 2 there, 3 now"),
+        ({"a": "1"}, "found another b: 2 there, None now"),
+        ({"a": "1", "b": "2", "c": "4"}, "found another c: None there, 4 now"),
+    ],
+)
+def test_another_configuration_is_refused_with_the_difference(current, match):
+    with pytest.raises(ColearnError, match=match):
+        check_same_configuration({"a": "1", "b": "2"}, current)
+
+
+def test_a_description_differs_for_other_names_shapes_and_types():
+    a = np.zeros((2, 3), np.float32)
+    models = [
+        {"w": a},
+        {"v": a},
+        {"w": a.T},
+        {"w": a.astype(np.float64)},
+        {"w": a.astype(">f4")},
+        {"w": a, "b": a},
+        {"b": a, "w": a},
+        {},
+    ]
+    described = [describe_arrays(each) for each in models]
+    assert len(set(described)) == len(models)
+    assert describe_arrays({"w": a + 1}) == described[0]
+    assert described[0].startswith("1 arrays of 6 elements")

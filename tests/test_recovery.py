@@ -1,0 +1,568 @@
+import logging
+import math
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from faults import (
+    BAD_REPLIES,
+    EXAMPLES,
+    FAILURES,
+    FAULTS,
+    MODEL,
+    UNSEEN,
+    Clock,
+    FaultyGrid,
+    bits,
+    numpy_of,
+    outcome,
+    random_faults,
+    record_of,
+    strategy_of,
+    train,
+)
+from flwr.app import DEFAULT_TTL, ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flwr_colearn import (
+    ColearnError,
+    IncreasingEpochs,
+    InProcessGrid,
+    LocalPlan,
+    Quorum,
+    RecoveringGrid,
+    Recovery,
+)
+
+K = 4
+NAMES = [f"partition-{k}" for k in range(K)]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def quiet_log(monkeypatch):
+    """Participants that fail to order are no news; thousands of rounds are logged faster so."""
+    monkeypatch.setattr(logging.getLogger("flwr"), "level", logging.CRITICAL)
+
+
+def run(grid, rounds=4, timeout=60.0, **kwargs):
+    """Run co-learning, and return all of it that faults must not change, and its history."""
+    strategy = strategy_of(len(grid.contexts), **kwargs)
+    result = strategy.start(grid, record_of(MODEL), num_rounds=rounds, timeout=timeout)
+    return outcome(strategy, result), strategy.history.records
+
+
+def clean(clock, rounds=4, **kwargs):
+    return run(FaultyGrid(clock), rounds, **kwargs)[0]
+
+
+def failing(k, round_=2, attempts=range(2000), kind="raises"):
+    """Participant k fails in one round for good."""
+    return {(round_, k, attempt): kind for attempt in attempts}
+
+
+def check_records(grid, records):
+    """Every participant is in every round, and every fault that Flower shows is on record."""
+    names = {str(node): f"partition-{k}" for node, k in grid.partitions.items()}
+
+    def by_participant(entries):
+        # In the first round nobody has said its name before it has replied.
+        return Counter(names.get(each["participant"], each["participant"]) for each in entries)
+
+    size = sum(len(array.data) for array in record_of(MODEL).values())
+    for record in records:
+        assert sorted(record.participants) == NAMES
+        assert record.absences == []
+        faults = [(k, kind) for round_, k, kind in grid.injected if round_ == record.round]
+        restarts = Counter(NAMES[k] for k, kind in faults if kind not in UNSEEN)
+        refusals = Counter(NAMES[k] for k, kind in faults if kind in BAD_REPLIES)
+        assert by_participant(record.restarts) == restarts
+        assert by_participant(record.refusals) == refusals
+        rejected = sum(kind == "not accepted" for _, kind in faults)
+        pushed = sum(each.round == record.round for each in grid.attempts) - rejected
+        assert record.bytes_down == pushed * size
+        assert record.bytes_up == grid.bytes_up[record.round]
+
+
+# A run with faults is the run without --------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_run_with_a_fault_ends_with_the_same_bits_as_the_run_without(kind, clock):
+    grid = FaultyGrid(clock, {(2, 1, 0): kind})
+    found, records = run(grid)
+    assert found == clean(clock)
+    assert grid.injected == [(2, 1, kind)]
+    check_records(grid, records)
+    for entries, reasons in ((records[1].restarts, FAILURES), (records[1].refusals, BAD_REPLIES)):
+        if kind in reasons:
+            [entry] = entries
+            assert entry["participant"] == "partition-1"
+            reason = reasons[kind] if reasons is FAILURES else reasons[kind][1]
+            assert re.search(reason, entry["reason"])
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("round_", [1, 2])
+def test_all_participants_may_fail_at_once_and_again(kind, round_, clock):
+    faults = {(round_, k, attempt): kind for k in range(K) for attempt in range(2)}
+    grid = FaultyGrid(clock, faults)
+    found, records = run(grid)
+    assert found == clean(clock)
+    assert len(grid.injected) == K * (1 if kind in UNSEEN else 2)
+    check_records(grid, records)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_hundred_rounds_with_faults_of_every_kind_end_with_the_same_bits(seed, clock):
+    grid = FaultyGrid(clock, random_faults(seed, rounds=100))
+    found, records = run(grid, rounds=100)
+    assert found == clean(clock, rounds=100)
+    assert {kind for *_, kind in grid.injected} == set(FAULTS)
+    assert len(records) == 100
+    check_records(grid, records)
+
+
+def test_the_log_sums_up_what_recovery_had_to_do(clock, flower_log):
+    run(FaultyGrid(clock, {(1, 1, 0): "code 8", (2, 1, 0): "NaN", (3, 1, 0): "lost"}))
+    assert "Run: 3 restarts ({'2': 1, 'partition-1': 2})" in flower_log.text
+    assert "Run: 1 refusals ({'partition-1': 1})" in flower_log.text
+
+
+# Recovering any strategy ------------------------------------------------------------------------
+
+
+def whole(k, plan, arrays):  # exact in float32, in whatever order FedAvg sums
+    return {name: array + np.asarray(k + 1, array.dtype) for name, array in arrays.items()}
+
+
+def fedavg(grid):
+    config = ConfigRecord({"local-epochs": 1, "learning-rate": 0.1})
+    strategy = FedAvg(min_train_nodes=K, min_available_nodes=K, min_evaluate_nodes=K)
+    model = {"w": np.zeros(3, np.float32), "b": np.ones((), np.float32)}
+    result = strategy.start(grid, record_of(model), num_rounds=3, train_config=config)
+    metrics = result.train_metrics_clientapp
+    return bits(result.arrays), {round_: dict(each) for round_, each in metrics.items()}
+
+
+@pytest.mark.parametrize(
+    "kind", ["raises", "code 5", "code 8", "comes back as another node", "not accepted"]
+)
+def test_fedavg_recovers_on_a_recovering_grid(kind, clock):
+    faults = {(2, 1, 0): kind, (3, 0, 0): kind, (3, 0, 1): kind}
+    grid = FaultyGrid(clock, faults, train=whole)
+    recovering = RecoveringGrid(grid)
+    assert fedavg(recovering) == fedavg(InProcessGrid(grid.client_app, K))
+    assert grid.injected == [(2, 1, kind), (3, 0, kind), (3, 0, kind)]
+    assert [(each.kind, each.participant) for each in recovering.take_events()] == [
+        ("restart", "partition-1"),
+        ("restart", "partition-0"),
+        ("restart", "partition-0"),
+    ]
+    assert recovering.take_events() == []
+
+
+def test_without_a_recovering_grid_fedavg_would_not_have(clock):
+    faults = {(2, 1, 0): "code 5"}
+    assert fedavg(FaultyGrid(clock, faults, train=whole)) != fedavg(FaultyGrid(clock, train=whole))
+
+
+def private(strategy):
+    return DifferentialPrivacyServerSideFixedClipping(
+        strategy, noise_multiplier=0.0, clipping_norm=1e6, num_sampled_clients=K
+    )
+
+
+@pytest.mark.parametrize("kind", ["raises", "comes back as another node", "NaN", "no examples"])
+def test_differential_privacy_recovers_on_a_recovering_grid(kind, clock):
+    def start(faults):
+        strategy, grid = strategy_of(), FaultyGrid(clock, faults)
+        result = private(strategy).start(
+            grid=RecoveringGrid(grid), initial_arrays=record_of(MODEL), num_rounds=3
+        )
+        return outcome(strategy, result), strategy.history.records, grid
+
+    expected, *_ = start({})
+    found, records, grid = start({(2, 1, 0): kind, (3, 2, 0): kind})
+    assert found == expected
+    check_records(grid, records)
+
+
+def test_other_messages_pass_unchanged(clock):
+    grid = FaultyGrid(clock)
+    recovering = RecoveringGrid(grid)
+    messages = [Message(RecordDict(), node, "query.colearn") for node in (3, 1)]
+    replies = recovering.send_and_receive(messages)
+    names = [each.content["colearn"]["participant"] for each in replies]
+    assert names == ["partition-2", "partition-0"]
+    assert list(recovering.send_and_receive([])) == []
+    assert recovering.take_events() == []
+
+
+# Policies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("restarts", [0, 1, 3])
+@pytest.mark.parametrize("kind", [kind for kind in FAULTS if kind not in UNSEEN])
+def test_fail_ends_the_run_with_the_model_of_the_last_completed_round(kind, restarts, clock):
+    grid = FaultyGrid(clock, failing(k=1, round_=3, kind=kind))
+    strategy = strategy_of(recovery=Recovery(restarts))
+    reason = FAILURES.get(kind) or BAD_REPLIES[kind][1]
+    match = rf"at least 4 of 4, lost participant partition-1: .*{reason}.*\(after {restarts} rest"
+    with pytest.raises(ColearnError, match=match) as error:
+        strategy.start(grid, record_of(MODEL), num_rounds=5, timeout=60.0)
+    assert outcome(strategy, error.value.result) == clean(clock, rounds=2)
+    assert Counter(each.k for each in grid.attempts if each.round == 3)[1] == restarts + 1
+
+
+@pytest.mark.parametrize("kind", ["raises", "NaN", "lost", "not accepted"])
+def test_wait_outlasts_any_number_of_failures(kind, clock):
+    grid = FaultyGrid(clock, failing(k=2, attempts=range(1100), kind=kind))
+    found, records = run(grid, rounds=2, recovery=Recovery(policy="wait"))
+    assert found == clean(clock, rounds=2)
+    assert len(records[1].restarts) == 1100
+
+
+def test_wait_waits_for_a_node_as_long_as_it_takes(clock):
+    grid = FaultyGrid(clock, {(2, 2, 0): "leaves"})
+    grid.away = 1e5
+    found, _ = run(grid, recovery=Recovery(patience=600.0, policy="wait"))
+    assert found == clean(clock)
+
+
+@pytest.mark.parametrize("away", [500.0, math.inf])
+def test_patience_ends_for_a_node_that_does_not_come_back(away, clock):
+    grid = FaultyGrid(clock, {(2, 2, 0): "leaves"})
+    grid.away = away
+    began = clock.now
+    if away < 600:
+        assert run(grid, recovery=Recovery(patience=600.0))[0] == clean(clock)
+    else:
+        match = "partition-2: it left and did not come back within 600 s"
+        with pytest.raises(ColearnError, match=match):
+            run(grid, recovery=Recovery(patience=600.0))
+        assert 600 <= clock.now - began < 610
+
+
+def test_pauses_double_up_to_a_minute(clock, monkeypatch):
+    monkeypatch.setattr("flwr_colearn.recovery.LONGEST_POLL", 0.01)
+    grid = FaultyGrid(clock, failing(k=0, attempts=range(8)))
+    run(grid, rounds=2, recovery=Recovery(max_restarts=8))
+    times = [each.at for each in grid.attempts if (each.round, each.k) == (2, 0)]
+    assert np.diff(times) == pytest.approx([1, 2, 4, 8, 16, 32, 60, 60], abs=0.02)
+
+
+def test_a_quorum_averages_exactly_those_that_replied(clock):
+    grid = FaultyGrid(clock, failing(k=1))
+    shared = []
+    strategy = strategy_of(recovery=Recovery(policy=Quorum(3)), fraction_evaluate=0.0)
+    strategy.start(
+        grid,
+        record_of(MODEL),
+        num_rounds=3,
+        evaluate_fn=lambda _, arrays: shared.append(numpy_of(arrays)),
+    )
+    first, second, third = strategy.history.records
+    plan = LocalPlan(
+        2, second.local_epochs, second.learning_rate, "cyclical", 0.25, first.epochs_done
+    )
+    models = [train(k, plan, shared[1]) for k in (0, 2, 3)]
+    for name in ("fc.weight", "fc.bias", "bn.running_mean"):
+        mean = sum(model[name].astype(np.float64) for model in models) / 3
+        np.testing.assert_array_equal(shared[2][name], mean.astype(MODEL[name].dtype))
+    assert second.participants == ["partition-0", "partition-2", "partition-3"]
+    assert second.train_metrics == {"loss": (EXAMPLES[2] * 2 + EXAMPLES[3] * 3) / 5}
+    assert len(second.restarts) == 3
+    [absence] = second.absences
+    assert absence["participant"] == "partition-1"
+    assert re.search(r"disk on fire \(after 3 restarts\)", absence["reason"])
+    assert sorted(third.participants) == NAMES  # it is asked again
+    assert third.absences == []
+
+
+@given(
+    faults=st.dictionaries(
+        st.tuples(st.integers(1, 3), st.integers(0, K - 1)),
+        st.sampled_from([kind for kind in FAULTS if kind not in UNSEEN]),
+    ),
+    policy=st.sampled_from(["fail", *map(Quorum, range(1, K + 1))]),
+)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_round_averages_fewer_than_the_policy_allows(clock, faults, policy):
+    """Participants that fail twice where one restart is allowed are lost in that round."""
+    present = [
+        [f"partition-{k}" for k in range(K) if (round_, k) not in faults] for round_ in (1, 2, 3)
+    ]
+    least = policy.least if isinstance(policy, Quorum) else K
+    rounds = next((i for i in range(3) if len(present[i]) < least), 3)
+    schedule = {(*key, attempt): kind for key, kind in faults.items() for attempt in range(2)}
+    strategy = strategy_of(recovery=Recovery(1, policy=policy), fraction_evaluate=0.0)
+    try:
+        strategy.start(FaultyGrid(clock, schedule), record_of(MODEL), timeout=60.0)
+    except ColearnError:
+        assert len(strategy.history) == rounds < 3
+    else:
+        assert rounds == 3
+    for record, names in zip(strategy.history, present, strict=False):
+        assert sorted(record.participants) == names
+        assert len(record.absences) == K - len(names)
+
+
+def test_a_participant_that_stays_away_is_absent_from_every_round(clock):
+    grid = FaultyGrid(clock, {(2, 2, 0): "leaves"})
+    grid.away = math.inf
+    found = run(grid, rounds=4, recovery=Recovery(policy=Quorum(3)))[1]
+    for record in found[1:]:
+        assert sorted(record.participants) == ["partition-0", "partition-1", "partition-3"]
+        assert [absence["participant"] for absence in record.absences] == ["partition-2"]
+
+
+@pytest.mark.parametrize("policy", ["fail", "wait", Quorum(3)])
+def test_models_that_cannot_be_summed_are_not_left_out_beyond_the_policy(policy, clock):
+    def huge(k, plan, arrays):  # passes every check, but only two of them fit into int64
+        return {"w": arrays["w"], "n": np.array(2**62 - 1)}
+
+    grid = FaultyGrid(clock, train=huge)
+    strategy = strategy_of(recovery=Recovery(1, policy=policy))
+    with pytest.raises(ColearnError):
+        strategy.start(grid, record_of({"w": np.ones(2), "n": np.array(0)}), num_rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Recovery(max_restarts=-1), "max_restarts: expected a whole number"),
+        (lambda: Recovery(max_restarts=1.5), "max_restarts: expected a whole number"),
+        (lambda: Recovery(pause=-1.0), "pause: expected a number of at least 0"),
+        (lambda: Recovery(pause=math.nan), "pause: expected a finite number"),
+        (lambda: Recovery(patience=-1.0), "patience: expected a number of at least 0"),
+        (lambda: Recovery(policy="quorum"), "policy: expected 'fail', 'wait' or Quorum"),
+        (lambda: Recovery(policy=3), "policy: expected 'fail', 'wait' or Quorum"),
+        (lambda: Quorum(0), "quorum: expected a whole number of at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(make, match):
+    with pytest.raises(ColearnError, match=match):
+        make()
+
+
+# Who is who -------------------------------------------------------------------------------------
+
+
+def nodes_of(grid, round_, k=None):
+    return [each.node_id for each in grid.attempts if each.round == round_ and k in (None, each.k)]
+
+
+def test_several_that_left_at_once_are_told_apart_by_name(clock):
+    grid = FaultyGrid(clock, {(2, 0, 0): "leaves", (2, 2, 0): "leaves", (2, 3, 0): "leaves"})
+    back = {1: (201, 50.0), 3: (200, 10.0), 4: (199, 30.0)}  # in another order than they left
+
+    def leave(node, **kwargs):
+        FaultyGrid.leave(grid, node, seconds=back[node][1], come_back_as=back[node][0])
+
+    grid.leave = leave
+    found, records = run(grid)
+    assert found == clean(clock)
+    assert [nodes_of(grid, 2, k) for k in range(K)] == [[1, 201], [2], [3, 200], [4, 199]]
+    assert [each["participant"] for each in records[1].restarts] == [NAMES[0], NAMES[2], NAMES[3]]
+    assert sorted(nodes_of(grid, 3)) == [2, 199, 200, 201]
+
+
+def test_a_newcomer_with_the_name_of_a_present_participant_is_not_taken(clock):
+    grid = FaultyGrid(clock, {(2, 1, 0): "comes back as another node"})
+
+    def leave(node, come_back_as):
+        FaultyGrid.leave(grid, node, seconds=60.0, come_back_as=come_back_as)
+        grid.join(50, **{"partition-id": 0})  # at once, and before the one that is missed
+
+    grid.leave = leave
+    found, _ = run(grid, rounds=2, fraction_evaluate=0.0)
+    assert found == clean(clock, rounds=2, fraction_evaluate=0.0)
+    assert nodes_of(grid, 2, 1) == [2, 100]
+    assert 50 not in nodes_of(grid, 2)
+
+
+def test_a_newcomer_with_a_name_of_its_own_is_not_taken_for_one_that_left(clock):
+    grid = FaultyGrid(clock, {(2, 1, 0): "leaves"})
+
+    def leave(node, **kwargs):
+        FaultyGrid.leave(grid, node, seconds=math.inf)
+        grid.join(50, **{"partition-id": 9})
+
+    grid.leave = leave
+    with pytest.raises(ColearnError, match="partition-1: it left and did not come back"):
+        run(grid)
+    assert 50 not in nodes_of(grid, 2)
+
+
+def warnings_of(log):
+    return [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
+
+
+def arrays_of(grid):
+    return bits(strategy_of().start(grid, record_of(MODEL), num_rounds=4).arrays)
+
+
+def test_without_names_a_newcomer_is_taken_and_the_log_says_that_this_is_assumed(clock, flower_log):
+    grid = FaultyGrid(clock, {(2, 1, 0): "comes back as another node"}, named=False)
+    assert arrays_of(grid) == arrays_of(FaultyGrid(clock, named=False))
+    [warning] = [each for each in warnings_of(flower_log) if "assumption" in each]
+    assert "participant 2 is back as node 100" in warning
+
+
+def test_with_names_nothing_is_assumed(clock, flower_log):
+    run(FaultyGrid(clock, {(2, 1, 0): "comes back as another node"}))
+    assert not [each for each in warnings_of(flower_log) if "assumption" in each]
+    assert "participant partition-1 is back as node 100" in flower_log.text
+
+
+@pytest.mark.parametrize("name", ["partition-0", "a hospital"])
+def test_two_sites_of_the_same_name_are_refused(name, clock):
+    configs = [{"name": name} if k < 2 else {} for k in range(K)]
+    grid = FaultyGrid(clock, node_configs=configs)
+    strategy = strategy_of(recovery=Recovery(2))
+    with pytest.raises(ColearnError, match=f"{name}, which is node 1 too; do two sites share"):
+        strategy.start(grid, record_of(MODEL), num_rounds=1)
+    assert Counter(nodes_of(grid, 1)) == {1: 1, 2: 3, 3: 1, 4: 1}
+
+
+def ask(recovering, nodes, round_=1):
+    config = ConfigRecord({"server-round": round_, "local-epochs": 1, "learning-rate": 0.1})
+    content = RecordDict({"arrays": record_of(MODEL), "config": config})
+    replies = recovering.send_and_receive(
+        [Message(content, node, "train") for node in nodes], timeout=60.0
+    )
+    return [reply.metadata.src_node_id for reply in replies]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_spare_nodes_that_were_there_never_take_a_place(named, clock):
+    grid = FaultyGrid(clock, {(2, 1, 0): "leaves"}, named=named)
+    grid.away = math.inf
+    recovering = RecoveringGrid(grid)
+    assert ask(recovering, [1, 2, 3], round_=1) == [1, 2, 3]
+    with pytest.raises(ColearnError, match="it left and did not come back"):
+        ask(recovering, [1, 2, 3], round_=2)
+    assert {each.node_id for each in grid.attempts} == {1, 2, 3}
+
+
+def test_one_that_is_back_before_its_old_node_is_given_up_is_found(clock):
+    """A killed SuperNode is listed for a minute more; its successor is there by then."""
+    grid = FaultyGrid(clock, {(2, 1, 0): "leaves"})
+    grid.away = math.inf
+    recovering = RecoveringGrid(grid)
+    ask(recovering, [1, 2, 3, 4], round_=1)
+    grid.join(100, **{"partition-id": 1})  # while node 2 is listed still
+    assert ask(recovering, [1, 2, 3, 4], round_=2) == [1, 100, 3, 4]
+    assert recovering.node_ids == [1, 100, 3, 4]
+
+
+def register(grid, names):
+    grid.registered.update(dict(zip(range(1, K + 1), names, strict=True)))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_name_that_a_node_is_registered_with_decides(named, clock, flower_log):
+    grid = FaultyGrid(clock, {(2, 1, 0): "leaves"}, named=named)
+    register(grid, "abcd")
+    grid.registered.update({50: "e", 100: "b"})
+
+    def leave(node, **kwargs):
+        FaultyGrid.leave(grid, node, seconds=60.0, come_back_as=100)
+        grid.partitions[100] = 1
+        grid.join(50, **{"partition-id": 1})  # a stranger, whatever it says of itself
+
+    grid.leave = leave
+    recovering = RecoveringGrid(grid)
+    ask(recovering, [1, 2, 3, 4], round_=1)
+    assert ask(recovering, [1, 2, 3, 4], round_=2) == [1, 100, 3, 4]
+    assert not [each for each in warnings_of(flower_log) if "assumption" in each]
+
+
+def test_one_that_comes_back_between_rounds_as_another_node_keeps_its_place_in_the_sum(clock):
+    grid = FaultyGrid(clock)
+
+    def evaluate(server_round, arrays):
+        if server_round == 2:
+            grid.leave(1, seconds=0.0, come_back_as=100)
+
+    strategy = strategy_of()
+    result = strategy.start(grid, record_of(MODEL), num_rounds=6, evaluate_fn=evaluate)
+    grid.partitions[100] = 0
+    assert bits(result.arrays) == clean(clock, rounds=6)[0]
+
+
+# Clocks -----------------------------------------------------------------------------------------
+
+
+def test_the_time_limit_grows_with_the_local_epochs_and_the_log_says_so(clock, flower_log):
+    grid = FaultyGrid(clock, {(3, 1, 0): "raises"})
+    grid.seconds_per_epoch = 10.0
+    rule = IncreasingEpochs(1, epsilon=1e9, maximum=16)  # 1, 2, 4, 8, 16
+    run(grid, rounds=5, timeout=100.0, local_epochs=rule)
+    limits = {each.round: each.time_limit for each in grid.attempts}
+    # Three times what the epochs are expected to take, to which the clock's polls add a little.
+    assert limits == pytest.approx({1: 100, 2: 100, 3: 120, 4: 240, 5: 480}, rel=0.3)
+    assert limits[2] == 100.0
+    assert 0.0 < limits[3] - 120 < 36
+    warnings = [each for each in warnings_of(flower_log) if "local epochs take about" in each]
+    assert [int(each.split()[1]) for each in warnings] == [4, 8, 16]
+    assert all("Raise `timeout`" in each and "maximum=" in each for each in warnings)
+
+
+def test_messages_live_twice_as_long_as_an_attempt_may_take(clock):
+    grid = FaultyGrid(clock, {(1, 1, 0): "raises", (2, 1, 0): "lost"})
+    run(grid, rounds=2, timeout=60.0)
+    assert {each.ttl for each in grid.attempts} == {DEFAULT_TTL}
+    grid = FaultyGrid(clock, {(1, 1, 0): "raises", (2, 1, 0): "lost"})
+    run(grid, rounds=2, timeout=1e6)
+    assert len(grid.attempts) == 2 * K + 2
+    assert {each.ttl for each in grid.attempts} == {2e6}  # of restarts too
+
+
+def test_without_a_limit_nobody_is_given_up(clock):
+    grid = FaultyGrid(clock)
+    grid.seconds_per_epoch = 1e5
+    run(grid, rounds=2, timeout=math.inf)
+    assert {each.time_limit for each in grid.attempts} == {None}
+    assert len(grid.attempts) == 2 * K
+
+
+@pytest.mark.parametrize(("seconds", "warned"), [(790.0, 0), (810.0, 4), (990.0, 4)])
+def test_the_log_warns_once_before_a_limit_is_met(seconds, warned, clock, flower_log):
+    grid = FaultyGrid(clock)
+    grid.seconds_per_epoch = seconds
+    run(grid, rounds=1, timeout=880.0)  # and two minutes for Flower to report
+    warnings = [each for each in warnings_of(flower_log) if "no reply from participant" in each]
+    assert len(warnings) == warned
+    assert all("raise `timeout`" in each and "maximum=" in each for each in warnings)
+
+
+def test_one_that_is_too_slow_is_restarted(clock):
+    grid = FaultyGrid(clock)
+    grid.seconds_per_epoch = 1010.0
+    with pytest.raises(ColearnError, match=r"no reply within 1000 s \(after 1 restarts\)"):
+        run(grid, rounds=1, timeout=880.0, recovery=Recovery(1))
+    assert len(grid.attempts) == 2 * K
+
+
+class StrayGrid(FaultyGrid):
+    """Delivers an error that belongs to no message of this round."""
+
+    def pull_messages(self, message_ids):
+        stray = Message(RecordDict(), 2, "train")
+        stray.metadata.__dict__["_message_id"] = "of an earlier round"
+        return [Message(Error(5, "stray"), reply_to=stray), *super().pull_messages(message_ids)]
+
+
+def test_replies_to_other_messages_are_not_taken(clock):
+    found, records = run(StrayGrid(clock))
+    assert found == clean(clock)
+    assert all(record.restarts == [] for record in records)
