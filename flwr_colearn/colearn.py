@@ -54,7 +54,10 @@ class CoLearn(FedAvg):
 
     What to do when you see it in the log:
 
-    * *reply of participant ... refused*: the reason follows; the round's average is without it.
+    * *Recovery: restart of participant ...*: it failed or its reply was refused, for the reason
+      given, and trains again in the same round.
+    * *an attempt may take ... instead of timeout*: rounds have outgrown `timeout`; raise it, or
+      bound T with ``IncreasingEpochs(maximum=...)``.
     * *Waiting for participants*: fewer than K nodes are connected; start the missing ones.
     * The relative change, in every round's record, is what `IncreasingEpochs.epsilon` is compared
       with: choose epsilon from it.
@@ -100,6 +103,10 @@ class CoLearn(FedAvg):
         The co-learning rule itself, and what it remembers.
     time_limit : float or None
         Seconds that an attempt of the round under way may take, in the loop of `start`.
+    last_nodes : list of int
+        The nodes of the last round's participants, who come first in the next.
+    random : random.Random
+        Chooses among spare nodes.
 
     Raises
     ------
