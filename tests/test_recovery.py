@@ -562,7 +562,17 @@ class StrayGrid(FaultyGrid):
         return [Message(Error(5, "stray"), reply_to=stray), *super().pull_messages(message_ids)]
 
 
-def test_replies_to_other_messages_are_not_taken(clock):
-    found, records = run(StrayGrid(clock))
+class DoublingGrid(FaultyGrid):
+    """Delivers everything twice, failures included."""
+
+    def pull_messages(self, message_ids):
+        return [reply for reply in super().pull_messages(message_ids) for _ in range(2)]
+
+
+@pytest.mark.parametrize("grid", [StrayGrid, DoublingGrid])
+@pytest.mark.parametrize("kind", ["raises", "code 5", "NaN", "comes back as another node"])
+def test_only_the_first_reply_to_the_message_under_way_counts(grid, kind, clock):
+    grid = grid(clock, {(2, 1, 0): kind})
+    found, records = run(grid)
     assert found == clean(clock)
-    assert all(record.restarts == [] for record in records)
+    check_records(grid, records)

@@ -66,8 +66,10 @@ class Site:
 class Deployment:
     """A SuperLink and its sites; everything lives in one folder and ends with `stop`."""
 
-    def __init__(self, folder, sites=5):
+    def __init__(self, folder):
         self.folder = folder
+        self.sites = []
+        self.superlink = None
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.environment = {
@@ -79,13 +81,14 @@ class Deployment:
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         }
         self.ca = folder / "certificates" / "ca.crt"
-        self.run_script("certificates.sh", folder / "certificates", "127.0.0.1")
+
+    def start(self, sites=5):
+        self.run_script("certificates.sh", self.folder / "certificates", "127.0.0.1")
         self._start_superlink()
         self._connect()
-        self.sites = []
         for index in range(sites):
-            self.run_script("site-key.sh", folder / f"site-{index}")
-            self.register(folder / f"site-{index}" / "site.key.pub")
+            self.run_script("site-key.sh", self.folder / f"site-{index}")
+            self.register(self.folder / f"site-{index}" / "site.key.pub")
             self.sites.append(Site(self, index).start())
         self.await_nodes(sites)
 
@@ -130,7 +133,8 @@ class Deployment:
     def stop(self):
         for site in self.sites:
             site.stop()
-        stop(self.superlink)
+        if self.superlink is not None:
+            stop(self.superlink)
 
     def _start_superlink(self):
         certificates = self.folder / "certificates"
@@ -163,7 +167,7 @@ class Deployment:
     def _connect(self):
         # Written here: a flwr command that finds no config starts a local SuperLink of its own.
         home = Path(self.environment["FLWR_HOME"])
-        home.mkdir()
+        home.mkdir(exist_ok=True)
         (home / "config.toml").write_text(
             '[superlink]\ndefault = "site"\n\n[superlink.site]\n'
             f'address = "{self.address}"\nroot-certificates = "{self.ca}"\n'

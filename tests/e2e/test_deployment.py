@@ -18,8 +18,11 @@ TIME_LIMIT = 20.0
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory):
     deployed = Deployment(tmp_path_factory.mktemp("deployment"))
-    yield deployed
-    deployed.stop()
+    try:
+        deployed.start()
+        yield deployed
+    finally:
+        deployed.stop()
 
 
 @pytest.fixture(scope="module")
