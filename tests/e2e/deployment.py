@@ -27,6 +27,7 @@ class Site:
         self.home = deployment.folder / f"site-{index}"
         self.home.mkdir(exist_ok=True)
         self.log = self.home / "supernode.log"
+        self.log.touch()
         self.command = [
             flower("flower-supernode"),
             "--root-certificates", str(ca or deployment.ca),
