@@ -24,7 +24,7 @@ from faults import (
 )
 from flwr.app import DEFAULT_TTL, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from flwr_colearn import (
@@ -294,7 +294,11 @@ def test_a_quorum_averages_exactly_those_that_replied(clock):
     ),
     policy=st.sampled_from(["fail", *map(Quorum, range(1, K + 1))]),
 )
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150,
+    phases=[Phase.explicit, Phase.generate],  # shrinking is slow where a case is a whole run
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_no_round_averages_fewer_than_the_policy_allows(clock, faults, policy):
     """Participants that fail twice where one restart is allowed are lost in that round."""
     present = [
