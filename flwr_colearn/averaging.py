@@ -2,15 +2,14 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from .blocks import BLOCK, Blocks, Part, flat
 from .errors import ColearnError, expected
 from .roles import Arrays, NDArray, Role, Roles, assign_roles, pair_statistics
 
-# Elements converted to float64 at a time, so that no pass needs a second copy of an array.
-_BLOCK = 1 << 16
 _LARGEST_WEIGHT = 2**53
 
 
@@ -55,6 +54,7 @@ class RunningMean:
         self._like = dict(like)
         self.roles = assign_roles(like, roles)
         self._pairs = pair_statistics(like, self.roles)
+        self._blocks = Blocks(_floats(like))
         self._sums: dict[str, NDArray] = {}
         self._bounds: dict[str, float] = {}
         self._means: dict[str, list[tuple[float, NDArray]]] = {}
@@ -77,20 +77,28 @@ class RunningMean:
             If the weight is not positive, or an array is missing, unexpected, of another shape or
             type, not finite, or too large to be summed. The mean is then as it was.
         """
+        check_model(arrays, self._like)
+        self.add_checked(arrays, weight)
+
+    def add_checked(self, arrays: Arrays, weight: float = 1) -> None:
+        """Do what `add` does, with a model that `check_model` has passed already.
+
+        Raises
+        ------
+        ColearnError
+            As `add`, if the weight is not positive or an array is too large to be summed.
+        """
         if not (weight > 0 and math.isfinite(weight)):
             raise expected("weight of a model", "a positive finite number", weight)
         if weight > _LARGEST_WEIGHT:
             raise expected("weight of a model", f"at most {_LARGEST_WEIGHT}", weight)
         weight = int(weight) if float(weight).is_integer() else float(weight)
-        self._bounds.update(self._check(arrays, weight))
+        self._bounds.update(self._new_bounds(arrays, weight))
+        self._add_floats(_floats(arrays), weight)
         for name, array in arrays.items():
-            if name not in self._sums:
-                kind = np.float64 if array.dtype.kind == "f" else np.int64
-                self._sums[name] = np.zeros(array.shape, kind)
-            if array.dtype.kind == "f":
-                _add_scaled(self._sums[name], array, weight)
-            else:  # float64 from here on if the weight is a fraction
-                self._sums[name] = np.asarray(self._sums[name] + array.astype(np.int64) * weight)
+            if array.dtype.kind != "f":  # float64 from here on if the weight is a fraction
+                scaled = array.astype(np.int64) * weight
+                self._sums[name] = np.asarray(self._sums.get(name, 0) + scaled)
         for mean, _ in self._pairs:
             copy = arrays[mean].astype(np.float64)
             self._means.setdefault(mean, []).append((weight, copy))
@@ -107,14 +115,39 @@ class RunningMean:
         """
         if not self.count:
             raise ColearnError("mean: expected at least one model added, found none")
-        result = {name: self._divide(name) for name in self._like}
+        averages = self._divide_floats(_floats(self._like))
+        result = {
+            name: averages[name] if name in averages else self._divide_whole(name)
+            for name in self._like
+        }
         for mean, variance in self._pairs:
             result[variance] = self._pooled_variance(mean, variance)
         return result
 
-    def _check(self, arrays: Arrays, weight: float) -> dict[str, float]:
-        """Check a model; return bounds of the magnitudes that the sums would have with it."""
-        check_model(arrays, self._like)
+    def _add_floats(self, arrays: Arrays, weight: float) -> None:
+        """Add weight * arrays to the float64 sums, block by block."""
+        first = not self.count
+        if first:
+            self._sums.update({name: np.empty(a.shape, np.float64) for name, a in arrays.items()})
+        sums, terms = flat({name: self._sums[name] for name in arrays}), flat(arrays)
+
+        def add(parts: list[Part]) -> None:
+            scratch = np.empty(BLOCK)
+            for name, block in parts:
+                total, term = sums[name][block], terms[name][block]
+                scaled = total if first else scratch[: term.size]
+                if weight == 1:
+                    # Faster than np.add, which converts a few elements at a time.
+                    np.copyto(scaled, term)
+                else:
+                    np.multiply(term, weight, out=scaled, dtype=np.float64)
+                if not first:
+                    total += scaled
+
+        self._blocks.map(add)
+
+    def _new_bounds(self, arrays: Arrays, weight: float) -> dict[str, float]:
+        """Return bounds of the magnitudes that the sums would have with a model; check them."""
         bounds = {}
         for name, array in arrays.items():
             is_float = array.dtype.kind == "f"
@@ -131,11 +164,21 @@ class RunningMean:
                 raise expected(f"array '{name}'", kind, largest)
         return bounds
 
-    def _divide(self, name: str) -> NDArray:
+    def _divide_floats(self, like: Arrays) -> dict[str, NDArray]:
+        averages = {name: np.empty(array.shape, array.dtype) for name, array in like.items()}
+        sums, outs = flat({name: self._sums[name] for name in like}), flat(averages)
+
+        def divide(parts: list[Part]) -> None:
+            scratch = np.empty(BLOCK)
+            for name, block in parts:
+                total = sums[name][block]
+                outs[name][block] = np.divide(total, self.weight, out=scratch[: total.size])
+
+        self._blocks.map(divide)
+        return averages
+
+    def _divide_whole(self, name: str) -> NDArray:
         total, dtype = self._sums[name], self._like[name].dtype
-        if dtype.kind == "f":
-            out = np.empty(total.shape, dtype)
-            return np.divide(total, self.weight, out=out, casting="same_kind")
         if total.dtype.kind == "f":
             return np.floor(total / self.weight + 0.5).astype(dtype)
         quotient, rest = np.divmod(total, self.weight)
@@ -169,8 +212,7 @@ def check_model(arrays: Arrays, like: Arrays) -> None:
                 f"array '{name}': expected {wanted.dtype} of shape {wanted.shape}, found "
                 f"{array.dtype} of shape {array.shape}"
             )
-        if array.dtype.kind == "f" and not _all_finite(array):
-            raise ColearnError(f"array '{name}': expected finite numbers, found NaN or Inf")
+    _check_finite(_floats(arrays))
 
 
 def relative_change(
@@ -208,12 +250,20 @@ def relative_change(
             f"relative change: expected two models of the same arrays, found {shapes[0]} "
             f"and {shapes[1]}"
         )
-    change = size = 0.0
-    for name, array in new_arrays.items():
-        for a, b in zip(_blocks(array), _blocks(old_arrays[name]), strict=True):
-            difference, base = np.subtract(a, b, dtype=np.float64), b.astype(np.float64)
-            change += float(difference @ difference)
-            size += float(base @ base)
+    new_flat, old_flat = flat(new_arrays), flat(old_arrays)
+
+    def squares(parts: list[Part]) -> list[tuple[float, float]]:
+        sums = []
+        for name, block in parts:
+            base = old_flat[name][block].astype(np.float64)
+            difference = new_flat[name][block].astype(np.float64)
+            difference -= base
+            sums.append((float(difference @ difference), float(base @ base)))
+        return sums
+
+    # One sum over all blocks in order: the same bits with any number of threads.
+    sums = [pair for share in Blocks(old_arrays).map(squares) for pair in share]
+    change, size = (sum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
     if size == 0.0:
         return 0.0 if change == 0.0 else math.inf
     return math.sqrt(change) / math.sqrt(size)
@@ -230,22 +280,21 @@ def _by_name(model: Arrays | Sequence[NDArray]) -> Arrays:
     return {str(index): array for index, array in enumerate(model)}
 
 
-def _blocks(array: NDArray) -> Iterator[NDArray]:
-    flat = array.reshape(-1)
-    for start in range(0, flat.size, _BLOCK):
-        yield flat[start : start + _BLOCK]
+def _floats(arrays: Arrays) -> dict[str, NDArray]:
+    return {name: array for name, array in arrays.items() if array.dtype.kind == "f"}
 
 
-def _add_scaled(total: NDArray, array: NDArray, weight: float) -> None:
-    """Do total += weight * array in float64, without a float64 copy of the whole array."""
-    if weight == 1:
-        np.add(total, array, out=total)
-        return
-    for part, block in zip(_blocks(total), _blocks(array), strict=True):
-        part += np.multiply(block, weight, dtype=np.float64)
+def _check_finite(arrays: Arrays) -> None:
+    vectors = flat(arrays)
 
+    def wrong(parts: list[Part]) -> str | None:
+        finite = np.empty(BLOCK, bool)
+        for name, block in parts:
+            values = vectors[name][block]
+            if not np.isfinite(values, out=finite[: values.size]).all():
+                return name
+        return None
 
-def _all_finite(array: NDArray) -> bool:
-    # A sum in float64 is finite only if every term is; the exact test is for its overflow.
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(array.sum(dtype=np.float64)) or np.isfinite(array).all())
+    for name in Blocks(arrays).map(wrong):
+        if name is not None:
+            raise ColearnError(f"array '{name}': expected finite numbers, found NaN or Inf")

@@ -5,8 +5,8 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from logging import INFO, WARNING
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from .errors import ColearnError, expected, real_number, whole_number
 from .history import History
 from .loop import Loop
 from .recovery import Event, Quorum, RecoveringGrid, Recovery
-from .replies import arrays_of, check_train_reply, examples_of
+from .replies import arrays_of, examples_of, model_of
 from .roles import Arrays, Roles
 from .rule import CoLearningRule, Weighting
 from .sampling import participant_arguments, wait_for_nodes
@@ -169,6 +169,7 @@ class CoLearn(FedAvg):
         self._grid: Grid | None = None
         self._loop: Loop | None = None
         self._viewed: tuple[ArrayRecord, Arrays] | None = None
+        self._checked: tuple[Message, Arrays] | None = None
         self.last_nodes: list[int] = []
         self._missing: list[int] = []
         self._evaluated: ArrayRecord | None = None
@@ -239,22 +240,13 @@ class CoLearn(FedAvg):
         """
         if not self.rule.under_way:
             return None, None
+        # Not a loop, whose variable would hold a reply while the next one arrives.
+        folded = [each for each in map(self._fold, self._in_order(replies)) if each is not None]
         if isinstance(self._grid, RecoveringGrid):
-            # A list, since the grid recovers while it is iterated. By name and not by node, which
-            # a restart may change: float64 models are summed in the same order, come what may.
-            replies = self._grid.in_order(replies)
-            self.rule.note_recovery(self._grid.take_events())
-            self.rule.note_seconds(self._grid.seconds)
-            restarted = self._grid.sent - len(self.last_nodes)
-            self.rule.sent_down(self._model_bytes * restarted)
-            self.last_nodes = self._grid.node_ids + self._missing
-        metrics: list[RecordDict] = []
-        for reply in self._in_order(replies):
-            if self._fold(reply):
-                metrics.append(RecordDict({**reply.content.metric_records}))
-        if isinstance(self._grid, RecoveringGrid):
-            self.rule.require(self._grid.required(self.num_participants))
+            self._note_recovery(self._grid)
         average = to_record(self.rule.average())
+        # By participant: the same bits in whatever order the replies arrived.
+        metrics = [content for _, content in sorted(folded, key=itemgetter(0))]
         train_metrics = self._aggregate_metrics(self.train_metrics_aggr_fn, metrics)
         self.rule.note(train_metrics=train_metrics)
         return average, train_metrics
@@ -401,8 +393,7 @@ class CoLearn(FedAvg):
         """Return a grid that restarts participants, unless the recovery is None."""
         if self.recovery is None or isinstance(grid, RecoveringGrid):
             return grid
-        check = partial(check_train_reply, weighted_by_key=self.weighted_by_key)
-        return RecoveringGrid(grid, self.recovery, check)
+        return RecoveringGrid(grid, self.recovery, self._check)
 
     def _refuse_foreign_loop(self) -> None:
         """Raise for what only our own loop can do."""
@@ -420,18 +411,36 @@ class CoLearn(FedAvg):
                     value,
                 )
 
-    def _fold(self, reply: Message) -> bool:
+    def _check(self, sent: Message, reply: Message) -> None:
+        """Check a train reply for the RecoveringGrid, and keep its model until it is folded."""
+        if sent.metadata.message_type == MessageType.TRAIN:
+            self._checked = reply, model_of(sent, reply, self.weighted_by_key)
+
+    def _fold(self, reply: Message) -> tuple[str, RecordDict] | None:
+        """Add a reply's model to the mean; return the participant and its metrics, if it fits."""
         node_id = reply.metadata.src_node_id
         grid = self._grid
         name = grid.name_of(node_id) if isinstance(grid, RecoveringGrid) else str(node_id)
+        known, self._checked = self._checked, None
+        checked = known is not None and known[0] is reply
         try:
             examples = examples_of(reply, self.weighted_by_key)
             arrays = arrays_of(reply)
-            model = view(arrays)
+            model = known[1] if known is not None and checked else view(arrays)
         except ColearnError as error:
             self.rule.refuse(name, str(error))
-            return False
-        return self.rule.fold(name, model, examples, data_bytes(arrays))
+            return None
+        if not self.rule.fold(name, model, examples, data_bytes(arrays), checked):
+            return None
+        return name, RecordDict({**reply.content.metric_records})
+
+    def _note_recovery(self, grid: RecoveringGrid) -> None:
+        """Take over what the grid had to do in this round."""
+        self.rule.note_recovery(grid.take_events())
+        self.rule.note_seconds(grid.seconds)
+        self.rule.sent_down(self._model_bytes * (grid.sent - len(self.last_nodes)))
+        self.last_nodes = grid.node_ids + self._missing
+        self.rule.require(grid.required(self.num_participants))
 
     def _evaluation_ok(self, reply: Message) -> bool:
         try:
@@ -459,10 +468,12 @@ class CoLearn(FedAvg):
             return None
 
     def _in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
-        """Sort by node where the sum's last bit depends on the order: float64 models."""
-        if self.rule.order_matters and not isinstance(self._grid, RecoveringGrid):
-            return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
-        return replies
+        """Sort by participant where the sum's last bit depends on the order: float64 models."""
+        if not self.rule.order_matters:
+            return replies
+        if isinstance(self._grid, RecoveringGrid):  # by name: a restart may change the node
+            return self._grid.in_order(replies)
+        return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
 
     def view_of(self, arrays: ArrayRecord) -> Arrays:
         """Return views of a record, the same ones for the same record."""

@@ -19,7 +19,7 @@ CLIENT_RAISED = 2  # Flower's error code for an exception in a ClientApp
 class InProcessGrid(Grid):
     """Runs a ClientApp for K participants in this process: no Ray, no server, deterministic.
 
-    Participants are called one after the other, in the order of the messages, each with its own
+    Participants are called one after the other, each when its reply is asked for, with its own
     `Context`, whose state lasts as long as the grid. For tests, for debugging a ClientApp with a
     debugger, and for studies in which the participants share one GPU.
 
@@ -61,7 +61,7 @@ class InProcessGrid(Grid):
         assume_identity()
         self.client_app = client_app
         self._run: Any = empty_run(1)
-        self._replies: dict[str, Message] = {}
+        self._pushed: dict[str, Message] = {}
         self.contexts = {
             index + 1: Context(
                 run_id=1,
@@ -102,17 +102,18 @@ class InProcessGrid(Grid):
         return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Run the ClientApp on every message, and keep the replies to be pulled."""
-        ids = []
+        """Take messages; each is given to the ClientApp when its reply is pulled."""
+        pushed = {}
         for message in messages:
-            reply = self._call(message)
-            ids.append(reply.metadata.reply_to_message_id)
-            self._replies[ids[-1]] = reply
-        return ids
+            self._check_node(message.metadata.dst_node_id)
+            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            pushed[message.metadata.message_id] = message
+        self._pushed.update(pushed)
+        return list(pushed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return the replies to messages pushed before, each once."""
-        return [self._replies.pop(id_) for id_ in message_ids if id_ in self._replies]
+        """Run the ClientApp on messages pushed before, and return the replies, each once."""
+        return [self._call(self._pushed.pop(id_)) for id_ in message_ids if id_ in self._pushed]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -120,12 +121,14 @@ class InProcessGrid(Grid):
         """Run the ClientApp on every message and return the replies; `timeout` is not used."""
         return self.pull_messages(self.push_messages(messages))
 
-    def _call(self, message: Message) -> Message:
-        node_id = message.metadata.dst_node_id
+    def _check_node(self, node_id: int) -> None:
         if node_id not in self.contexts:
             raise ColearnError(
                 f"message: expected a node id from 1 to {len(self.contexts)}, found {node_id}"
             )
+
+    def _call(self, message: Message) -> Message:
+        node_id = message.metadata.dst_node_id
         received = Message(
             content=_copy(message.content),
             dst_node_id=node_id,
@@ -133,8 +136,6 @@ class InProcessGrid(Grid):
             ttl=message.metadata.ttl,
             group_id=message.metadata.group_id,
         )
-        for each in (message, received):
-            each.metadata.__dict__["_message_id"] = str(uuid.uuid4())
         received.metadata.__dict__["_message_id"] = message.metadata.message_id
         try:
             reply = self.client_app(received, self.contexts[node_id])

@@ -5,7 +5,7 @@ global server will restart the local training process of participant k" (Mi et a
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from typing import Any, Literal
@@ -114,13 +114,13 @@ class _Participant:
     waiting_since: float = 0.0
     restarts: int = 0
     warned: bool = False
-    reply: Message | None = None
+    replied: bool = False
     lost: str | None = None
     seconds: float = 0.0
 
     @property
     def done(self) -> bool:
-        return self.reply is not None or self.lost is not None
+        return self.replied or self.lost is not None
 
 
 @dataclass
@@ -251,6 +251,10 @@ class RecoveringGrid(Grid):
     ) -> Iterable[Message]:
         """Send messages and return the replies; train messages are answered by all participants.
 
+        Train messages are sent at once; their replies are pulled one at a time while the result is
+        iterated, each when it has arrived, so that one that was dealt with can be dropped before
+        the next is in memory.
+
         Parameters
         ----------
         messages : iterable of Message
@@ -260,14 +264,15 @@ class RecoveringGrid(Grid):
 
         Returns
         -------
-        list of Message
-            Train replies that passed the check, in the order of the messages; fewer only under a
-            `Quorum`. Of other messages, what the grid inside returns.
+        iterable of Message
+            Train replies that passed the check, as they arrive; fewer only under a `Quorum`. Of
+            other messages, what the grid inside returns.
 
         Raises
         ------
         ColearnError
-            If a participant is lost under the policy "fail", or the quorum is.
+            While train replies are iterated, if a participant is lost under the policy "fail", or
+            the quorum is.
         """
         batch = list(messages)
         if not batch or not _is_train(batch[0]):
@@ -277,30 +282,35 @@ class RecoveringGrid(Grid):
         self._directory.registered.update(node_names(self.grid))
         self.sent = 0
         self._push(participants, participants)
+        return self._replies(participants, timeout)
+
+    def _replies(
+        self, participants: list[_Participant], timeout: float | None
+    ) -> Iterator[Message]:
+        """Yield what arrives, notice what does not, restart what is due, until all are done."""
         poll = 0.01
         while not all(participant.done for participant in participants):
-            if self._advance(participants, timeout):
+            idle = True
+            for participant in participants:
+                if participant.message_id is None:
+                    continue
+                # One at a time, since all that is asked for at once is held at once.
+                for reply in self.grid.pull_messages([participant.message_id]):
+                    if reply.metadata.reply_to_message_id != participant.message_id:
+                        continue
+                    idle = False
+                    if self._accept(participant, reply, participants):
+                        yield reply
+                    del reply
+                self._watch_clock(participant, timeout, participants)
+            waiting = [p for p in participants if not p.done and p.message_id is None]
+            if self._restart(waiting, participants) or not idle:
                 poll = 0.01
                 continue
             time.sleep(poll)
             poll = min(1.5 * poll, LONGEST_POLL)
         self.node_ids = [participant.node_id for participant in participants]
-        replied = [participant for participant in participants if participant.reply is not None]
-        self.seconds = max((participant.seconds for participant in replied), default=0.0)
-        return [participant.reply for participant in replied if participant.reply is not None]
-
-    def _advance(self, participants: list[_Participant], timeout: float | None) -> bool:
-        """Take what has arrived, notice what has not, restart what is due; False if idle."""
-        pending = {p.message_id: p for p in participants if p.message_id is not None}
-        replies = list(self.grid.pull_messages(list(pending))) if pending else []
-        for reply in replies:
-            participant = pending.get(reply.metadata.reply_to_message_id)
-            if participant is not None and participant.message_id is not None:
-                self._receive(participant, reply, participants)
-        for participant in pending.values():
-            self._watch_clock(participant, timeout, participants)
-        waiting = [p for p in participants if not p.done and p.message_id is None]
-        return self._restart(waiting, participants) or bool(replies)
+        self.seconds = max((p.seconds for p in participants if p.replied), default=0.0)
 
     def _push(self, ready: list[_Participant], participants: list[_Participant]) -> None:
         for participant in ready:
@@ -315,14 +325,14 @@ class RecoveringGrid(Grid):
             else:
                 self._failed(participant, "the message was not accepted", participants)
 
-    def _receive(
+    def _accept(
         self, participant: _Participant, reply: Message, participants: list[_Participant]
-    ) -> None:
+    ) -> bool:
         participant.message_id = None
         failure = failure_of(reply)
         if failure is not None:
             self._failed(participant, failure, participants)
-            return
+            return False
         try:
             self._check_identity(participant, reply, participants)
             self.check(participant.message, reply)
@@ -330,9 +340,10 @@ class RecoveringGrid(Grid):
             size = sum(data_bytes(record) for record in reply.content.array_records.values())
             self._note("refusal", participant, str(error), size)
             self._failed(participant, f"its reply was refused: {error}", participants)
-            return
+            return False
         participant.seconds = time.monotonic() - participant.sent_at
-        participant.reply = reply
+        participant.replied = True
+        return True
 
     def _check_identity(
         self, participant: _Participant, reply: Message, participants: list[_Participant]

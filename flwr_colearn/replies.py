@@ -7,6 +7,7 @@ from flwr.app import ArrayRecord, Message, MessageType
 from ._flwr import view
 from .averaging import check_model
 from .errors import ColearnError, expected
+from .roles import Arrays
 
 ECHO = "colearn"
 """Key of the ConfigRecord in which a participant echoes its name and the round."""
@@ -57,21 +58,32 @@ def arrays_of(reply: Message) -> ArrayRecord:
 
 
 def check_train_reply(sent: Message, reply: Message, weighted_by_key: str = "num-examples") -> None:
-    """Raise a ColearnError unless `reply` is a usable answer to `sent`.
+    """Raise a ColearnError unless `reply` is a usable answer to `sent`; see `model_of`."""
+    if sent.metadata.message_type.partition(".")[0] == MessageType.TRAIN:
+        model_of(sent, reply, weighted_by_key)
+
+
+def model_of(sent: Message, reply: Message, weighted_by_key: str = "num-examples") -> Arrays:
+    """Return the model in a train reply, as views of the reply's bytes.
 
     It must carry one ArrayRecord with the names, shapes and types of the model that was sent, all
     numbers finite, and one MetricRecord with a positive number of examples. Where the participant
     echoes its round, it must be the one that was asked for.
+
+    Raises
+    ------
+    ColearnError
+        If it does not.
     """
-    if sent.metadata.message_type.partition(".")[0] != MessageType.TRAIN:
-        return
     examples_of(reply, weighted_by_key)
-    check_model(view(arrays_of(reply)), like=view(arrays_of(sent)))
+    model = view(arrays_of(reply))
+    check_model(model, like=view(arrays_of(sent)))
     echoed = echo_of(reply).get("server-round")
     for config in sent.content.config_records.values():
         asked = config.get("server-round", echoed)
         if echoed is not None and echoed != asked:
             raise expected("round echoed in the reply", str(asked), echoed)
+    return model
 
 
 def echo_of(reply: Message) -> dict[str, object]:

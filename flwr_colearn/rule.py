@@ -174,7 +174,14 @@ class CoLearningRule:
         self._sent, self._measured, self._roles = {}, None, {}
         self.history.clear()
 
-    def fold(self, participant: str, arrays: Arrays, examples: float, size: int) -> bool:
+    def fold(
+        self,
+        participant: str,
+        arrays: Arrays,
+        examples: float,
+        size: int,
+        checked: bool = False,
+    ) -> bool:
         """Add one participant's model to the mean, or refuse it.
 
         Parameters
@@ -187,6 +194,8 @@ class CoLearningRule:
             Number of examples it was trained on, positive.
         size : int
             Bytes received.
+        checked : bool, default False
+            Whether `arrays` passed `check_model` already: once is enough for a large model.
 
         Returns
         -------
@@ -200,7 +209,8 @@ class CoLearningRule:
                 raise ColearnError("expected one reply from each participant, found a second one")
             if not examples > 0:
                 raise expected("number of examples", "a positive number", examples)
-            self._round.mean.add(arrays, 1 if self.weighting == "uniform" else examples)
+            add = self._round.mean.add_checked if checked else self._round.mean.add
+            add(arrays, 1 if self.weighting == "uniform" else examples)
         except ColearnError as error:
             self.refuse(participant, str(error))
             return False
@@ -286,6 +296,7 @@ class CoLearningRule:
         record = self._open_round.record
         self._averaged = self._open_round.mean.count > 0
         record.relative_change = self._change(arrays) if self._averaged else None
+        record.participants.sort()  # they arrived in any order
         record.seconds = round(time.perf_counter() - self._open_round.opened_at, 3)
         self._open_round = None
         self.history.append(record)

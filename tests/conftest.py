@@ -15,6 +15,14 @@ settings.load_profile("tests")
 
 
 @pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch):
+    """The plugin's clock, which only the test moves."""
+    from faults import Clock
+
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
 def flower_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
     """Everything that is written to Flower's log, from the INFO level upwards."""
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)

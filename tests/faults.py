@@ -4,6 +4,7 @@ import io
 import random
 import sys
 import time
+import uuid
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -271,6 +272,7 @@ class FaultyGrid(InProcessGrid):
         if id(message) in self._seen or node_id not in self.contexts:
             return None
         self._seen[id(message)] = message
+        message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
         if message.metadata.message_type != "train":
             return self._deliver(self._call(message))
         config = message.content["config"]

@@ -12,7 +12,6 @@ from faults import (
     FAULTS,
     MODEL,
     UNSEEN,
-    Clock,
     FaultyGrid,
     bits,
     numpy_of,
@@ -39,11 +38,6 @@ from flwr_colearn import (
 
 K = 4
 NAMES = [f"partition-{k}" for k in range(K)]
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return Clock(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -444,7 +438,9 @@ def ask(recovering, nodes, round_=1):
     replies = recovering.send_and_receive(
         [Message(content, node, "train") for node in nodes], timeout=60.0
     )
-    return [reply.metadata.src_node_id for reply in replies]
+    came_from = [reply.metadata.src_node_id for reply in replies]
+    assert sorted(came_from) == sorted(recovering.node_ids)
+    return recovering.node_ids
 
 
 @pytest.mark.parametrize("named", [True, False])

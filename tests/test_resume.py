@@ -34,11 +34,6 @@ class Killed(BaseException):
     """The server's process ends here."""
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    return Clock(monkeypatch)
-
-
 @pytest.fixture(autouse=True)
 def quiet_log(monkeypatch):
     monkeypatch.setattr(logging.getLogger("flwr"), "level", logging.CRITICAL)

@@ -1,0 +1,80 @@
+"""Passes over blocks: every element once, whatever the sizes and threads."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flwr_colearn import RunningMean, blocks, relative_change
+from flwr_colearn.averaging import check_model
+from flwr_colearn.errors import ColearnError
+
+
+def small_blocks(monkeypatch, threads):
+    """Blocks of 7 elements, threads from the first element on."""
+    for module in ("blocks", "averaging"):
+        monkeypatch.setattr(f"flwr_colearn.{module}.BLOCK", 7)
+    monkeypatch.setattr(blocks, "_THREADED", 1)
+    monkeypatch.setattr(blocks.os, "cpu_count", lambda: threads)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 60), max_size=8),
+    threads=st.integers(1, 5),
+)
+def test_every_element_is_in_one_block(sizes, threads):
+    model = {str(i): np.zeros(size) for i, size in enumerate(sizes)}
+    with pytest.MonkeyPatch.context() as patch:
+        small_blocks(patch, threads)
+        shares = blocks.Blocks(model).map(lambda parts: parts)
+        for name, block in (part for share in shares for part in share):
+            assert 0 < block.stop - block.start <= 7
+            model[name][block] += 1
+    assert all((array == 1).all() for array in model.values())
+    assert len(shares) <= threads
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_no_bit(threads, monkeypatch):
+    rng = np.random.default_rng(0)
+    models = [
+        {"a": rng.standard_normal((20, 9)).astype(np.float32), "b": rng.standard_normal(5)}
+        for _ in range(3)
+    ]
+    plain = RunningMean(models[0])
+    for model in models:
+        plain.add(model, 3)
+    expected, change = plain.mean(), relative_change(models[1], models[0])
+    small_blocks(monkeypatch, threads)
+    threaded = RunningMean(models[0])
+    for model in models:
+        threaded.add(model, 3)
+    for name, array in threaded.mean().items():
+        assert array.tobytes() == expected[name].tobytes()
+        reference = np.mean([m[name].astype(np.float64) for m in models], axis=0)
+        np.testing.assert_allclose(array, reference, rtol=1e-6, atol=1e-7)
+    assert relative_change(models[1], models[0]) == pytest.approx(change, rel=1e-14)
+
+
+def test_a_large_model_is_averaged_in_threads_by_default(monkeypatch):
+    size = blocks._THREADED + blocks.BLOCK // 3
+    rng = np.random.default_rng(0)
+    models = [{"w": rng.standard_normal(size, dtype=np.float32)} for _ in range(2)]
+    monkeypatch.setattr(blocks.os, "cpu_count", lambda: 2)
+    mean = RunningMean(models[0])
+    for model in models:
+        mean.add(model)
+    reference = (models[0]["w"].astype(np.float64) + models[1]["w"]) / 2
+    assert np.array_equal(mean.mean()["w"], reference.astype(np.float32))
+
+
+@pytest.mark.parametrize("where", [0, 6, 7, 100, 179])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_bad_number_is_found_in_any_block(where, threads, monkeypatch):
+    small_blocks(monkeypatch, threads)
+    like = {"a": np.zeros(180, np.float32), "b": np.zeros(3, np.float32)}
+    bad = {name: array.copy() for name, array in like.items()}
+    bad["a"][where] = np.inf
+    check_model(like, like)
+    with pytest.raises(ColearnError, match="array 'a': expected finite numbers"):
+        check_model(bad, like)
