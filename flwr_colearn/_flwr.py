@@ -111,7 +111,7 @@ def _record_of(array: NDArray) -> Array:
         return Array(array)
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    data = b"".join((header.getvalue(), memoryview(array.reshape(-1)).cast("B")))
+    data = b"".join((header.getvalue(), array.reshape(-1).view(np.uint8).data))
     return Array(str(array.dtype), tuple(array.shape), "numpy.ndarray", data)
 
 

@@ -67,7 +67,8 @@ def test_a_list_of_the_replies_works_as_well(clock):
 
     def run(kind):
         grid = FaultyGrid(clock, {(1, 2, 0): "raises", (2, 0, 0): "NaN"})
-        return bits(strategy_of(fraction_evaluate=0.0).start(kind(grid), record_of(MODEL), num_rounds=3).arrays)
+        strategy = strategy_of(fraction_evaluate=0.0)
+        return bits(strategy.start(kind(grid), record_of(MODEL), num_rounds=3).arrays)
 
     assert run(Listing) == run(RecoveringGrid)
 
