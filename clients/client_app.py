@@ -1,6 +1,7 @@
 """One Message API ClientApp for every Trainer."""
 
 from collections.abc import Callable
+from typing import cast
 
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -49,6 +50,6 @@ def make_client_app(
 
 
 def _load(trainer: Trainer, message: Message) -> Trainer:
-    arrays = message.content.array_records["arrays"]
+    arrays = cast(ArrayRecord, message.content["arrays"])
     trainer.set_weights({name: array.numpy() for name, array in arrays.items()})
     return trainer

@@ -3,16 +3,27 @@
 import io
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.server.server import fit_clients as fit_clients
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy.strategy_utils import config_to_str as config_to_str
 
 from .errors import ColearnError, expected
 from .roles import NDArray
+
+Record = TypeVar("Record", ArrayRecord, MetricRecord, ConfigRecord)
+
+
+def records_of(content: RecordDict, kind: type[Record]) -> dict[str, Record]:
+    """Return the records of one kind.
+
+    Not by ``content.array_records``: Flower keeps that in a reference cycle with the content, and a
+    model in a cycle stays in memory until the garbage collector happens to come.
+    """
+    return {name: record for name, record in content.items() if isinstance(record, kind)}
 
 
 def view(record: ArrayRecord) -> dict[str, NDArray]:
@@ -123,6 +134,7 @@ __all__ = [
     "empty_run",
     "fit_clients",
     "node_names",
+    "records_of",
     "to_record",
     "view",
     "view_bytes",

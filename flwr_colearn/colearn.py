@@ -23,7 +23,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ._flwr import data_bytes, to_record, view
+from ._flwr import data_bytes, records_of, to_record, view
 from .checkpoint import CheckpointFolder
 from .errors import ColearnError, expected, real_number, whole_number
 from .history import History
@@ -432,7 +432,7 @@ class CoLearn(FedAvg):
             return None
         if not self.rule.fold(name, model, examples, data_bytes(arrays), checked):
             return None
-        return name, RecordDict({**reply.content.metric_records})
+        return name, RecordDict({**records_of(reply.content, MetricRecord)})
 
     def _note_recovery(self, grid: RecoveringGrid) -> None:
         """Take over what the grid had to do in this round."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.common import log
 
+from ._flwr import records_of
 from .replies import ECHO
 
 
@@ -64,7 +65,7 @@ def _name(context: Context) -> dict[str, str]:
 
 def _config(message: Message) -> ConfigRecord:
     """Return the train config, wherever Message API or legacy messages keep it."""
-    for record in message.content.config_records.values():
+    for record in records_of(message.content, ConfigRecord).values():
         if "server-round" in record:
             return record
     return ConfigRecord()

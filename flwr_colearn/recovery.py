@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from typing import Any, Literal
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ._flwr import data_bytes, node_names
+from ._flwr import data_bytes, node_names, records_of
 from .errors import ColearnError, expected, real_number, whole_number
 from .replies import ECHO, check_train_reply, echo_of, failure_of
 
@@ -337,7 +337,7 @@ class RecoveringGrid(Grid):
             self._check_identity(participant, reply, participants)
             self.check(participant.message, reply)
         except ColearnError as error:
-            size = sum(data_bytes(record) for record in reply.content.array_records.values())
+            size = sum(map(data_bytes, records_of(reply.content, ArrayRecord).values()))
             self._note("refusal", participant, str(error), size)
             self._failed(participant, f"its reply was refused: {error}", participants)
             return False

@@ -2,9 +2,9 @@
 
 import math
 
-from flwr.app import ArrayRecord, Message, MessageType
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 
-from ._flwr import view
+from ._flwr import records_of, view
 from .averaging import check_model
 from .errors import ColearnError, expected
 from .roles import Arrays
@@ -34,7 +34,7 @@ def examples_of(reply: Message, weighted_by_key: str) -> float:
     failure = failure_of(reply)
     if failure is not None:
         raise ColearnError(failure)
-    records = list(reply.content.metric_records.values())
+    records = list(records_of(reply.content, MetricRecord).values())
     if len(records) != 1:
         raise expected("reply", "exactly one MetricRecord", len(records))
     examples = records[0].get(weighted_by_key)
@@ -51,7 +51,7 @@ def arrays_of(reply: Message) -> ArrayRecord:
     ColearnError
         If there is none, or more than one.
     """
-    records = list(reply.content.array_records.values())
+    records = list(records_of(reply.content, ArrayRecord).values())
     if len(records) != 1:
         raise expected("reply", "exactly one ArrayRecord", len(records))
     return records[0]
@@ -79,7 +79,7 @@ def model_of(sent: Message, reply: Message, weighted_by_key: str = "num-examples
     model = view(arrays_of(reply))
     check_model(model, like=view(arrays_of(sent)))
     echoed = echo_of(reply).get("server-round")
-    for config in sent.content.config_records.values():
+    for config in records_of(sent.content, ConfigRecord).values():
         asked = config.get("server-round", echoed)
         if echoed is not None and echoed != asked:
             raise expected("round echoed in the reply", str(asked), echoed)
@@ -88,5 +88,5 @@ def model_of(sent: Message, reply: Message, weighted_by_key: str = "num-examples
 
 def echo_of(reply: Message) -> dict[str, object]:
     """Return what a participant says of itself in a reply: ``participant``, ``server-round``."""
-    record = reply.content.config_records.get(ECHO) if reply.has_content() else None
-    return dict(record or {})
+    configs = records_of(reply.content, ConfigRecord) if reply.has_content() else {}
+    return dict(configs.get(ECHO, {}))

@@ -1,0 +1,153 @@
+"""Aggregating K models of ResNet-152: time against Flower's FedAvg, and memory.
+
+Both strategies get the same replies in turn. The floor is what any sum in float64 must move when
+models come one at a time: K x 20 bytes per parameter (read the reply, read and write the sum).
+"""
+
+import argparse
+import gc
+import statistics
+import time
+import tracemalloc
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+
+from flwr_colearn import CoLearn, InProcessGrid
+from flwr_colearn._flwr import data_bytes, to_record
+
+REPEATS = 3
+DISTINCT = 5
+"""Replies made; for larger K they come again and again, each a gigabyte after the last time."""
+
+
+def shapes() -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return shape and type of the 932 arrays of ResNet-152 with ten classes."""
+    import torch
+    from torchvision.models import resnet152
+
+    with torch.device("meta"):
+        state = resnet152(num_classes=10).state_dict()
+    return {
+        name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in state.items()
+    }
+
+
+def random_model(seed: int) -> ArrayRecord:
+    """Return a model of random numbers: constant ones would look too fast."""
+    rng = np.random.default_rng(seed)
+    return to_record(
+        {
+            name: rng.random(shape, np.float32) if kind == "float32" else np.array(seed)
+            for name, (shape, kind) in shapes().items()
+        }
+    )
+
+
+def reply_to(message: Message, arrays: ArrayRecord, node_id: int) -> Message:
+    """Return a train reply of a participant."""
+    content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 10})})
+    reply = Message(content, reply_to=message)
+    reply.metadata.__dict__["_src_node_id"] = node_id
+    return reply
+
+
+def opened(k: int, model: ArrayRecord) -> tuple[CoLearn, list[Message]]:
+    """Return a co-learning strategy that waits for K replies, and the messages it sent."""
+    strategy = CoLearn(k, local_epochs=1, learning_rate=0.01)
+    grid = InProcessGrid(ClientApp(), k)
+    return strategy, list(strategy.configure_train(1, model, ConfigRecord(), grid))
+
+
+def time_once(k: int, model: ArrayRecord, models: list[ArrayRecord]) -> dict[str, float]:
+    """Return the seconds of one aggregation by each strategy."""
+    seconds = {}
+    colearn, messages = opened(k, model)
+    for name, strategy in (("fedavg", FedAvg()), ("colearn", colearn)):
+        replies = [
+            reply_to(message, models[index % len(models)], index + 1)
+            for index, message in enumerate(messages)
+        ]
+        gc.collect()
+        started = time.perf_counter()
+        arrays, _ = strategy.aggregate_train(1, replies)
+        seconds[name] = time.perf_counter() - started
+        assert arrays is not None
+        assert len(arrays) == len(model)
+    return seconds
+
+
+def copy_bandwidth(size: int) -> float:
+    """Return bytes moved per second (read and written) when `size` float32 are copied."""
+    source, target = np.ones(size, np.float32), np.zeros(size, np.float32)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - started)
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
+def peak_memory(strategy: str, k: int) -> float:
+    """Return the peak memory of aggregating K fresh replies, in models, without the shared one.
+
+    Smaller models do here: 64 arrays of 1 MiB.
+    """
+
+    def fresh(seed: int) -> ArrayRecord:
+        rng = np.random.default_rng(seed)
+        return to_record({str(i): rng.random((512, 512), np.float32) for i in range(64)})
+
+    model = fresh(0)
+    colearn, messages = opened(k, model)
+    replies = (
+        reply_to(message, fresh(index + 1), index + 1) for index, message in enumerate(messages)
+    )
+    tracemalloc.start()
+    if strategy == "colearn":
+        arrays, _ = colearn.aggregate_train(1, replies)
+    else:
+        arrays, _ = FedAvg().aggregate_train(1, list(replies))
+    assert arrays is not None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / data_bytes(model)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure and return the benchmark's results."""
+    model = random_model(0)
+    models = [random_model(seed) for seed in range(1, DISTINCT + 1)]
+    parameters = sum(int(np.prod(shape)) for shape, _ in shapes().values())
+    bandwidth = copy_bandwidth(parameters)
+    rows: list[dict[str, Any]] = []
+    for k in options.participants:
+        runs = [time_once(k, model, models) for _ in range(REPEATS)]
+        median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        rows.append(
+            {
+                "participants": k,
+                "FedAvg s": round(median["fedavg"], 3),
+                "CoLearn s": round(median["colearn"], 3),
+                "ratio": round(median["colearn"] / median["fedavg"], 3),
+                "floor s": round(k * 20 * parameters / bandwidth, 3),
+            }
+        )
+    for row in rows:
+        for title, strategy in (("FedAvg", "fedavg"), ("CoLearn", "colearn")):
+            row[f"{title} peak, models"] = round(peak_memory(strategy, row["participants"]), 1)
+    return {
+        "parameters": parameters,
+        "bytes of a model": data_bytes(model),
+        "copy GB/s": round(bandwidth / 1e9, 1),
+        "rows": rows,
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the benchmark's own options."""
+    parser.add_argument("--participants", type=int, nargs="+", default=[5, 20, 50], metavar="K")
