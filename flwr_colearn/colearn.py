@@ -5,7 +5,6 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, Literal
@@ -29,11 +28,12 @@ from .errors import ColearnError, expected, real_number, whole_number
 from .history import History
 from .loop import Loop
 from .recovery import Event, Quorum, RecoveringGrid, Recovery
-from .replies import arrays_of, check_train_reply, examples_of
+from .replies import arrays_of, check_train_reply, examples_of, model_of
 from .roles import Arrays, Roles
 from .rule import CoLearningRule, Weighting
 from .sampling import participant_arguments, wait_for_nodes
 from .schedules import EpochRule, LearningRate
+from .wire import Broadcast, Float32, Wire
 
 
 class CoLearn(FedAvg):
@@ -91,6 +91,9 @@ class CoLearn(FedAvg):
         leaves failed participants out, as Flower does.
     checkpoints : str, Path or CheckpointFolder, optional
         Where `start` saves the run after every round. By default nowhere.
+    wire : Wire, optional
+        Compression of the models on their way; by default none. Participants then need
+        `flwr_colearn.wire_mod`.
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
         stay 1: nobody is left out of a round.
@@ -139,6 +142,7 @@ class CoLearn(FedAvg):
         wait_for_participants: float | None = None,
         recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
         checkpoints: str | Path | CheckpointFolder | None = None,
+        wire: Wire = Wire(),  # noqa: B008  (an immutable value)
         **kwargs: Any,
     ) -> None:
         nodes = participant_arguments(
@@ -163,8 +167,12 @@ class CoLearn(FedAvg):
             if checkpoints is None or isinstance(checkpoints, CheckpointFolder)
             else CheckpointFolder(checkpoints)
         )
+        if not isinstance(wire, Wire):
+            raise expected("wire", "a Wire, such as Wire(up=Int8(), down=Float16())", wire)
+        self.wire = wire
         self.random = random.Random()
         self.time_limit: float | None = None
+        self._broadcast: Broadcast | None = None
         self._model_bytes = 0
         self._grid: Grid | None = None
         self._loop: Loop | None = None
@@ -182,6 +190,8 @@ class CoLearn(FedAvg):
         """Log the settings of the strategy."""
         self.rule.log_summary(lambda line: log(INFO, line))
         log(INFO, "\t├──> Participants: %s", self.num_participants)
+        if not self.wire.plain:
+            log(INFO, "\t├──> Wire: %s; participants need wire_mod", self.wire)
         super().summary()
 
     def configure_train(
@@ -211,11 +221,12 @@ class CoLearn(FedAvg):
             plan.learning_rate,
         )
         self.last_nodes = self._choose_nodes(grid)
-        self._model_bytes = data_bytes(arrays)
+        self._broadcast = self.wire.broadcast(arrays, server_round)
+        self._model_bytes = data_bytes(self._broadcast.arrays)
         self.rule.sent_down(self._model_bytes * len(self.last_nodes))
         # A copy: Flower hands the same ConfigRecord to every round.
         train_config = ConfigRecord({**config, **plan.to_config()})
-        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: train_config})
+        content = self._content(self._broadcast, train_config)
         return [
             Message(
                 content=content,
@@ -271,7 +282,7 @@ class CoLearn(FedAvg):
             return []
         chosen = nodes if wanted >= len(nodes) else self.random.sample(nodes, wanted)
         record = ConfigRecord({**config, "server-round": server_round})
-        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: record})
+        content = self._content(self.wire.broadcast(arrays, server_round), record)
         return [
             Message(content=content, message_type=MessageType.EVALUATE, dst_node_id=node_id)
             for node_id in chosen
@@ -401,8 +412,20 @@ class CoLearn(FedAvg):
         """Return a grid that restarts participants, unless the recovery is None."""
         if self.recovery is None or isinstance(grid, RecoveringGrid):
             return grid
-        check = partial(check_train_reply, weighted_by_key=self.weighted_by_key)
-        return RecoveringGrid(grid, self.recovery, check)
+        return RecoveringGrid(grid, self.recovery, self._check)
+
+    def _check(self, sent: Message, reply: Message) -> None:
+        check_train_reply(sent, reply, self.weighted_by_key, self._broadcast)
+
+    def _content(self, broadcast: Broadcast, config: ConfigRecord) -> RecordDict:
+        """Return what the messages of one broadcast hold."""
+        return RecordDict(
+            {
+                self.arrayrecord_key: broadcast.arrays,
+                self.configrecord_key: config,
+                **broadcast.records,
+            }
+        )
 
     def _refuse_foreign_loop(self) -> None:
         """Raise for what only our own loop can do."""
@@ -419,19 +442,27 @@ class CoLearn(FedAvg):
                     "save averages without its noise; use num_rounds",
                     value,
                 )
+        if not isinstance(self.wire.up, Float32):
+            raise expected(
+                "wire under a wrapper such as differential privacy",
+                "up=Float32(), since the wrapper counts on the norm to which updates were clipped, "
+                "which rounding changes",
+                str(self.wire),
+            )
 
     def _fold(self, reply: Message) -> bool:
         node_id = reply.metadata.src_node_id
         grid = self._grid
+        assert self._broadcast is not None
         name = grid.name_of(node_id) if isinstance(grid, RecoveringGrid) else str(node_id)
         try:
             examples = examples_of(reply, self.weighted_by_key)
-            arrays = arrays_of(reply)
-            model = view(arrays)
+            size = data_bytes(arrays_of(reply))
+            model = model_of(reply, self._broadcast)
         except ColearnError as error:
             self.rule.refuse(name, str(error))
             return False
-        return self.rule.fold(name, model, examples, data_bytes(arrays))
+        return self.rule.fold(name, model, examples, size)
 
     def _evaluation_ok(self, reply: Message) -> bool:
         try:

@@ -4,9 +4,10 @@ import math
 
 from flwr.app import ArrayRecord, Message, MessageType
 
-from ._flwr import view
 from .averaging import check_model
 from .errors import ColearnError, expected
+from .roles import Arrays
+from .wire import WIRE, Broadcast
 
 ECHO = "colearn"
 """Key of the ConfigRecord in which a participant echoes its name and the round."""
@@ -56,17 +57,36 @@ def arrays_of(reply: Message) -> ArrayRecord:
     return records[0]
 
 
-def check_train_reply(sent: Message, reply: Message, weighted_by_key: str = "num-examples") -> None:
+def model_of(reply: Message, broadcast: Broadcast) -> Arrays:
+    """Return the model in a train reply to a broadcast, decoded.
+
+    Raises
+    ------
+    ColearnError
+        If there is not exactly one ArrayRecord, or it is not encoded as asked for, or damaged.
+    """
+    return broadcast.decode(arrays_of(reply), reply.content.config_records.get(WIRE))
+
+
+def check_train_reply(
+    sent: Message,
+    reply: Message,
+    weighted_by_key: str = "num-examples",
+    broadcast: Broadcast | None = None,
+) -> None:
     """Raise a ColearnError unless `reply` is a usable answer to `sent`.
 
     It must carry one ArrayRecord with the names, shapes and types of the model that was sent, all
     numbers finite, and one MetricRecord with a positive number of examples. Where the participant
-    echoes its round, it must be the one that was asked for.
+    echoes its round, it must be the one that was asked for. `broadcast`, which decodes the model,
+    is by default read from `sent`.
     """
     if sent.metadata.message_type.partition(".")[0] != MessageType.TRAIN:
         return
     examples_of(reply, weighted_by_key)
-    check_model(view(arrays_of(reply)), like=view(arrays_of(sent)))
+    if broadcast is None:
+        broadcast = Broadcast.received(arrays_of(sent), sent.content.config_records.get(WIRE))
+    check_model(model_of(reply, broadcast), like=broadcast.reference)
     echoed = echo_of(reply).get("server-round")
     for config in sent.content.config_records.values():
         asked = config.get("server-round", echoed)
