@@ -521,7 +521,7 @@ def _encode_reply(broadcast: Broadcast, trained: ArrayRecord, state: RecordDict)
     left = {
         name: difference(array, arriving[name], residual.get(name))
         for name, array in view(trained).items()
-        if encoded[name] is not trained[name]
+        if encoded[name].stype != trained[name].stype
     }
     for when, arrays in (("before", residual), ("after", left)):
         state[f"{RESIDUAL}.{when}"] = BFloat16().encode(to_record(arrays))[0]
