@@ -400,7 +400,7 @@ def test_codecs_have_names():
     codecs = [Float32(), Float16(), BFloat16(), Int8(), Int8(0), Int8(-1)]
     assert [codec_named(name) for name in names] == codecs
     assert [codec.name for codec in codecs] == [str(codec) for codec in codecs] == names
-    for name in ("float8", None, 8, ""):
+    for name in ("float8", None, 8, "", ["int8"]):
         with pytest.raises(ColearnError, match="codec: expected one of float32, float16"):
             codec_named(name)
 
