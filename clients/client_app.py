@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 
 from clients.numpy_client import train_locally
 from clients.trainer import Trainer
-from flwr_colearn import LocalPlan, introduce, participant_mod
+from flwr_colearn import LocalPlan, introduce, participant_mod, wire_mod
 
 
 def make_client_app(
@@ -28,7 +28,7 @@ def make_client_app(
     keep_optimizer : callable, optional
         ``Context -> bool``: keep the optimizer's state on the participant between rounds.
     """
-    app = ClientApp(mods=[participant_mod])
+    app = ClientApp(mods=[participant_mod, wire_mod])
     app.query("colearn")(introduce)
 
     @app.train()

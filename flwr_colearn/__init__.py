@@ -21,10 +21,12 @@ from .schedules import (
     FixedEpochs,
     IncreasingEpochs,
 )
+from .wire import BFloat16, Float16, Float32, Int8, Wire, wire_mod
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BFloat16",
     "CheckpointFolder",
     "CoLearn",
     "ColearnError",
@@ -33,9 +35,12 @@ __all__ = [
     "Epoch",
     "ExponentialRate",
     "FixedEpochs",
+    "Float16",
+    "Float32",
     "History",
     "InProcessGrid",
     "IncreasingEpochs",
+    "Int8",
     "LocalPlan",
     "Quorum",
     "RecoveringGrid",
@@ -43,7 +48,9 @@ __all__ = [
     "Role",
     "RoundRecord",
     "RunningMean",
+    "Wire",
     "introduce",
     "participant_mod",
     "relative_change",
+    "wire_mod",
 ]

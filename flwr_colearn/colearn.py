@@ -29,11 +29,12 @@ from .errors import ColearnError, expected, real_number, whole_number
 from .history import History
 from .loop import Loop
 from .recovery import Event, Quorum, RecoveringGrid, Recovery
-from .replies import arrays_of, examples_of, model_of
+from .replies import arrays_of, checked_model, examples_of, model_of
 from .roles import Arrays, Roles
 from .rule import CoLearningRule, Weighting
 from .sampling import participant_arguments, wait_for_nodes
 from .schedules import EpochRule, LearningRate
+from .wire import Broadcast, Float32, Wire
 
 
 class CoLearn(FedAvg):
@@ -91,6 +92,9 @@ class CoLearn(FedAvg):
         leaves failed participants out, as Flower does.
     checkpoints : str, Path or CheckpointFolder, optional
         Where `start` saves the run after every round. By default nowhere.
+    wire : Wire, optional
+        Compression of the models on their way; by default none. Participants then need
+        `flwr_colearn.wire_mod`.
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
         stay 1: nobody is left out of a round.
@@ -139,6 +143,7 @@ class CoLearn(FedAvg):
         wait_for_participants: float | None = None,
         recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
         checkpoints: str | Path | CheckpointFolder | None = None,
+        wire: Wire = Wire(),  # noqa: B008  (an immutable value)
         **kwargs: Any,
     ) -> None:
         nodes = participant_arguments(
@@ -163,8 +168,12 @@ class CoLearn(FedAvg):
             if checkpoints is None or isinstance(checkpoints, CheckpointFolder)
             else CheckpointFolder(checkpoints)
         )
+        if not isinstance(wire, Wire):
+            raise expected("wire", "a Wire, such as Wire(up=Int8(), down=Float16())", wire)
+        self.wire = wire
         self.random = random.Random()
         self.time_limit: float | None = None
+        self._broadcast: Broadcast | None = None
         self._model_bytes = 0
         self._grid: Grid | None = None
         self._loop: Loop | None = None
@@ -183,6 +192,8 @@ class CoLearn(FedAvg):
         """Log the settings of the strategy."""
         self.rule.log_summary(lambda line: log(INFO, line))
         log(INFO, "\t├──> Participants: %s", self.num_participants)
+        if not self.wire.plain:
+            log(INFO, "\t├──> Wire: %s; participants need wire_mod", self.wire)
         super().summary()
 
     def configure_train(
@@ -212,11 +223,12 @@ class CoLearn(FedAvg):
             plan.learning_rate,
         )
         self.last_nodes = self._choose_nodes(grid)
-        self._model_bytes = data_bytes(arrays)
+        self._broadcast = self.wire.broadcast(arrays, server_round)
+        self._model_bytes = data_bytes(self._broadcast.arrays)
         self.rule.sent_down(self._model_bytes * len(self.last_nodes))
         # A copy: Flower hands the same ConfigRecord to every round.
         train_config = ConfigRecord({**config, **plan.to_config()})
-        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: train_config})
+        content = self._content(self._broadcast, train_config)
         return [
             Message(
                 content=content,
@@ -263,7 +275,7 @@ class CoLearn(FedAvg):
             return []
         chosen = nodes if wanted >= len(nodes) else self.random.sample(nodes, wanted)
         record = ConfigRecord({**config, "server-round": server_round})
-        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: record})
+        content = self._content(self.wire.broadcast(arrays, server_round), record)
         return [
             Message(content=content, message_type=MessageType.EVALUATE, dst_node_id=node_id)
             for node_id in chosen
@@ -395,6 +407,16 @@ class CoLearn(FedAvg):
             return grid
         return RecoveringGrid(grid, self.recovery, self._check)
 
+    def _content(self, broadcast: Broadcast, config: ConfigRecord) -> RecordDict:
+        """Return what the messages of one broadcast hold."""
+        return RecordDict(
+            {
+                self.arrayrecord_key: broadcast.arrays,
+                self.configrecord_key: config,
+                **broadcast.records,
+            }
+        )
+
     def _refuse_foreign_loop(self) -> None:
         """Raise for what only our own loop can do."""
         if self._loop is not None:
@@ -410,27 +432,37 @@ class CoLearn(FedAvg):
                     "save averages without its noise; use num_rounds",
                     value,
                 )
+        if not isinstance(self.wire.up, Float32):
+            raise expected(
+                "wire under a wrapper such as differential privacy",
+                "up=Float32(), since the wrapper counts on the norm to which updates were clipped, "
+                "which rounding changes",
+                str(self.wire),
+            )
 
     def _check(self, sent: Message, reply: Message) -> None:
         """Check a train reply for the RecoveringGrid, and keep its model until it is folded."""
         if sent.metadata.message_type == MessageType.TRAIN:
-            self._checked = reply, model_of(sent, reply, self.weighted_by_key)
+            assert self._broadcast is not None
+            model = checked_model(sent, reply, self.weighted_by_key, self._broadcast)
+            self._checked = reply, model
 
     def _fold(self, reply: Message) -> tuple[str, RecordDict] | None:
         """Add a reply's model to the mean; return the participant and its metrics, if it fits."""
         node_id = reply.metadata.src_node_id
         grid = self._grid
+        assert self._broadcast is not None
         name = grid.name_of(node_id) if isinstance(grid, RecoveringGrid) else str(node_id)
         known, self._checked = self._checked, None
         checked = known is not None and known[0] is reply
         try:
             examples = examples_of(reply, self.weighted_by_key)
-            arrays = arrays_of(reply)
-            model = known[1] if known is not None and checked else view(arrays)
+            size = data_bytes(arrays_of(reply))
+            model = known[1] if known is not None and checked else model_of(reply, self._broadcast)
         except ColearnError as error:
             self.rule.refuse(name, str(error))
             return None
-        if not self.rule.fold(name, model, examples, data_bytes(arrays), checked):
+        if not self.rule.fold(name, model, examples, size, checked):
             return None
         return name, RecordDict({**records_of(reply.content, MetricRecord)})
 

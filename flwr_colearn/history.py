@@ -32,8 +32,9 @@ class RoundRecord:
         |w^{i+1} - w^i| / |w^i| over the trainable arrays: what eq. 4 compares with epsilon to
         decide the next round's T. ``None`` until the round is closed.
     bytes_down, bytes_up : int
-        Bytes of the serialised arrays sent to, and received from, all participants, restarts and
-        refused replies included.
+        Bytes of the serialised arrays sent to, and received from, all participants, as they
+        travelled (compressed where `flwr_colearn.Wire` says so), restarts and refused replies
+        included.
     participants : list of str
         Those whose model is in the average.
     refusals : list of dict

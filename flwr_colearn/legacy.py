@@ -22,7 +22,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg
 
 from ._flwr import fit_clients
-from .errors import ColearnError
+from .errors import ColearnError, expected
 from .history import History
 from .recovery import LONGEST_PAUSE, Event, Quorum, Recovery
 from .roles import Arrays, Roles
@@ -61,7 +61,7 @@ class CoLearn(FedAvg):
         As for `flwr_colearn.CoLearn`, as far as the legacy API lets us: participants that failed
         are asked again through the same ``ClientProxy``, all of them at once. One whose SuperNode
         came back with another node id is not recognised, `patience` is not used, and there are no
-        deadlines, checkpoints or resume. Turn it off (``None``) under SecAgg+.
+        deadlines, checkpoints or resume, and no compression. Turn it off (``None``) under SecAgg+.
     **kwargs
         The arguments of ``flwr.server.strategy.FedAvg``, except `fraction_fit`, which must stay 1.
 
@@ -89,6 +89,13 @@ class CoLearn(FedAvg):
         recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
         **kwargs: Any,
     ) -> None:
+        if "wire" in kwargs:
+            raise expected(
+                "wire",
+                "none, since the legacy API knows one serialisation for all arrays of a model; "
+                "flwr_colearn.CoLearn compresses",
+                str(kwargs["wire"]),
+            )
         clients = participant_arguments(
             num_participants,
             kwargs,

@@ -18,6 +18,7 @@ from clients.torch_trainer import TorchTrainer, roles_of
 from clients.trainer import Trainer
 from flwr_colearn import CoLearn, ColearnError, History
 from flwr_colearn.report import curve, save_figure
+from flwr_colearn.wire import Wire, codec_named
 from simulations.arms import arm_named, schedules
 from simulations.settings import RunSettings
 
@@ -65,6 +66,7 @@ def make_strategy(
         weighting=settings.weighting,  # type: ignore[arg-type]  # CoLearn checks it
         roles=roles_of(trainer.model),
         history=history,
+        wire=Wire(codec_named(settings.compression_up), codec_named(settings.compression_down)),
         fraction_evaluate=settings.fraction_evaluate,
         wait_for_participants=settings.wait_for_participants,
     )

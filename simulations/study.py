@@ -32,6 +32,7 @@ from simulations.server_app import evaluate_with, make_strategy, to_record
 from simulations.settings import RunSettings, check_keys, read_config
 
 CONF = Path(__file__).parent / "conf"
+OVERRIDES = ("data_dir", "examples", "total_epochs", "compression_up", "compression_down")
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--data-dir", help="overrides the config's data-dir")
     parser.add_argument("--examples", type=int, help="overrides the config's examples")
     parser.add_argument("--total-epochs", type=int, help="overrides the config's total-epochs")
+    for way in ("up", "down"):
+        parser.add_argument(
+            f"--compression-{way}", help=f"overrides the config's compression-{way}"
+        )
     return parser.parse_args(arguments)
 
 
@@ -267,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("flwr").setLevel(logging.WARNING)  # one progress bar says it all
     path = Path(options.task)
     config = read_config(path if path.suffix == ".toml" else CONF / f"{options.task}.toml")
-    for name in ("data_dir", "examples", "total_epochs"):
+    for name in OVERRIDES:
         if getattr(options, name) is not None:
             config[name.replace("_", "-")] = getattr(options, name)
     check_keys(config, str(path))

@@ -219,6 +219,15 @@ def test_the_command_line_overrides_the_config(quick):
     assert (unit["config"]["examples"], unit["epochs"]) == (90, [1])
 
 
+def test_compression_is_an_override_and_saves_bytes(quick):
+    [plain] = run_quick(quick, "--arms", "clr-fle", "--total-epochs", "1")
+    quick[1].joinpath("units", "clr-fle-0.json").unlink()
+    ways = ("--compression-up", "int8", "--compression-down", "float16")
+    [unit] = run_quick(quick, "--arms", "clr-fle", "--total-epochs", "1", *ways)
+    assert unit["config"]["compression-up"] == "int8"
+    assert unit["bytes"] < 0.45 * plain["bytes"]
+
+
 def test_a_config_with_an_unknown_key_is_refused(quick):
     quick[0].write_text(QUICK + "epsilom = 0.1\n")
     with pytest.raises(ColearnError, match="found 'epsilom'"):
