@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flwr.app import (
-    DEFAULT_TTL,
     ArrayRecord,
     ConfigRecord,
     Message,
@@ -19,7 +18,7 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from flwr.common import log
+from flwr.common import DEFAULT_TTL, log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 

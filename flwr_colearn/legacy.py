@@ -17,11 +17,10 @@ from flwr.common import (
     ndarrays_to_parameters,
     parameters_to_ndarrays,
 )
-from flwr.server.client_manager import ClientManager
-from flwr.server.client_proxy import ClientProxy
+from flwr.server import ClientManager
 from flwr.server.strategy import FedAvg
 
-from ._flwr import fit_clients
+from ._flwr import ClientProxy, fit_clients
 from .errors import ColearnError
 from .history import History
 from .recovery import LONGEST_PAUSE, Event, Quorum, Recovery
