@@ -198,6 +198,7 @@ class CoLearn(FedAvg):
         plan = self.rule.open(server_round, self.view_of(arrays))
         if plan is None:
             return []
+        self._warn_of_foreign_loop(server_round)
         self.time_limit = None
         if self._loop is not None:
             self.time_limit = self._loop.time_limit(plan.local_epochs)
@@ -418,6 +419,19 @@ class CoLearn(FedAvg):
                     "save averages without its noise; use num_rounds",
                     value,
                 )
+
+    def _warn_of_foreign_loop(self, server_round: int) -> None:
+        untrained = self.rule.untrained
+        if self._loop is None and server_round == 1 and untrained:
+            log(
+                WARNING,
+                "CoLearn: the model holds batch-norm statistics or counters (%s, %s in all). A "
+                "differential privacy wrapper takes them for weights: its noise makes variances "
+                "negative, and counters drown the update's norm or end the run. Use a model "
+                "without batch norm, or do not send them.",
+                untrained[0],
+                len(untrained),
+            )
 
     def _fold(self, reply: Message) -> bool:
         node_id = reply.metadata.src_node_id

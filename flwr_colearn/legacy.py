@@ -60,7 +60,7 @@ class CoLearn(FedAvg):
         As for `flwr_colearn.CoLearn`, as far as the legacy API lets us: participants that failed
         are asked again through the same ``ClientProxy``, all of them at once. One whose SuperNode
         came back with another node id is not recognised, `patience` is not used, and there are no
-        deadlines, checkpoints or resume. Turn it off (``None``) under SecAgg+.
+        deadlines, checkpoints or resume. For SecAgg+ there is `flwr_colearn.secagg.CoLearn`.
     **kwargs
         The arguments of ``flwr.server.strategy.FedAvg``, except `fraction_fit`, which must stay 1.
 
@@ -144,6 +144,11 @@ class CoLearn(FedAvg):
             If no model arrived at all, a participant is lost (see `recovery`), or one failed and
             `accept_failures` is False.
         """
+        if len({id(result.parameters) for _, result in results}) < len(results):
+            raise ColearnError(
+                "results: expected each participant's own parameters, found one average for all, "
+                "as SecAgg+ makes it; use flwr_colearn.secagg.CoLearn"
+            )
         if failures and not self.accept_failures:
             raise ColearnError(
                 f"round {server_round}: expected no failures (accept_failures=False), "
