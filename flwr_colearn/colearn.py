@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flwr.app import (
-    DEFAULT_TTL,
     ArrayRecord,
     ConfigRecord,
     Message,
@@ -19,7 +18,7 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from flwr.common import log
+from flwr.common import DEFAULT_TTL, log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
@@ -211,6 +210,7 @@ class CoLearn(FedAvg):
         plan = self.rule.open(server_round, self.view_of(arrays))
         if plan is None:
             return []
+        self._warn_of_foreign_loop(server_round)
         self.time_limit = None
         if self._loop is not None:
             self.time_limit = self._loop.time_limit(plan.local_epochs)
@@ -438,6 +438,19 @@ class CoLearn(FedAvg):
                 "up=Float32(), since the wrapper counts on the norm to which updates were clipped, "
                 "which rounding changes",
                 str(self.wire),
+            )
+
+    def _warn_of_foreign_loop(self, server_round: int) -> None:
+        untrained = self.rule.untrained
+        if self._loop is None and server_round == 1 and untrained:
+            log(
+                WARNING,
+                "CoLearn: the model holds batch-norm statistics or counters (%s, %s in all). A "
+                "differential privacy wrapper takes them for weights: its noise makes variances "
+                "negative, and counters drown the update's norm or end the run. Use a model "
+                "without batch norm, or do not send them.",
+                untrained[0],
+                len(untrained),
             )
 
     def _check(self, sent: Message, reply: Message) -> None:

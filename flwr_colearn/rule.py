@@ -15,7 +15,7 @@ from .errors import ColearnError, expected, whole_number
 from .history import History, RoundRecord
 from .plan import LocalPlan
 from .recovery import Event
-from .roles import Arrays, NDArray, Role, Roles, assign_roles
+from .roles import UNTRAINED, Arrays, NDArray, Role, Roles, assign_roles
 from .schedules import (
     EpochRule,
     ExponentialRate,
@@ -125,6 +125,11 @@ class CoLearningRule:
         if self._open_round is None and self.spent:
             return False
         return self._round is not None
+
+    @property
+    def untrained(self) -> list[str]:
+        """The names of the model's statistics and counters, once a round was opened."""
+        return [name for name, role in self._roles.items() if role in UNTRAINED]
 
     @property
     def order_matters(self) -> bool:
