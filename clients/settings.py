@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from flwr_colearn import ColearnError
+
+T = TypeVar("T")
 
 
 class FromConfig:
@@ -47,10 +49,13 @@ class ParticipantSettings(FromConfig):
 
     Attributes
     ----------
+    framework : str
+        "torch", "keras" (Keras 3 on TensorFlow) or "slim" (TF-slim, in graph mode). All sites of a
+        run use the same one; only that one is imported.
     task : str
         "digits" or "cifar10".
     model : str
-        One of the task's models; empty for its default.
+        One of the models that the framework has for the task; empty for its default.
     data_dir : str
         Where the data lies, for tasks that read it from disk; empty for ``data``.
     examples : int
@@ -70,12 +75,18 @@ class ParticipantSettings(FromConfig):
     keep_optimizer : bool
         Keep the optimizer's state on the participant between rounds.
     devices : str
-        A device, or several separated by commas for data parallel training inside the site; empty
-        for cuda if there is one.
-    precision, channels_last, workers
-        See `clients.torch_trainer.TorchTrainer`.
+        A device in the framework's own words ("cuda:0", "GPU:0", "cpu"); empty for a GPU if there
+        is one. With torch also several, separated by commas, for data parallel training inside
+        the site.
+    precision : str
+        "float32", or with torch and keras "bfloat16" or "float16".
+    jit_compile : bool
+        With keras: compile the training step with XLA.
+    channels_last, workers
+        With torch: see `clients.torch_trainer.TorchTrainer`.
     """
 
+    framework: str = "torch"
     task: str = "digits"
     model: str = ""
     data_dir: str = ""
@@ -92,5 +103,22 @@ class ParticipantSettings(FromConfig):
     keep_optimizer: bool = False
     devices: str = ""
     precision: str = "float32"
+    jit_compile: bool = False
     channels_last: bool = False
     workers: int = 0
+
+    def choose_model(self, models: Mapping[str, T]) -> T:
+        """Return the model that `model` names, by default the first.
+
+        Raises
+        ------
+        ColearnError
+            If the framework has no such model for the task.
+        """
+        name = self.model or next(iter(models))
+        if name not in models:
+            raise ColearnError(
+                f"run config 'model': expected one of {', '.join(models)} for task {self.task} "
+                f"with {self.framework}, found {name!r}"
+            )
+        return models[name]
