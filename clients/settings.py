@@ -3,11 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from flwr_colearn import ColearnError
-
-T = TypeVar("T")
 
 
 class FromConfig:
@@ -107,18 +105,12 @@ class ParticipantSettings(FromConfig):
     channels_last: bool = False
     workers: int = 0
 
-    def choose_model(self, models: Mapping[str, T]) -> T:
-        """Return the model that `model` names, by default the first.
-
-        Raises
-        ------
-        ColearnError
-            If the framework has no such model for the task.
-        """
-        name = self.model or next(iter(models))
-        if name not in models:
-            raise ColearnError(
-                f"run config 'model': expected one of {', '.join(models)} for task {self.task} "
-                f"with {self.framework}, found {name!r}"
-            )
-        return models[name]
+    def refuse(self, *names: str) -> None:
+        """Raise a ColearnError if one of these settings, which the framework lacks, is set."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in names and value != field.default:
+                raise ColearnError(
+                    f"run config '{field.name.replace('_', '-')}': expected {field.default!r}, "
+                    f"since framework '{self.framework}' has no such option, found {value!r}"
+                )

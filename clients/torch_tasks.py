@@ -1,7 +1,5 @@
 """The tasks with PyTorch: models, augmentation on the device, and trainers."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +11,9 @@ from clients.data import Examples
 from clients.models import densenet40, resnet8, small_cnn
 from clients.settings import ParticipantSettings
 from clients.tasks import cifar10
+from clients.tasks.kit import Kit
 from clients.torch_parallel import ParallelTrainer
-from clients.torch_trainer import TorchTrainer, Transform
-from flwr_colearn import ColearnError
+from clients.torch_trainer import TorchTrainer
 
 
 def no_transform(inputs: Tensor, training: bool) -> Tensor:
@@ -61,26 +59,9 @@ def random_flip(images: Tensor) -> Tensor:
     return torch.where(mirrored, images.flip(-1), images)
 
 
-@dataclass(frozen=True)
-class TorchTask:
-    """What PyTorch adds to a task.
-
-    Attributes
-    ----------
-    models : mapping
-        Constructors by name; the first is the default.
-    transform, augmentation : callable
-        ``(inputs, training) -> inputs`` on the device, without and with augmentation.
-    """
-
-    models: Mapping[str, Callable[[], nn.Module]]
-    transform: Transform = no_transform
-    augmentation: Transform = no_transform
-
-
-TASKS = {
-    "digits": TorchTask({"cnn": small_cnn}),
-    "cifar10": TorchTask({"resnet8": resnet8, "densenet40": densenet40}, normalise, augment),
+KITS = {
+    "digits": Kit({"cnn": small_cnn}, no_transform, no_transform),
+    "cifar10": Kit({"resnet8": resnet8, "densenet40": densenet40}, normalise, augment),
 }
 
 
@@ -92,9 +73,9 @@ def build_model(settings: ParticipantSettings) -> nn.Module:
     ColearnError
         If the task has no such model.
     """
-    build = settings.choose_model(TASKS[settings.task].models)
+    build = KITS[settings.task].model(settings)
     torch.manual_seed(settings.seed)
-    return build()
+    return build()  # type: ignore[no-any-return]
 
 
 def participant_trainer(
@@ -122,14 +103,12 @@ def as_dataset(examples: Examples) -> TensorDataset:
 
 
 def _options(settings: ParticipantSettings) -> dict[str, Any]:
-    if settings.jit_compile:
-        raise ColearnError("run config 'jit-compile': expected framework 'keras', found 'torch'")
-    task = TASKS[settings.task]
+    settings.refuse("jit_compile")
     return {
         "batch_size": settings.batch_size,
         "momentum": settings.momentum,
         "weight_decay": settings.weight_decay,
-        "transform": task.augmentation if settings.augment else task.transform,
+        "transform": KITS[settings.task].transform(settings),
         "precision": settings.precision,
         "channels_last": settings.channels_last,
         "clip_norm": settings.clip_norm or None,

@@ -53,8 +53,8 @@ def test_a_participant_trains_on_its_own_shard_only_and_on_all_of_it(partition, 
         seen.extend(image.tobytes() for image in inputs.numpy())
         return inputs
 
-    kit = dataclasses.replace(torch_tasks.TASKS["digits"], transform=record)
-    monkeypatch.setitem(torch_tasks.TASKS, "digits", kit)
+    kit = dataclasses.replace(torch_tasks.KITS["digits"], plain=record)
+    monkeypatch.setitem(torch_tasks.KITS, "digits", kit)
     # A seed that no other test uses: participants are kept for the rest of the process.
     settings = ParticipantSettings(seed=991, partition=partition, batch_size=1000)
     grid = InProcessGrid(app, K, run_config=settings.to_config())

@@ -8,7 +8,7 @@ from clients.settings import ParticipantSettings
 from clients.tasks import digits
 from clients.tasks.registry import load_task, participant_trainer, server_trainer, shards
 from clients.torch_tasks import (
-    TASKS,
+    KITS,
     as_dataset,
     augment,
     build_model,
@@ -114,7 +114,7 @@ def test_evaluation_is_never_augmented():
 
 
 def test_the_models_of_each_task():
-    assert {task: list(each.models) for task, each in TASKS.items()} == {
+    assert {task: list(each.models) for task, each in KITS.items()} == {
         "digits": ["cnn"],
         "cifar10": ["resnet8", "densenet40"],
     }
@@ -173,7 +173,9 @@ def test_settings_reach_the_trainer():
 
 
 def test_xla_is_not_torchs():
-    with pytest.raises(ColearnError, match="'jit-compile': expected framework 'keras'"):
+    with pytest.raises(
+        ColearnError, match="'jit-compile': expected False, since framework 'torch'"
+    ):
         server_trainer(ParticipantSettings(jit_compile=True))
 
 
