@@ -114,7 +114,8 @@ def check_weights(weights: Mapping[str, NDArray], own: Mapping[str, NDArray], mo
 
 
 def _kind(array: Any) -> str:
-    return f"{np.dtype(array.dtype)} {tuple(array.shape)}"
+    # The type's name: numpy's and TensorFlow's types have one, Keras's are one.
+    return f"{getattr(array.dtype, 'name', array.dtype)} {tuple(array.shape)}"
 
 
 def accuracy(outputs: NDArray, targets: NDArray) -> float:
