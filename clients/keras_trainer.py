@@ -132,7 +132,7 @@ class KerasTrainer:
 
     def get_weights(self) -> dict[str, NDArray]:
         """Return the model's arrays by `named_variables`' names."""
-        return {name: np.array(variable) for name, variable in self._variables.items()}
+        return {name: np.array(variable.numpy()) for name, variable in self._variables.items()}
 
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
         """Load the arrays and start with a fresh optimizer.

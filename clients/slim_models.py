@@ -39,7 +39,7 @@ def resnet_152(inputs: tf.Tensor, is_training: bool) -> tf.Tensor:
     """Build ``tf_slim.nets``'s ResNet-152 for ten classes."""
     with slim.arg_scope(nets.resnet_v1.resnet_arg_scope(weight_decay=0.0)):
         logits, _ = nets.resnet_v1.resnet_v1_152(inputs, 10, is_training=is_training)
-    return logits
+    return tf.squeeze(logits, [1, 2])
 
 
 def _convolutions(is_training: bool) -> Any:
