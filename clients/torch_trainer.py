@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 from tqdm import tqdm
 
-from clients.trainer import EpochResult, NDArray
+from clients.trainer import EpochResult, NDArray, accuracy
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.errors import whole_number
 
@@ -120,6 +120,10 @@ class TorchTrainer:
             ) from error
         self.optimizer = self._new_optimizer()
 
+    def roles(self) -> dict[str, Role]:
+        """Return the role of every array of the state dict, by module type."""
+        return roles_of(self.model)
+
     def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
         """Train one full pass over the local data; see `Trainer.train_epoch`."""
         torch.manual_seed(seed)
@@ -147,15 +151,16 @@ class TorchTrainer:
     def evaluate(self) -> dict[str, float]:
         """Return ``num-examples``, mean ``loss`` and ``accuracy`` on the test set."""
         outputs, targets = self.predict()
+        loss = self.loss(torch.from_numpy(outputs), torch.from_numpy(targets))
         return {
             "num-examples": len(targets),
-            "loss": float(self.loss(outputs, targets)),
+            "loss": float(loss),
             "accuracy": accuracy(outputs, targets),
         }
 
     @torch.no_grad()
-    def predict(self) -> tuple[Tensor, Tensor]:
-        """Return the model's outputs and the targets on the test set, as float32 on the CPU."""
+    def predict(self) -> tuple[NDArray, NDArray]:
+        """Return the model's outputs (float32) and the targets on the test set, in its order."""
         if self.test_set is None:
             raise ColearnError("test_set: expected a data set to evaluate on, found None")
         self.model.eval()
@@ -164,7 +169,7 @@ class TorchTrainer:
             with self._autocast():
                 outputs.append(self.model(self._prepare(inputs, training=False)).float().cpu())
             targets.append(target)
-        return torch.cat(outputs), torch.cat(targets)
+        return torch.cat(outputs).numpy(), torch.cat(targets).numpy()
 
     def get_optimizer_state(self) -> dict[str, NDArray]:
         """Return SGD's buffers by ``parameter index/name``."""
@@ -226,11 +231,6 @@ class TorchTrainer:
         if isinstance(dataset, TensorDataset):  # a list of indices takes a whole batch at once
             return DataLoader(dataset, sampler=batches, batch_size=None, **common)
         return DataLoader(dataset, batch_sampler=batches, **common)  # type: ignore[arg-type]
-
-
-def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Return the share of examples whose largest output [N, classes] is the target's [N]."""
-    return float((outputs.argmax(1) == targets).double().mean())
 
 
 def roles_of(model: nn.Module) -> dict[str, Role]:

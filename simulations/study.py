@@ -16,15 +16,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
 
 from clients.app import app
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import participant_trainer, server_trainer
-from clients.torch_trainer import accuracy
-from clients.trainer import derive_seed, follow
+from clients.trainer import NDArray, accuracy, derive_seed, follow
 from flwr_colearn import ColearnError, ExponentialRate, History, InProcessGrid, LocalPlan
 from flwr_colearn.report import Curve, doublings, save_figure
 from simulations.arms import ARMS, Arm, arm_named, schedules
@@ -150,10 +149,16 @@ def train_ensemble(
             follow(plan, trainer, derive_seed(participants.seed, index))
             judge.set_weights(trainer.get_weights())
             outputs, targets = judge.predict()
-            probabilities.append(torch.softmax(outputs, 1))
+            probabilities.append(softmax(outputs))
         epochs.append(done + plan.local_epochs)
-        accuracies.append(accuracy(torch.stack(probabilities).mean(0), targets))
+        accuracies.append(accuracy(np.mean(probabilities, axis=0), targets))
     return epochs, accuracies
+
+
+def softmax(outputs: NDArray) -> NDArray:
+    """Return the probabilities of the classes, for outputs [N, classes]."""
+    exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def run_study(
