@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.numpy_client import train_locally
-from clients.trainer import Trainer
-from flwr_colearn import LocalPlan, introduce, participant_mod
+from clients.trainer import NDArray, Trainer, derive_seed
+from flwr_colearn import ColearnError, LocalPlan, introduce, normalization_mod, participant_mod
+from flwr_colearn.synchronous import GRADIENTS
 
 
 def make_client_app(
@@ -27,17 +28,20 @@ def make_client_app(
     keep_optimizer : callable, optional
         ``Context -> bool``: keep the optimizer's state on the participant between rounds.
     """
-    app = ClientApp(mods=[participant_mod])
+    app = ClientApp(mods=[participant_mod, normalization_mod])
     app.query("colearn")(introduce)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         trainer = _load(build(context), message)
-        plan = LocalPlan.from_config(message.content["config"])
-        metrics = train_locally(trainer, plan, context, seed(context), keep_optimizer(context))
-        weights = {name: Array(array) for name, array in trainer.get_weights().items()}
-        content = RecordDict({"arrays": ArrayRecord(weights), "metrics": MetricRecord(metrics)})
-        return Message(content=content, reply_to=message)
+        config = message.content.config_records["config"]
+        plan = LocalPlan.from_config(config)
+        if GRADIENTS in config:
+            weights, metrics = step_of(trainer, plan, config, context, seed(context))
+        else:
+            metrics = train_locally(trainer, plan, context, seed(context), keep_optimizer(context))
+            weights = trainer.get_weights()
+        return _reply(weights, metrics, message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -46,6 +50,32 @@ def make_client_app(
         return Message(content=content, reply_to=message)
 
     return app
+
+
+def step_of(
+    trainer: Trainer, plan: LocalPlan, config: ConfigRecord, context: Context, seed: int
+) -> tuple[dict[str, NDArray], dict[str, float]]:
+    """Return the gradients of one step of ``SynchronousSGD``, and its metrics.
+
+    Raises
+    ------
+    ColearnError
+        If the trainer does not offer gradients.
+    """
+    gradients = getattr(trainer, "gradients", None)
+    if gradients is None:
+        raise ColearnError(
+            f"SynchronousSGD: expected a trainer with gradients(), found {type(trainer).__name__}"
+        )
+    own_seed = derive_seed(seed, int(context.node_config.get("partition-id", 0)))
+    arrays, result = gradients(config[GRADIENTS], plan.round, own_seed)
+    return arrays, {"num-examples": result.num_examples, "train-loss": result.loss}
+
+
+def _reply(arrays: dict[str, NDArray], metrics: dict[str, float], message: Message) -> Message:
+    record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    content = RecordDict({"arrays": record, "metrics": MetricRecord(metrics)})
+    return Message(content=content, reply_to=message)
 
 
 def _load(trainer: Trainer, message: Message) -> Trainer:

@@ -1,6 +1,6 @@
 """TorchTrainer: any nn.Module as a participant."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 from tqdm import tqdm
 
-from clients.trainer import EpochResult, NDArray
+from clients.trainer import EpochResult, NDArray, derive_seed
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.errors import whole_number
 
@@ -144,6 +144,46 @@ class TorchTrainer:
             count += len(targets)
         return EpochResult(float(total) / count, count)
 
+    def gradients(
+        self, names: Sequence[str], step: int, seed: int
+    ) -> tuple[dict[str, NDArray], EpochResult]:
+        """Return the gradients of one batch's mean loss, for synchronous SGD.
+
+        Parameters
+        ----------
+        names : sequence of str
+            The arrays to differentiate by; those that take no part have gradient zero.
+        step : int
+            From 1. The batches of a pass are taken in turn; every pass has an order of its own.
+        seed : int
+            The participant's.
+
+        Returns
+        -------
+        arrays : dict
+            The state dict after the forward pass (running statistics move), with gradients in
+            the places of `names`.
+        result : EpochResult
+            Loss and size of the batch.
+        """
+        self.model.train()
+        inputs, targets = self._batch(step, seed)
+        torch.manual_seed(derive_seed(seed, 0, step))
+        self.model.zero_grad(set_to_none=True)
+        loss = self._forward(inputs, targets)
+        loss.backward()
+        arrays, wanted = self.get_weights(), set(names)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if name in wanted:
+                gradient = parameter.grad
+                arrays[name] = (
+                    np.zeros_like(arrays[name])
+                    if gradient is None
+                    else gradient.detach().cpu().numpy().copy()
+                )
+        self.model.zero_grad(set_to_none=True)
+        return arrays, EpochResult(float(loss.detach()), len(targets))
+
     def evaluate(self) -> dict[str, float]:
         """Return ``num-examples``, mean ``loss`` and ``accuracy`` on the test set."""
         outputs, targets = self.predict()
@@ -208,11 +248,21 @@ class TorchTrainer:
         return batches
 
     def _train_batches(self, seed: int) -> DataLoader[Any]:
+        return self._loader(self.train_set, self.own_part(self._sampler(seed)))
+
+    def _sampler(self, seed: int) -> BatchSampler:
         generator = torch.Generator().manual_seed(seed)
         order = RandomSampler(self.train_set, generator=generator)  # type: ignore[arg-type]
         lonely = len(order) % self.batch_size == 1 and len(order) > 1
-        batches = BatchSampler(order, self.batch_size, drop_last=lonely)
-        return self._loader(self.train_set, self.own_part(batches))
+        return BatchSampler(order, self.batch_size, drop_last=lonely)
+
+    def _batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the batch of a step: the same order within a pass as `train_epoch` has it."""
+        done, place = divmod(step - 1, len(self._sampler(seed)))
+        batches = list(self._sampler(derive_seed(seed, done + 1)))
+        (batch,) = self._loader(self.train_set, [batches[place]])
+        inputs, targets = batch
+        return inputs, targets
 
     def _test_batches(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         order = range(len(dataset))  # type: ignore[arg-type]

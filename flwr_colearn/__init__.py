@@ -10,6 +10,21 @@ from .colearn import CoLearn
 from .errors import ColearnError
 from .history import History, RoundRecord
 from .inprocess import InProcessGrid
+from .keeping import normalization_mod
+from .normalization import (
+    Average,
+    BatchRenorm,
+    Frozen,
+    GroupNorm,
+    LayerNorm,
+    LocalBN,
+    LocalStatistics,
+    Normalization,
+    Pooled,
+    Recalibrated,
+    Synchronised,
+)
+from .normalization_grid import NormalizationGrid
 from .participant import introduce, participant_mod
 from .plan import Epoch, LocalPlan
 from .recovery import Quorum, RecoveringGrid, Recovery
@@ -21,10 +36,13 @@ from .schedules import (
     FixedEpochs,
     IncreasingEpochs,
 )
+from .synchronous import SynchronousSGD
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Average",
+    "BatchRenorm",
     "CheckpointFolder",
     "CoLearn",
     "ColearnError",
@@ -33,17 +51,29 @@ __all__ = [
     "Epoch",
     "ExponentialRate",
     "FixedEpochs",
+    "Frozen",
+    "GroupNorm",
     "History",
     "InProcessGrid",
     "IncreasingEpochs",
+    "LayerNorm",
+    "LocalBN",
     "LocalPlan",
+    "LocalStatistics",
+    "Normalization",
+    "NormalizationGrid",
+    "Pooled",
     "Quorum",
+    "Recalibrated",
     "RecoveringGrid",
     "Recovery",
     "Role",
     "RoundRecord",
     "RunningMean",
+    "Synchronised",
+    "SynchronousSGD",
     "introduce",
+    "normalization_mod",
     "participant_mod",
     "relative_change",
 ]

@@ -28,6 +28,8 @@ from .checkpoint import CheckpointFolder
 from .errors import ColearnError, expected, real_number, whole_number
 from .history import History
 from .loop import Loop
+from .normalization import PARTIAL, Average, Normalization, Pooled
+from .normalization_grid import NormalizationGrid
 from .recovery import Event, Quorum, RecoveringGrid, Recovery
 from .replies import arrays_of, check_train_reply, examples_of
 from .roles import Arrays, Roles
@@ -91,6 +93,9 @@ class CoLearn(FedAvg):
         leaves failed participants out, as Flower does.
     checkpoints : str, Path or CheckpointFolder, optional
         Where `start` saves the run after every round. By default nowhere.
+    normalization : Normalization, optional
+        What becomes of normalization layers where participants' data are unlike: see
+        `flwr_colearn.Normalization`. By default their statistics are pooled.
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
         stay 1: nobody is left out of a round.
@@ -139,6 +144,7 @@ class CoLearn(FedAvg):
         wait_for_participants: float | None = None,
         recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
         checkpoints: str | Path | CheckpointFolder | None = None,
+        normalization: Normalization = Pooled(),  # noqa: B008
         **kwargs: Any,
     ) -> None:
         nodes = participant_arguments(
@@ -155,8 +161,11 @@ class CoLearn(FedAvg):
             else real_number("wait_for_participants", wait_for_participants, least=0.0)
         )
         self.rule = CoLearningRule(
-            local_epochs, learning_rate, weighting, total_epochs, roles, history
+            local_epochs, learning_rate, weighting, total_epochs, roles, history, normalization
         )
+        self.normalization = normalization
+        self._roles = roles
+        self._normalizing: NormalizationGrid | None = None
         self.recovery = recovery
         self.checkpoints = (
             checkpoints
@@ -255,6 +264,7 @@ class CoLearn(FedAvg):
         if isinstance(self._grid, RecoveringGrid):
             self.rule.require(self._grid.required(self.num_participants))
         average = to_record(self.rule.average())
+        self._note_traffic()
         train_metrics = self._aggregate_metrics(self.train_metrics_aggr_fn, metrics)
         self.rule.note(train_metrics=train_metrics)
         return average, train_metrics
@@ -399,10 +409,39 @@ class CoLearn(FedAvg):
 
     def _recovering(self, grid: Grid) -> Grid:
         """Return a grid that restarts participants, unless the recovery is None."""
-        if self.recovery is None or isinstance(grid, RecoveringGrid):
-            return grid
+        if isinstance(grid, RecoveringGrid):
+            inner = self._normalized(grid.grid)
+            if inner is grid.grid:
+                return grid
+            return RecoveringGrid(inner, grid.recovery, grid.check)
+        if self.recovery is None:
+            return self._normalized(grid)
         check = partial(check_train_reply, weighted_by_key=self.weighted_by_key)
-        return RecoveringGrid(grid, self.recovery, check)
+        return RecoveringGrid(self._normalized(grid), self.recovery, check)
+
+    def _normalized(self, grid: Grid) -> Grid:
+        """Return a grid that sends what the normalization scheme lets travel."""
+        self._normalizing = None
+        if self._own_loop_normalization is None:
+            return grid  # the whole model travels, and participants need not know
+        self._normalizing = NormalizationGrid(grid, self.normalization, self._roles)
+        return self._normalizing
+
+    def _note_traffic(self) -> None:
+        """Record what the scheme saved, and who lost what it had kept."""
+        if self._normalizing is None:
+            return
+        traffic = self._normalizing.take_traffic()
+        self.rule.note_normalization(
+            -traffic.saved_down,
+            -traffic.saved_up,
+            [self._name_of(node) for node in traffic.fresh],
+            PARTIAL if self.normalization.is_local else "",
+        )
+
+    def _name_of(self, node_id: int) -> str:
+        grid = self._grid
+        return grid.name_of(node_id) if isinstance(grid, RecoveringGrid) else str(node_id)
 
     def _refuse_foreign_loop(self) -> None:
         """Raise for what only our own loop can do."""
@@ -411,19 +450,23 @@ class CoLearn(FedAvg):
         for name, value in (
             ("total_epochs", self.rule.total_epochs),
             ("checkpoints", self.checkpoints),
+            ("normalization", self._own_loop_normalization),
         ):
             if value is not None:
                 raise expected(
                     f"{name} under a wrapper such as differential privacy",
                     "None, since the wrapper runs Flower's loop, which has no budget and would "
-                    "save averages without its noise; use num_rounds",
+                    "save averages without its noise, and exchanges whole models; use num_rounds",
                     value,
                 )
 
+    @property
+    def _own_loop_normalization(self) -> Normalization | None:
+        """The scheme, if it needs our own loop."""
+        return None if isinstance(self.normalization, Average | Pooled) else self.normalization
+
     def _fold(self, reply: Message) -> bool:
-        node_id = reply.metadata.src_node_id
-        grid = self._grid
-        name = grid.name_of(node_id) if isinstance(grid, RecoveringGrid) else str(node_id)
+        name = self._name_of(reply.metadata.src_node_id)
         try:
             examples = examples_of(reply, self.weighted_by_key)
             arrays = arrays_of(reply)
