@@ -1,0 +1,105 @@
+"""Synchronous SGD over real torch participants, against single-site SGD on the joint batch."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from clients.client_app import make_client_app
+from clients.torch_trainer import TorchTrainer, roles_of
+from flwr_colearn import InProcessGrid, SynchronousSGD
+
+K, STEPS, BATCHES = 3, 6, (4, 5, 7)  # examples of each participant, all in one batch
+
+
+def network(norm=None):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), norm and norm(4), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)]
+    return nn.Sequential(*(layer for layer in layers if layer)).double()
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    shards = []
+    for k, size in enumerate(BATCHES):  # unlike each other
+        x = torch.randn(size, 1, 6, 6, generator=generator, dtype=torch.float64) * (k + 1) + k
+        shards.append(TensorDataset(x, torch.randint(0, 3, (size,), generator=generator)))
+    return shards
+
+
+def participants(model, shards, **options):
+    trainers = [
+        TorchTrainer(copy.deepcopy(model), shard, batch_size=16, device="cpu", **options)
+        for shard in shards
+    ]
+    return make_client_app(lambda context: trainers[context.node_config["partition-id"]])
+
+
+def record_of(model):
+    state = model.state_dict()
+    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in state.items()})
+
+
+def single_site(model, shards, steps, **sgd):
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), **sgd)
+    x, y = (torch.cat([shard.tensors[i] for shard in shards]) for i in (0, 1))
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+def synchronous(model, shards, steps, lr, grid=InProcessGrid, normalization=None, **sgd):
+    options = {} if normalization is None else {"normalization": normalization}
+    strategy = SynchronousSGD(K, learning_rate=lr, roles=roles_of(model), **sgd, **options)
+    app = participants(model, shards)
+    result = strategy.start(grid(app, K), record_of(model), num_rounds=steps)
+    return {name: array.numpy() for name, array in result.arrays.items()}, strategy
+
+
+@pytest.mark.parametrize("sgd", [{}, {"momentum": 0.9, "weight_decay": 0.01}])
+def test_equals_single_site_sgd_on_the_joint_batch(sgd):
+    model, shards = network(), data()
+    wanted = single_site(model, shards, STEPS, lr=0.1, **sgd)
+    found, strategy = synchronous(model, shards, STEPS, lr=0.1, **sgd)
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-10, atol=1e-12)
+    assert len(strategy.history) == STEPS
+
+
+def test_plain_batch_norm_interferes():
+    # The counterpart of the test above: the equality is not for free.
+    model, shards = network(nn.BatchNorm2d), data()
+    wanted = single_site(model, shards, STEPS, lr=0.1)
+    found, _ = synchronous(model, shards, STEPS, lr=0.1)
+    assert np.abs(found["0.weight"] - wanted["0.weight"]).max() > 1e-3
+
+
+def test_batches_of_a_pass_are_disjoint_and_complete_and_orders_differ():
+    shard = TensorDataset(torch.arange(10.0)[:, None], torch.zeros(10, dtype=torch.int64))
+    trainer = TorchTrainer(nn.Linear(1, 2), shard, batch_size=4, device="cpu")
+    seen = [trainer._batch(step, seed=3)[0].flatten().tolist() for step in range(1, 7)]
+    first, second = ([x for batch in half for x in batch] for half in (seen[:3], seen[3:]))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert seen[1] == trainer._batch(2, seed=3)[0].flatten().tolist()
+    assert seen[0] != trainer._batch(1, seed=4)[0].flatten().tolist()
+
+
+def test_frozen_and_unused_parameters():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].weight.requires_grad = False
+    shard = TensorDataset(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))
+    trainer = TorchTrainer(model, shard, device="cpu")
+    arrays, result = trainer.gradients(["0.weight", "1.weight"], 1, seed=0)
+    assert not arrays["0.weight"].any()
+    assert arrays["1.weight"].any()
+    assert np.array_equal(arrays["1.bias"], model[1].bias.detach().numpy())  # not asked for
+    assert result.num_examples == 4
