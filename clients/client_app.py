@@ -1,6 +1,8 @@
 """One Message API ClientApp for every Trainer."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -36,12 +38,18 @@ def make_client_app(
         trainer = _load(build(context), message)
         config = message.content.config_records["config"]
         plan = LocalPlan.from_config(config)
-        if GRADIENTS in config:
-            weights, metrics = step_of(trainer, plan, config, context, seed(context))
-        else:
+        with normalising(trainer, config):
+            if GRADIENTS in config:
+                weights, metrics = step_of(trainer, plan, config, context, seed(context))
+                return _reply(weights, metrics, message)
             metrics = train_locally(trainer, plan, context, seed(context), keep_optimizer(context))
-            weights = trainer.get_weights()
-        return _reply(weights, metrics, message)
+        return _reply(trainer.get_weights(), metrics, message)
+
+    @app.train("recalibrate")
+    def recalibrate(message: Message, context: Context) -> Message:
+        trainer = _load(build(context), message)
+        arrays, examples = _offered(trainer, "recalibrated")()
+        return _reply(arrays, {"num-examples": examples}, message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -62,14 +70,32 @@ def step_of(
     ColearnError
         If the trainer does not offer gradients.
     """
-    gradients = getattr(trainer, "gradients", None)
-    if gradients is None:
-        raise ColearnError(
-            f"SynchronousSGD: expected a trainer with gradients(), found {type(trainer).__name__}"
-        )
     own_seed = derive_seed(seed, int(context.node_config.get("partition-id", 0)))
-    arrays, result = gradients(config[GRADIENTS], plan.round, own_seed)
+    arrays, result = _offered(trainer, "gradients")(config[GRADIENTS], plan.round, own_seed)
     return arrays, {"num-examples": result.num_examples, "train-loss": result.loss}
+
+
+def normalising(trainer: Trainer, config: ConfigRecord) -> AbstractContextManager[None]:
+    """Return a block in which the trainer's layers train as the server's scheme says.
+
+    Raises
+    ------
+    ColearnError
+        If they would have to train otherwise than usual, and the trainer has no way to.
+    """
+    if config.get("normalization") == "synchronised" or config.get("normalization-frozen"):
+        return _offered(trainer, "normalised")(config)  # type: ignore[no-any-return]
+    return nullcontext()
+
+
+def _offered(trainer: Trainer, method: str) -> Any:
+    """Return a method that not every trainer has."""
+    if not hasattr(trainer, method):
+        raise ColearnError(
+            f"trainer: expected one with {method}(), which the server's strategy and normalization "
+            f"scheme need, found {type(trainer).__name__}"
+        )
+    return getattr(trainer, method)
 
 
 def _reply(arrays: dict[str, NDArray], metrics: dict[str, float], message: Message) -> Message:

@@ -1,7 +1,7 @@
 """TorchTrainer: any nn.Module as a participant."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 from tqdm import tqdm
 
+from clients.torch_normalization import normalised, recalibrated
 from clients.trainer import EpochResult, NDArray, derive_seed
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.errors import whole_number
@@ -183,6 +184,28 @@ class TorchTrainer:
                 )
         self.model.zero_grad(set_to_none=True)
         return arrays, EpochResult(float(loss.detach()), len(targets))
+
+    def recalibrated(self) -> tuple[dict[str, NDArray], int]:
+        """Return the statistics of the whole local data under the weights, without augmentation.
+
+        Returns
+        -------
+        arrays : dict
+            Running means and variances by name; see `clients.torch_normalization.recalibrated`.
+        examples : int
+            How many they are of.
+        """
+        size = max(self.batch_size, 256)
+        # Batch norm cannot train on a single example.
+        lonely = len(self.train_set) % size == 1 and len(self.train_set) > 1  # type: ignore[arg-type]
+        order = range(len(self.train_set))  # type: ignore[arg-type]
+        loader = self._loader(self.train_set, BatchSampler(order, size, drop_last=lonely))
+        batches = (self._prepare(inputs, training=False) for inputs, _ in loader)
+        return recalibrated(self.model, batches), len(order) - lonely
+
+    def normalised(self, config: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Return a block in which batch norm trains as the server's scheme says."""
+        return normalised(self.model, config)
 
     def evaluate(self) -> dict[str, float]:
         """Return ``num-examples``, mean ``loss`` and ``accuracy`` on the test set."""

@@ -8,6 +8,7 @@ from .averaging import RunningMean, relative_change
 from .checkpoint import CheckpointFolder
 from .colearn import CoLearn
 from .errors import ColearnError
+from .fedavg import NormalizedFedAvg
 from .history import History, RoundRecord
 from .inprocess import InProcessGrid
 from .keeping import normalization_mod
@@ -36,6 +37,7 @@ from .schedules import (
     FixedEpochs,
     IncreasingEpochs,
 )
+from .sidebyside import SideBySideGrid
 from .synchronous import SynchronousSGD
 
 __version__ = "0.1.0"
@@ -62,6 +64,7 @@ __all__ = [
     "LocalStatistics",
     "Normalization",
     "NormalizationGrid",
+    "NormalizedFedAvg",
     "Pooled",
     "Quorum",
     "Recalibrated",
@@ -70,6 +73,7 @@ __all__ = [
     "Role",
     "RoundRecord",
     "RunningMean",
+    "SideBySideGrid",
     "Synchronised",
     "SynchronousSGD",
     "introduce",

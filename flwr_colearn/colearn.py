@@ -29,7 +29,7 @@ from .errors import ColearnError, expected, real_number, whole_number
 from .history import History
 from .loop import Loop
 from .normalization import PARTIAL, Average, Normalization, Pooled
-from .normalization_grid import NormalizationGrid
+from .normalization_grid import RECALIBRATE, NormalizationGrid
 from .recovery import Event, Quorum, RecoveringGrid, Recovery
 from .replies import arrays_of, check_train_reply, examples_of
 from .roles import Arrays, Roles
@@ -131,6 +131,9 @@ class CoLearn(FedAvg):
     5
     """
 
+    exchanges_steps = False
+    """Whether participants exchange after every step: a subclass may say so."""
+
     def __init__(
         self,
         num_participants: int | None = None,
@@ -164,6 +167,13 @@ class CoLearn(FedAvg):
             local_epochs, learning_rate, weighting, total_epochs, roles, history, normalization
         )
         self.normalization = normalization
+        if normalization.side_by_side and not self.exchanges_steps:
+            raise expected(
+                "normalization",
+                "a scheme that is exchanged once a round; layers that compute together need "
+                "SynchronousSGD",
+                normalization,
+            )
         self._roles = roles
         self._normalizing: NormalizationGrid | None = None
         self.recovery = recovery
@@ -268,6 +278,43 @@ class CoLearn(FedAvg):
         train_metrics = self._aggregate_metrics(self.train_metrics_aggr_fn, metrics)
         self.rule.note(train_metrics=train_metrics)
         return average, train_metrics
+
+    def recalibrate(
+        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float
+    ) -> ArrayRecord:
+        """Return the average with statistics that participants computed under it.
+
+        Whoever fails is restarted like a participant that trains; one that is refused is left out,
+        and if nobody is left the statistics stay as they are.
+        """
+        config = ConfigRecord({"server-round": server_round})
+        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        connected = set(grid.get_node_ids())
+        messages = [
+            Message(content=content, message_type=RECALIBRATE, dst_node_id=node_id)
+            for node_id in self.last_nodes
+            if node_id in connected
+        ]
+        replies = grid.send_and_receive(messages, timeout=timeout)
+        sent = len(messages)
+        if isinstance(grid, RecoveringGrid):
+            replies, sent = grid.in_order(replies), grid.sent
+            self.rule.note_recovery(grid.take_events())
+        model = dict(view(arrays))
+        mean = self.rule.mean_of_statistics(model)
+        received = 0
+        for reply in replies:
+            try:
+                examples = examples_of(reply, self.weighted_by_key)
+                record = arrays_of(reply)
+                received += data_bytes(record)
+                theirs = view(record)
+                mean.add({name: theirs[name] for name in mean.roles}, self.rule.weight(examples))
+            except ColearnError as error:
+                self.rule.refuse(self._name_of(reply.metadata.src_node_id), str(error))
+        self.rule.note_normalization(data_bytes(arrays) * sent, received)
+        self._note_traffic()
+        return to_record({**model, **mean.mean()}) if mean.count else arrays
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

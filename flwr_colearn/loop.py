@@ -177,6 +177,8 @@ class Loop:
         timeout = math.inf if limit is None else limit + REPORT_WITHIN
         replies = self.grid.send_and_receive(messages=messages, timeout=timeout)
         arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+        if arrays is not None and self.strategy.normalization.due(server_round):
+            arrays = self.strategy.recalibrate(server_round, arrays, self.grid, timeout)
         if arrays is not None:
             self.result.arrays = arrays
         if metrics is not None:

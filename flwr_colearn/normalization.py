@@ -63,6 +63,10 @@ class Normalization:
         """Return what the participants are told in their train config."""
         return {"normalization": self.name}
 
+    def due(self, server_round: int) -> bool:
+        """Return whether the statistics are computed anew after this round."""
+        return False
+
     def check(self, arrays: Arrays, roles: Mapping[str, Role]) -> None:
         """Raise a ColearnError unless the model is one that the scheme can work with."""
         found = len(pair_statistics(arrays, roles))
@@ -113,13 +117,27 @@ class Recalibrated(Normalization):
     """Compute the statistics anew under the averaged weights, then pool them.
 
     Every participant sends the averaged model once through its data (the idea of SWA's
-    ``update_bn``, arXiv 1803.05407) and returns means and variances only. Costs a second, smaller
-    exchange a round.
+    ``update_bn``, arXiv 1803.05407) and returns means and variances only. Costs a second exchange
+    (the model down, the statistics up) and a pass over the data.
+
+    Parameters
+    ----------
+    every : int, default 1
+        Recalibrate after every so many rounds; in others the statistics are pooled. With
+        `SynchronousSGD`, whose rounds are steps, as often as the model is evaluated.
     """
 
+    every: int = 1
     name: ClassVar[str] = "recalibrated"
     recalibrates: ClassVar[bool] = True
     needs_statistics: ClassVar[bool | None] = True
+
+    def __post_init__(self) -> None:
+        whole_number("every of Recalibrated", self.every, least=1)
+
+    def due(self, server_round: int) -> bool:
+        """Return whether the statistics are computed anew after this round."""
+        return server_round % self.every == 0
 
 
 @dataclass(frozen=True)

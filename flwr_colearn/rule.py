@@ -210,12 +210,23 @@ class CoLearningRule:
                 raise ColearnError("expected one reply from each participant, found a second one")
             if not examples > 0:
                 raise expected("number of examples", "a positive number", examples)
-            self._round.mean.add(arrays, 1 if self.weighting == "uniform" else examples)
+            self._round.mean.add(arrays, self.weight(examples))
         except ColearnError as error:
             self.refuse(participant, str(error))
             return False
         record.participants.append(participant)
         return True
+
+    def weight(self, examples: float) -> float:
+        """Return n_k of a participant with so many examples."""
+        return 1 if self.weighting == "uniform" else examples
+
+    def mean_of_statistics(self, arrays: Arrays) -> RunningMean:
+        """Return an empty mean for the means and variances of a model alone."""
+        kinds = (Role.MEAN, Role.VARIANCE)
+        names = [name for name in arrays if self._roles[name] in kinds]
+        roles = {name: self._roles[name] for name in names}
+        return RunningMean({name: arrays[name] for name in names}, roles)
 
     def refuse(self, participant: str, reason: str) -> None:
         """Record that a participant's reply is left out of the average."""

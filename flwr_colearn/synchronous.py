@@ -11,10 +11,12 @@ from flwr.serverapp import Grid
 
 from ._flwr import to_record, view
 from .colearn import CoLearn
+from .errors import expected
 from .plan import LocalPlan
 from .roles import Arrays, NDArray, Role, assign_roles
 from .schedules import LearningRate
 from .sgd import SGD
+from .sidebyside import SideBySideGrid
 
 GRADIENTS = "gradients"
 """Config key: the names of the arrays whose gradients a participant replies with."""
@@ -66,6 +68,8 @@ class SynchronousSGD(CoLearn):
     >>> strategy = SynchronousSGD(5, learning_rate=0.1, momentum=0.9)
     """
 
+    exchanges_steps = True
+
     def __init__(
         self,
         num_participants: int | None = None,
@@ -89,7 +93,9 @@ class SynchronousSGD(CoLearn):
         self._velocity: dict[str, NDArray] = {}
         self._differentiated: list[str] = []
         self._weights: Arrays = {}
+        self._side_by_side: SideBySideGrid | None = None
         self._rate = 0.0
+        self._exchanged = 0
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -133,4 +139,25 @@ class SynchronousSGD(CoLearn):
         names = [name for name in model if self.rule.roles[name] is Role.TRAINABLE]
         weights = {name: self._weights[name] for name in names}
         new, self._velocity = self.sgd.step(weights, model, self._velocity, self._rate)
+        self._note_exchange()
         return to_record({**model, **new}), metrics
+
+    def _normalized(self, grid: Grid) -> Grid:
+        if self.normalization.side_by_side and not isinstance(grid, SideBySideGrid):
+            raise expected(
+                "grid for synchronised normalization",
+                "a SideBySideGrid, since every layer exchanges sums at every step; where "
+                "participants are apart, use another scheme",
+                type(grid).__name__,
+            )
+        self._side_by_side = grid if isinstance(grid, SideBySideGrid) else None
+        self._exchanged = 0 if self._side_by_side is None else self._side_by_side.exchanged
+        return super()._normalized(grid)
+
+    def _note_exchange(self) -> None:
+        """Record the bytes that layers exchanged in this step."""
+        if self._side_by_side is None or not self.normalization.side_by_side:
+            return
+        moved = self._side_by_side.exchanged - self._exchanged
+        self._exchanged = self._side_by_side.exchanged
+        self.rule.note_normalization(moved // 2, moved - moved // 2)

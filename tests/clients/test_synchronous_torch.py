@@ -7,11 +7,23 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import TensorDataset
 
 from clients.client_app import make_client_app
 from clients.torch_trainer import TorchTrainer, roles_of
-from flwr_colearn import InProcessGrid, SynchronousSGD
+from flwr_colearn import (
+    CoLearn,
+    ColearnError,
+    Frozen,
+    InProcessGrid,
+    Pooled,
+    Recalibrated,
+    Recovery,
+    SideBySideGrid,
+    Synchronised,
+    SynchronousSGD,
+)
 
 K, STEPS, BATCHES = 3, 6, (4, 5, 7)  # examples of each participant, all in one batch
 
@@ -103,3 +115,68 @@ def test_frozen_and_unused_parameters():
     assert arrays["1.weight"].any()
     assert np.array_equal(arrays["1.bias"], model[1].bias.detach().numpy())  # not asked for
     assert result.num_examples == 4
+
+
+def test_synchronised_batch_norm_equals_single_site_sgd_too():
+    model, shards = network(nn.BatchNorm2d), data()
+    sgd = {"momentum": 0.9}
+    wanted = single_site(model, shards, STEPS, lr=0.1, **sgd)
+    found, strategy = synchronous(
+        model, shards, STEPS, lr=0.1, grid=SideBySideGrid, normalization=Synchronised(), **sgd
+    )
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-9, atol=1e-11)
+    # 4 channels: sums, count and examples; squares; two sums of gradients; to and fro.
+    moved = 2 * K * 8 * (4 + 2 + 4 + 8)
+    assert [record.normalization["bytes"] for record in strategy.history] == [moved] * STEPS
+    model_bytes = sum(len(array.data) for array in record_of(model).values())
+    assert strategy.history.bytes_total == STEPS * (2 * K * model_bytes + moved)
+
+
+def test_synchronised_needs_participants_side_by_side_and_steps():
+    model = network(nn.BatchNorm2d)
+    with pytest.raises(ColearnError, match="a SideBySideGrid"):
+        synchronous(model, data(), 1, lr=0.1, normalization=Synchronised())
+    with pytest.raises(ColearnError, match="SynchronousSGD"):
+        CoLearn(K, local_epochs=1, learning_rate=0.1, normalization=Synchronised())
+
+
+def test_synchronised_with_a_participant_that_fails_ends_with_the_reason():
+    model, shards = network(nn.BatchNorm2d), data()
+    app = participants(model, shards)
+    strategy = SynchronousSGD(
+        K,
+        learning_rate=0.1,
+        roles=roles_of(model),
+        normalization=Synchronised(),
+        recovery=Recovery(max_restarts=0),
+    )
+    grid = SideBySideGrid(app, K)
+    grid.contexts[2].node_config["partition-id"] = 99  # there is no such trainer
+    with pytest.raises(ColearnError, match="participant"):
+        strategy.start(grid, record_of(model), num_rounds=1)
+
+
+def test_frozen_and_recalibrated_run_through_the_app():
+    model, shards = network(nn.BatchNorm2d), data()
+    found, strategy = synchronous(model, shards, 4, lr=0.1, normalization=Recalibrated(every=2))
+    costs = [record.normalization["bytes"] for record in strategy.history]
+    assert [cost > 0 for cost in costs] == [False, True, False, True]
+    net = network(nn.BatchNorm2d)
+    net.load_state_dict({name: torch.from_numpy(array) for name, array in found.items()})
+    update_bn([torch.cat([shard.tensors[0] for shard in shards])], net)
+    # Uniform weights: means of the participants' means; here compared by number of examples.
+    values = [net[0](shard.tensors[0]).transpose(0, 1).flatten(1) for shard in shards]
+    sizes = np.array([len(shard) for shard in shards])
+    means = np.stack([v.mean(1).detach().numpy() for v in values])
+    variances = np.stack([v.var(1, unbiased=False).detach().numpy() for v in values])
+    mean = (sizes[:, None] * means).sum(0) / sizes.sum()
+    between = (sizes[:, None] * (means - mean) ** 2).sum(0) / sizes.sum()
+    variance = (sizes[:, None] * variances).sum(0) / sizes.sum() + between
+    np.testing.assert_allclose(found["1.running_mean"], mean, rtol=1e-9)
+    np.testing.assert_allclose(found["1.running_var"], variance, rtol=1e-9)
+    np.testing.assert_allclose(found["1.running_mean"], net[1].running_mean, rtol=1e-9)
+    two, _ = synchronous(model, shards, 2, lr=0.1, normalization=Pooled())
+    four, _ = synchronous(model, shards, 4, lr=0.1, normalization=Frozen(after=2))
+    assert np.array_equal(two["1.running_var"], four["1.running_var"])
+    assert not np.array_equal(two["1.weight"], four["1.weight"])
