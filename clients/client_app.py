@@ -1,6 +1,6 @@
 """One Message API ClientApp for every Trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,11 +12,14 @@ from clients.trainer import NDArray, Trainer, derive_seed
 from flwr_colearn import ColearnError, LocalPlan, introduce, normalization_mod, participant_mod
 from flwr_colearn.synchronous import GRADIENTS
 
+Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
+
 
 def make_client_app(
     build: Callable[[Context], Trainer],
     seed: Callable[[Context], int] = lambda context: 0,
     keep_optimizer: Callable[[Context], bool] = lambda context: False,
+    mods: Sequence[Mod] = (),
 ) -> ClientApp:
     """Return a ClientApp whose participants train what `build` returns for their context.
 
@@ -29,8 +32,10 @@ def make_client_app(
         ``Context -> int``: the run's seed; each participant's own is drawn from it.
     keep_optimizer : callable, optional
         ``Context -> bool``: keep the optimizer's state on the participant between rounds.
+    mods : sequence of Flower mods, optional
+        Further ones, which see the whole model.
     """
-    app = ClientApp(mods=[participant_mod, normalization_mod])
+    app = ClientApp(mods=[participant_mod, normalization_mod, *mods])
     app.query("colearn")(introduce)
 
     @app.train()

@@ -29,7 +29,8 @@ from .errors import ColearnError, expected, real_number, whole_number
 from .history import History
 from .loop import Loop
 from .normalization import PARTIAL, Average, Normalization, Pooled
-from .normalization_grid import RECALIBRATE, NormalizationGrid
+from .normalization_grid import NormalizationGrid
+from .recalibration import recalibrate
 from .recovery import Event, Quorum, RecoveringGrid, Recovery
 from .replies import arrays_of, check_train_reply, examples_of
 from .roles import Arrays, Roles
@@ -287,34 +288,23 @@ class CoLearn(FedAvg):
         Whoever fails is restarted like a participant that trains; one that is refused is left out,
         and if nobody is left the statistics stay as they are.
         """
-        config = ConfigRecord({"server-round": server_round})
-        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-        connected = set(grid.get_node_ids())
-        messages = [
-            Message(content=content, message_type=RECALIBRATE, dst_node_id=node_id)
-            for node_id in self.last_nodes
-            if node_id in connected
-        ]
-        replies = grid.send_and_receive(messages, timeout=timeout)
-        sent = len(messages)
+        result = recalibrate(
+            grid,
+            self.last_nodes,
+            server_round,
+            arrays,
+            self.rule.roles,
+            self.rule.weight,
+            timeout,
+            (self.arrayrecord_key, self.configrecord_key, self.weighted_by_key),
+        )
         if isinstance(grid, RecoveringGrid):
-            replies, sent = grid.in_order(replies), grid.sent
             self.rule.note_recovery(grid.take_events())
-        model = dict(view(arrays))
-        mean = self.rule.mean_of_statistics(model)
-        received = 0
-        for reply in replies:
-            try:
-                examples = examples_of(reply, self.weighted_by_key)
-                record = arrays_of(reply)
-                received += data_bytes(record)
-                theirs = view(record)
-                mean.add({name: theirs[name] for name in mean.roles}, self.rule.weight(examples))
-            except ColearnError as error:
-                self.rule.refuse(self._name_of(reply.metadata.src_node_id), str(error))
-        self.rule.note_normalization(data_bytes(arrays) * sent, received)
+        for node_id, reason in result.refusals:
+            self.rule.refuse(self._name_of(node_id), reason)
+        self.rule.note_normalization(result.bytes_down, result.bytes_up)
         self._note_traffic()
-        return to_record({**model, **mean.mean()}) if mean.count else arrays
+        return result.arrays
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

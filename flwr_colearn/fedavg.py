@@ -11,10 +11,11 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from ._flwr import data_bytes, to_record, view
 from .averaging import RunningMean
-from .errors import ColearnError
+from .errors import expected
 from .history import History, RoundRecord
 from .normalization import PARTIAL, Average, Normalization, as_normalization
 from .normalization_grid import NormalizationGrid
+from .recalibration import recalibrate
 from .roles import Roles, assign_roles
 
 
@@ -22,8 +23,8 @@ class NormalizedFedAvg(FedAvg):
     """``flwr.serverapp.strategy.FedAvg``, its statistics as a scheme has them.
 
     With `Average` it aggregates as FedAvg does, by FedAvg's own code. With any other scheme the
-    models are averaged by `RunningMean`, weighted by FedAvg's `weighted_by_key`. `Recalibrated`
-    and `Synchronised` need the loop of `CoLearn` and of `SynchronousSGD`, and are refused.
+    models are averaged by `RunningMean`, weighted by FedAvg's `weighted_by_key`. `Synchronised`
+    needs an exchange at every step, and is refused.
 
     Parameters
     ----------
@@ -33,7 +34,7 @@ class NormalizedFedAvg(FedAvg):
         See `flwr_colearn.Role`.
     history : str, Path or History, optional
         Where rounds and their bytes are recorded, by default in memory. A record's local epochs
-        and learning rate are those of the train config's ``local-epochs`` and ``lr``, or 0.
+        and learning rate are those of the train config's ``local-epochs`` and ``learning-rate``.
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``.
 
@@ -58,11 +59,12 @@ class NormalizedFedAvg(FedAvg):
     ) -> None:
         super().__init__(**kwargs)
         self.normalization = as_normalization(normalization)
-        if normalization.recalibrates or normalization.side_by_side:
-            strategy = "CoLearn" if normalization.recalibrates else "SynchronousSGD"
-            raise ColearnError(
-                f"normalization: expected a scheme without exchanges of its own, found "
-                f"{normalization}; use it with {strategy}"
+        if normalization.side_by_side:
+            raise expected(
+                "normalization",
+                "a scheme that is exchanged once a round; layers that compute together need "
+                "SynchronousSGD",
+                normalization,
             )
         self.history = history if isinstance(history, History) else History(history)
         self._roles = roles
@@ -70,7 +72,9 @@ class NormalizedFedAvg(FedAvg):
         self._sent: ArrayRecord = ArrayRecord()
         self._record: RoundRecord | None = None
         self._epochs_done = 0
+        self._extra = (0, 0)
         self._opened_at = 0.0
+        self._timeout = 3600.0
 
     def start(
         self,
@@ -84,7 +88,7 @@ class NormalizedFedAvg(FedAvg):
     ) -> Result:
         """Run FedAvg's own loop; see ``flwr.serverapp.strategy.FedAvg.start``."""
         self.history.clear()
-        self._epochs_done = 0
+        self._epochs_done, self._timeout = 0, timeout
         self._grid = NormalizationGrid(grid, self.normalization, self._roles)
         return super().start(
             self._grid,
@@ -101,8 +105,9 @@ class NormalizedFedAvg(FedAvg):
     ) -> Iterable[Message]:
         """Sample participants as FedAvg does, and begin the round's record."""
         messages = list(super().configure_train(server_round, arrays, config, grid))
+        self._extra = (0, 0)
         self._sent, self._opened_at = arrays, time.perf_counter()
-        epochs, rate = config.get("local-epochs", 0), config.get("lr", 0.0)
+        epochs, rate = config.get("local-epochs", 0), config.get("learning-rate", 0.0)
         self._epochs_done += int(epochs)  # type: ignore[arg-type]
         self._record = RoundRecord(
             server_round, int(epochs), float(rate), self._epochs_done,  # type: ignore[arg-type]
@@ -118,12 +123,12 @@ class NormalizedFedAvg(FedAvg):
         good = [reply for reply in replies if reply.has_content()]
         arrays, metrics = super().aggregate_train(server_round, replies)
         if arrays is not None and not isinstance(self.normalization, Average):
-            arrays = self._average(good)
+            arrays = self._average(server_round, good)
         if self._record is not None:
             self._close(good, metrics)
         return arrays, metrics
 
-    def _average(self, replies: list[Message]) -> ArrayRecord:
+    def _average(self, server_round: int, replies: list[Message]) -> ArrayRecord:
         sent = view(self._sent)
         roles = self.normalization.roles(sent, assign_roles(sent, self._roles))
         mean = RunningMean(sent, roles)
@@ -131,7 +136,17 @@ class NormalizedFedAvg(FedAvg):
             (record,) = reply.content.array_records.values()
             (metrics,) = reply.content.metric_records.values()
             mean.add(view(record), metrics[self.weighted_by_key])  # type: ignore[arg-type]
-        return to_record(mean.mean())
+        average = to_record(mean.mean())
+        if not self.normalization.due(server_round) or self._grid is None:
+            return average
+        nodes = [reply.metadata.src_node_id for reply in replies]
+        result = recalibrate(
+            self._grid, nodes, server_round, average, roles, lambda examples: examples,
+            self._timeout,
+            (self.arrayrecord_key, self.configrecord_key, self.weighted_by_key),
+        )  # fmt: skip
+        self._extra = result.bytes_down, result.bytes_up
+        return result.arrays
 
     def _close(self, replies: list[Message], metrics: MetricRecord | None) -> None:
         assert self._record is not None
@@ -144,11 +159,13 @@ class NormalizedFedAvg(FedAvg):
         record.seconds = round(time.perf_counter() - self._opened_at, 3)
         if self._grid is not None:
             traffic = self._grid.take_traffic()
-            record.bytes_down -= traffic.saved_down
-            record.bytes_up -= traffic.saved_up
+            down = self._extra[0] - traffic.saved_down
+            up = self._extra[1] - traffic.saved_up
+            record.bytes_down += down
+            record.bytes_up += up
             record.normalization = {
                 "scheme": self.normalization.name,
-                "bytes": -traffic.saved_down - traffic.saved_up,
+                "bytes": down + up,
                 "fresh": [str(node_id) for node_id in traffic.fresh],
                 **({"shared-model": PARTIAL} if self.normalization.is_local else {}),
             }

@@ -221,13 +221,6 @@ class CoLearningRule:
         """Return n_k of a participant with so many examples."""
         return 1 if self.weighting == "uniform" else examples
 
-    def mean_of_statistics(self, arrays: Arrays) -> RunningMean:
-        """Return an empty mean for the means and variances of a model alone."""
-        kinds = (Role.MEAN, Role.VARIANCE)
-        names = [name for name in arrays if self._roles[name] in kinds]
-        roles = {name: self._roles[name] for name in names}
-        return RunningMean({name: arrays[name] for name in names}, roles)
-
     def refuse(self, participant: str, reason: str) -> None:
         """Record that a participant's reply is left out of the average."""
         log(WARNING, "CoLearn: reply of participant %s refused: %s", participant, reason)

@@ -11,6 +11,7 @@ import csv
 import json
 import logging
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ from clients.torch_trainer import accuracy
 from clients.trainer import derive_seed, follow
 from flwr_colearn import ColearnError, ExponentialRate, History, InProcessGrid, LocalPlan
 from flwr_colearn.report import Curve, doublings, save_figure
+from simulations import normalization
 from simulations.arms import ARMS, Arm, arm_named, schedules
 from simulations.server_app import evaluate_with, make_strategy, to_record
 from simulations.settings import RunSettings, check_keys, read_config
@@ -263,6 +265,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a study from the command line."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["normalization"]:
+        return normalization.main(words[1:])
     options = parse_arguments(arguments)
     logging.getLogger("flwr").setLevel(logging.WARNING)  # one progress bar says it all
     path = Path(options.task)

@@ -22,7 +22,6 @@ from flwr_colearn import (
     Recalibrated,
     Recovery,
     RunningMean,
-    Synchronised,
     normalization_mod,
     participant_mod,
 )
@@ -346,7 +345,7 @@ def test_schemes_without_statistics_refuse_a_model_that_has_some(scheme):
 
 @pytest.mark.parametrize(
     "scheme",
-    [LocalBN(), LocalStatistics(), Recalibrated(), Synchronised(), Frozen(1), BatchRenorm()],
+    [LocalBN(), LocalStatistics(), Recalibrated(), Frozen(1), BatchRenorm()],
 )
 def test_schemes_for_statistics_refuse_a_model_without_any(scheme):
     strategy = strategy_of(scheme)
