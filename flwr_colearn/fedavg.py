@@ -2,16 +2,18 @@
 
 import time
 from collections.abc import Callable, Iterable
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from ._flwr import data_bytes, to_record, view
 from .averaging import RunningMean
-from .errors import expected
+from .errors import ColearnError, expected
 from .history import History, RoundRecord
 from .normalization import PARTIAL, Average, Normalization, as_normalization
 from .normalization_grid import NormalizationGrid
@@ -135,7 +137,12 @@ class NormalizedFedAvg(FedAvg):
         for reply in replies:
             (record,) = reply.content.array_records.values()
             (metrics,) = reply.content.metric_records.values()
-            mean.add(view(record), metrics[self.weighted_by_key])  # type: ignore[arg-type]
+            try:
+                mean.add(view(record), metrics[self.weighted_by_key])  # type: ignore[arg-type]
+            except ColearnError as error:
+                self._refuse(reply, str(error))
+        if not mean.count:
+            return self._sent
         average = to_record(mean.mean())
         if not self.normalization.due(server_round) or self._grid is None:
             return average
@@ -148,10 +155,18 @@ class NormalizedFedAvg(FedAvg):
         self._extra = result.bytes_down, result.bytes_up
         return result.arrays
 
+    def _refuse(self, reply: Message, reason: str) -> None:
+        participant = str(reply.metadata.src_node_id)
+        log(WARNING, "NormalizedFedAvg: reply of node %s refused: %s", participant, reason)
+        if self._record is not None:
+            self._record.refusals.append({"participant": participant, "reason": reason})
+
     def _close(self, replies: list[Message], metrics: MetricRecord | None) -> None:
         assert self._record is not None
         record, self._record = self._record, None
-        record.participants = [str(reply.metadata.src_node_id) for reply in replies]
+        refused = {entry["participant"] for entry in record.refusals}
+        nodes = [str(reply.metadata.src_node_id) for reply in replies]
+        record.participants = [node for node in nodes if node not in refused]
         record.bytes_up = sum(
             data_bytes(r) for reply in replies for r in reply.content.array_records.values()
         )

@@ -115,12 +115,23 @@ class Unit:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the study with one seed, and the settings of both sides."""
+    """One cell of the study with one seed, and the settings of both sides.
+
+    Attributes
+    ----------
+    training, scheme : str
+        Keys of `TRAININGS` and `SCHEMES`.
+    participants, settings
+        Of both sides; the partition and the seed are the participants'.
+    test_examples : int
+        Evaluate on so many examples of the test set, the first ones; 0 for all.
+    """
 
     training: str
     scheme: str
     participants: ParticipantSettings
     settings: RunSettings
+    test_examples: int = 0
 
     @property
     def possible(self) -> bool:
@@ -157,6 +168,9 @@ def run_cell(cell: Cell) -> Unit:
     started = time.perf_counter()
     scheme, settings, participants = cell.normalization(), cell.settings, cell.participants
     judge = converted(server_trainer(participants), scheme, participants)
+    if cell.test_examples:
+        assert isinstance(judge.test_set, TensorDataset)
+        judge.test_set = TensorDataset(*(t[: cell.test_examples] for t in judge.test_set.tensors))
     kind = SideBySideGrid if scheme.side_by_side else InProcessGrid
     k = settings.num_participants
     grid = kind(client_app(participants, scheme, k), k)
@@ -249,6 +263,7 @@ def converted(
         momentum=participants.momentum,
         weight_decay=participants.weight_decay,
         transform=trainer.transform,
+        channels_last=participants.channels_last,
     )
 
 
@@ -292,7 +307,8 @@ def unit_config(cell: Cell) -> dict[str, object]:
     config = {**cell.participants.to_config(), **cell.settings.to_config()}
     for key in ("data-dir", "devices", "workers", "output-dir", "wait-for-participants", "arm"):
         del config[key]
-    return {**config, "normalization": str(cell.normalization())}
+    scheme = str(cell.normalization())
+    return {**config, "normalization": scheme, "test-examples": cell.test_examples}
 
 
 def cells(
@@ -302,6 +318,7 @@ def cells(
     seeds: Iterable[int],
     participants: ParticipantSettings,
     settings: RunSettings,
+    test_examples: int = 0,
 ) -> Iterator[Cell]:
     """Yield the cells that there are, the most skewed partition first."""
     for seed in seeds:
@@ -309,7 +326,7 @@ def cells(
             for training in trainings:
                 for scheme in schemes:
                     seeded = replace(participants, partition=partition, seed=seed)
-                    cell = Cell(training, scheme, seeded, settings)
+                    cell = Cell(training, scheme, seeded, settings, test_examples)
                     if cell.possible:
                         yield cell
 
@@ -468,6 +485,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="default outputs/study-normalization-TASK")
     parser.add_argument("--data-dir", help="overrides the config's data-dir")
     parser.add_argument("--examples", type=int, help="overrides the config's examples")
+    parser.add_argument("--test-examples", type=int, default=0, help="default 0: all")
     parser.add_argument("--total-epochs", type=int, help="overrides the config's total-epochs")
     return parser.parse_args(arguments)
 
@@ -495,6 +513,7 @@ def main(arguments: Sequence[str]) -> None:
             range(options.seeds),
             ParticipantSettings.from_config(config),
             RunSettings.from_config(config),
+            options.test_examples,
         )
     )
     units = run_study(plan, output, options.minutes)
