@@ -275,7 +275,6 @@ def evaluate(
     is_local: bool,
 ) -> tuple[list[float], list[float]]:
     """Return every participant's accuracy, on the common test set and on labels like its own."""
-    assert isinstance(judge.train_set, TensorDataset)
     overall, local = [], []
     by_class: NDArray | None = None
     labels = _labels(participants)
@@ -383,7 +382,7 @@ def rows(units: Sequence[Unit], plan: Sequence[Cell]) -> Iterator[dict[str, str]
             ]
             title = PARTITIONS[partition]
             row[f"{title}: global"] = _percent([u.shared_accuracy for u in runs], runs)
-            row[f"{title}: local"] = _percent([u.local_accuracy for u in runs], [])
+            row[f"{title}: local"] = _percent([u.local_accuracy for u in runs], runs)
         same = [u for u in units if (u.training, u.scheme) == (training, scheme)]
         row["MB"] = f"{statistics.mean(u.bytes for u in same) / 1e6:.1f}" if same else ""
         row["of which scheme"] = (
