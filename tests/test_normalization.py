@@ -25,6 +25,7 @@ from flwr_colearn import (
     normalization_mod,
     participant_mod,
 )
+from flwr_colearn.keeping import LocalArrays
 from flwr_colearn.normalization import as_normalization, layer_arrays, statistics_of
 from flwr_colearn.roles import assign_roles
 
@@ -320,6 +321,16 @@ def test_resumed_server_sends_everything_and_participants_keep_their_own(tmp_pat
         strategy_of(Pooled(), checkpoints=tmp_path).start(grid, record(MODEL), 3, resume="auto")
 
 
+def test_which_arrays_a_round_begins_with():
+    arrays = LocalArrays(3, {"w": "before"}, {"w": "after"})
+    assert arrays.at(4, training=True) == arrays.at(9, training=True) == {"w": "after"}
+    assert arrays.at(3, training=True) == {"w": "before"}  # the round is repeated
+    assert arrays.at(2, training=True) == {}  # of another run
+    assert arrays.at(3, training=False) == {"w": "after"}
+    assert LocalArrays(1, {"w": "before"}, {}).at(1, training=True) == {}  # a new run begins
+    assert LocalArrays().at(5, training=True) == {}
+
+
 # Frozen ------------------------------------------------------------------------------------------
 
 
@@ -332,6 +343,14 @@ def test_frozen_statistics_stay_as_they_were_and_do_not_travel_back():
     assert grid.up[2, "train", 1] == list(MODEL)
     assert grid.up[3, "train", 1] == [name for name in MODEL if name not in STATISTICS]
     assert [r.normalization["bytes"] < 0 for r in strategy.history] == [False, False, True, True]
+
+
+def test_frozen_statistics_stay_even_if_a_client_sends_others():
+    grid = SpyGrid(client_app(mods=()), K)  # nothing strips its replies
+    _, _, model = run(Frozen(after=1), rounds=3, grid=grid)
+    _, _, first = run(Pooled(), rounds=1)
+    assert grid.up[3, "train", 1] == list(MODEL)
+    assert all(np.array_equal(model[name], first[name]) for name in STATISTICS)
 
 
 # Schemes as values -------------------------------------------------------------------------------
