@@ -3,7 +3,8 @@
     python -m simulations.study digits --seeds 3
 
 TASK names a config in simulations/conf (or is a path to one). Every (arm, seed) is a unit: its
-result is written as it ends, and a re-run skips what is there.
+result is written as it ends, and a re-run skips what is there. ``normalization TASK`` instead of a
+task compares normalization schemes: see `simulations.normalization`.
 """
 
 import argparse

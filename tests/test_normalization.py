@@ -3,6 +3,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from flwr_colearn import (
     LocalStatistics,
     Pooled,
     Recalibrated,
+    RecoveringGrid,
     Recovery,
     RunningMean,
     normalization_mod,
@@ -413,3 +415,34 @@ def test_config_of_evaluations_names_the_scheme_too():
     app = client_app(mods=(normalization_mod, spy))
     run(LocalStatistics(), rounds=1, grid=InProcessGrid(app, K), fraction_evaluate=1.0)
     assert {config["normalization"] for config in configs} == {"local-statistics"}
+
+
+def test_inside_a_recovering_grid_that_the_user_brings():
+    inner = SpyGrid(client_app(), K)
+    grid = RecoveringGrid(inner, Recovery(pause=0.0))
+    strategy_of(LocalBN(), fraction_evaluate=0.0).start(grid, record(MODEL), num_rounds=2)
+    assert all(not set(names) & set(LAYER) for names in inner.up.values())
+    assert all(not set(inner.down[2, "train", node]) & set(LAYER) for node in inner.contexts)
+
+
+def test_under_a_wrapper_with_a_loop_of_its_own_local_schemes_are_refused():
+    wrapped = DifferentialPrivacyServerSideFixedClipping(strategy_of(LocalBN()), 0.1, 1.0, K)
+    with pytest.raises(ColearnError, match="normalization under a wrapper"):
+        wrapped.start(SpyGrid(client_app(), K), record(MODEL), num_rounds=1)
+    pooled = DifferentialPrivacyServerSideFixedClipping(strategy_of(Pooled()), 0.1, 1.0, K)
+    pooled.start(SpyGrid(client_app(), K), record(MODEL), num_rounds=1)
+
+
+def test_without_recovery_one_that_lost_its_state_misses_a_round_and_comes_back():
+    seen = {}
+    strategy = CoLearn(
+        K, local_epochs=1, learning_rate=0.1, normalization=LocalBN(), recovery=None,
+        fraction_evaluate=0.0,
+    )  # fmt: skip
+    strategy.start(Forgetful(client_app(seen), K), record(MODEL), num_rounds=4)
+    third, fourth = strategy.history.records[2:]
+    assert sorted(third.participants) == ["1", "3"]
+    assert "lost its local" in third.refusals[0]["reason"]
+    assert sorted(fourth.participants) == ["1", "2", "3"]
+    assert fourth.normalization["fresh"] == ["2"]
+    assert seen[4, 1]["downsample.1.weight"].tolist() == [1.5, 1.5]

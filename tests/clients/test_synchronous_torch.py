@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import TensorDataset
 
-from clients.client_app import make_client_app
+from clients.client_app import make_client_app, normalising
 from clients.torch_trainer import TorchTrainer, roles_of
 from flwr_colearn import (
     CoLearn,
@@ -180,3 +180,17 @@ def test_frozen_and_recalibrated_run_through_the_app():
     four, _ = synchronous(model, shards, 4, lr=0.1, normalization=Frozen(after=2))
     assert np.array_equal(two["1.running_var"], four["1.running_var"])
     assert not np.array_equal(two["1.weight"], four["1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({"normalization": "synchronised"}, "normalised"),
+        ({"normalization-frozen": True}, "normalised"),
+    ],
+)
+def test_a_trainer_without_what_the_server_asks_for_says_so(config, method):
+    with pytest.raises(ColearnError, match=method):
+        normalising(object(), config)
+    with normalising(object(), {"normalization": "pooled"}):
+        pass
