@@ -3,7 +3,8 @@
     python -m simulations.study digits --seeds 3
 
 TASK names a config in simulations/conf (or is a path to one). Every (arm, seed) is a unit: its
-result is written as it ends, and a re-run skips what is there.
+result is written as it ends, and a re-run skips what is there. ``normalization TASK`` instead of a
+task compares normalization schemes: see `simulations.normalization`.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import csv
 import json
 import logging
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +28,7 @@ from clients.tasks.registry import participant_trainer, server_trainer
 from clients.trainer import NDArray, accuracy, derive_seed, follow
 from flwr_colearn import ColearnError, ExponentialRate, History, InProcessGrid, LocalPlan
 from flwr_colearn.report import Curve, doublings, save_figure
+from simulations import normalization
 from simulations.arms import ARMS, Arm, arm_named, schedules
 from simulations.server_app import evaluate_with, make_strategy, to_record
 from simulations.settings import RunSettings, check_keys, read_config
@@ -273,6 +276,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a study from the command line."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["normalization"]:
+        return normalization.main(words[1:])
     options = parse_arguments(arguments)
     logging.getLogger("flwr").setLevel(logging.WARNING)  # one progress bar says it all
     path = Path(options.task)
