@@ -109,13 +109,13 @@ class NormalizedFedAvg(FedAvg):
         messages = list(super().configure_train(server_round, arrays, config, grid))
         self._extra = (0, 0)
         self._sent, self._opened_at = arrays, time.perf_counter()
-        epochs, rate = config.get("local-epochs", 0), config.get("learning-rate", 0.0)
-        self._epochs_done += int(epochs)  # type: ignore[arg-type]
+        epochs, rate = int(_number(config, "local-epochs")), _number(config, "learning-rate")
+        self._epochs_done += epochs
         self._record = RoundRecord(
             server_round,
-            int(epochs),
-            float(rate),
-            self._epochs_done,  # type: ignore[arg-type]
+            epochs,
+            rate,
+            self._epochs_done,
             bytes_down=data_bytes(arrays) * len(messages),
         )
         return messages
@@ -195,3 +195,8 @@ class NormalizedFedAvg(FedAvg):
                 **({"shared-model": PARTIAL} if self.normalization.is_local else {}),
             }
         self.history.append(record)
+
+
+def _number(config: ConfigRecord, key: str) -> float:
+    value = config.get(key)
+    return float(value) if isinstance(value, int | float) else 0.0
