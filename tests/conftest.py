@@ -5,6 +5,8 @@ import logging
 import pytest
 from hypothesis import HealthCheck, settings
 
+collect_ignore_glob = ["dropin/*_app.py"]  # they need libraries that may be missing
+
 settings.register_profile(
     "tests",
     deadline=None,  # no test depends on the clock
