@@ -1,89 +1,138 @@
-"""An app in the shape of Flower's quickstart-pytorch, with FedAvg and with CoLearn."""
+"""The diffs of docs/drop-in.md, applied to small apps: each runs with FedAvg and with CoLearn."""
+
+import ast
+import re
+from pathlib import Path
+from textwrap import dedent
+from typing import NamedTuple
 
 import pytest
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAvg
-from sklearn.datasets import load_digits
-from torch import nn
+from flwr.app import Context, RecordDict
 
-from flwr_colearn import CoLearn, CyclicalRate, IncreasingEpochs, InProcessGrid, LocalPlan
+from flwr_colearn import InProcessGrid
 
-
-def load_data(partition_id, num_partitions):
-    images, labels = load_digits(return_X_y=True)
-    data = torch.tensor(images[partition_id::num_partitions] / 16, dtype=torch.float32)
-    labels = torch.tensor(labels[partition_id::num_partitions])
-    return torch.utils.data.TensorDataset(data[60:], labels[60:]), (data[:60], labels[:60])
+HERE = Path(__file__).parent
+DOCUMENT = HERE.parents[1] / "docs" / "drop-in.md"
+K = 5
+RUN_CONFIG = {
+    "local-epochs": 2,
+    "max-epochs": 2,
+    "learning-rate": 0.01,
+    "fraction-evaluate": 1.0,
+}
 
 
-def train_fn(model, train_set, epochs, lr):
-    """The project's own training function, which makes its own optimizer."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    loader = torch.utils.data.DataLoader(train_set, batch_size=32, shuffle=True)
-    for _ in range(epochs):
-        for images, labels in loader:
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-    return loss.item()
+class App(NamedTuple):
+    """A small app, and what it needs to learn quickly."""
+
+    module: str
+    library: str
+    accuracy: float
+    changes: dict[str, str] = {}  # noqa: RUF012  (never changed)
+    rounds: int = 6
 
 
-def client_app(colearn):
-    app = ClientApp()
-
-    @app.train()
-    def train(msg, context):
-        model = nn.Linear(64, 10)
-        model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
-        train_set, _ = load_data(
-            context.node_config["partition-id"], context.node_config["num-partitions"]
-        )
-        if colearn:  # the two lines of the README's diff
-            for epoch in LocalPlan.from_config(msg.content["config"]):
-                train_loss = train_fn(model, train_set, 1, epoch.learning_rate)
-        else:
-            train_loss = train_fn(model, train_set, 2, msg.content["config"]["lr"])
-        metrics = MetricRecord({"train_loss": train_loss, "num-examples": len(train_set)})
-        content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
-        return Message(content=content, reply_to=msg)
-
-    @app.evaluate()
-    def evaluate(msg, context):
-        model = nn.Linear(64, 10)
-        model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
-        _, (images, labels) = load_data(
-            context.node_config["partition-id"], context.node_config["num-partitions"]
-        )
-        accuracy = (model(images).argmax(1) == labels).float().mean().item()
-        metrics = MetricRecord({"eval_acc": accuracy, "num-examples": len(labels)})
-        return Message(content=RecordDict({"metrics": metrics}), reply_to=msg)
-
-    return app
+FASTER = {"CyclicalRate(0.01)": "CyclicalRate(0.05)"}
+APPS = {  # by heading of the document
+    "PyTorch": App("pytorch_app", "torch", 0.9, FASTER),
+    "TensorFlow": App("tensorflow_app", "tensorflow", 0.75, {"(0.001)": "(0.01)"}, rounds=3),
+    "PyTorch Lightning": App(
+        "lightning_app", "lightning", 0.8, {"(0.001)": "(0.01)", "lr=1e-3": "lr=1e-2"}, rounds=3
+    ),
+    "Hugging Face transformers": App(
+        "huggingface_app", "transformers", 0.9, {"5e-5": "3e-3", "Epochs(1,": "Epochs(3,"}
+    ),
+    "scikit-learn": App("sklearn_app", "sklearn", 0.85),
+    "scikit-learn without a learning rate": App("logreg_app", "sklearn", 0.8),
+    "Legacy NumPyClient": App("legacy_app", "torch", 0.8, FASTER),
+}
+each_app = pytest.mark.parametrize("heading", APPS)
 
 
-@pytest.mark.parametrize("colearn", [False, True])
-def test_the_same_app_learns_with_fedavg_and_with_colearn(colearn):
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    strategy = (
-        CoLearn(
-            5,
-            local_epochs=IncreasingEpochs(1, epsilon=0.3),
-            learning_rate=CyclicalRate(0.2),
-            fraction_evaluate=1.0,
-        )
-        if colearn
-        else FedAvg(fraction_evaluate=1.0)
-    )
-    result = strategy.start(
-        grid=InProcessGrid(client_app(colearn), num_supernodes=5),
-        initial_arrays=ArrayRecord(nn.Linear(64, 10).state_dict()),
-        train_config=ConfigRecord({"lr": 0.05}),
-        num_rounds=6,
-    )
-    assert result.evaluate_metrics_clientapp[6]["eval_acc"] > 0.85
+def diffs_of(heading):
+    """Return the diffs of a section, the server's first."""
+    sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", DOCUMENT.read_text(), re.M | re.S))
+    above = diffs_of("scikit-learn")[:1] if "as above, `client" in sections[heading] else []
+    return above + re.findall(r"```diff\n(.*?)```", sections[heading], re.S)
+
+
+def hunks_of(diff):
+    """Yield (before, after) for each hunk."""
+    for hunk in diff.split("...\n"):
+        lines = hunk.splitlines(keepends=True)
+        yield tuple("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+
+
+def patched(source, diffs):
+    for diff in diffs:
+        for before, after in hunks_of(diff):
+            assert source.count(before) == 1, before
+            source = source.replace(before, after)
+    return source
+
+
+def added(diff):
+    """Return the statements that a diff adds, those in loops included."""
+    statements = []
+    for hunk in diff.split("...\n"):
+        lines = [line[1:] for line in hunk.splitlines() if line.startswith("+")]
+        tree = ast.parse(dedent("\n".join(lines)))
+        statements += [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+    return statements
+
+
+def run(heading, colearn, changes=(), rounds=None):
+    """Run an app over K participants in this process; return what its server reports."""
+    app = APPS[heading]
+    pytest.importorskip(app.library)
+    path = HERE / f"{app.module}.py"
+    source = path.read_text()
     if colearn:
-        assert strategy.history.epochs_path[-1] > 1
+        source = patched(source, diffs_of(heading))
+    for old, new in [*app.changes.items(), *changes]:
+        source = source.replace(old, new)
+    module = {"__name__": app.module}
+    exec(compile(source, path, "exec"), module)
+    config = {**RUN_CONFIG, "num-server-rounds": rounds or app.rounds}
+    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config)
+    module["server"](InProcessGrid(module["app"], K, run_config=config), context)
+    return module["OUTCOME"]
+
+
+@each_app
+def test_a_diff_is_one_import_one_constructor_and_three_statements_of_the_client(heading):
+    server, *client = diffs_of(heading)
+    assert [type(statement) for statement in added(server)] == [ast.ImportFrom, ast.Assign]
+    statements = [statement for diff in client for statement in added(diff)]
+    imports = [each for each in statements if isinstance(each, ast.ImportFrom)]
+    assert len(imports) == 1
+    assert len(statements) - len(imports) <= 3
+
+
+@each_app
+@pytest.mark.parametrize("colearn", [False, True], ids=["FedAvg", "CoLearn"])
+def test_an_app_learns_before_and_after(heading, colearn):
+    outcome = run(heading, colearn)
+    accuracy = {number: metrics["accuracy"] for number, metrics in outcome["metrics"].items()}
+    print(f"\n{heading}, {type(outcome['strategy']).__module__}: {accuracy}")
+    assert accuracy[APPS[heading].rounds] > APPS[heading].accuracy
+    if colearn:
+        history = outcome["strategy"].history
+        print(f"T_i {history.epochs_path}, relative change {[r.relative_change for r in history]}")
+        assert [len(record.participants) for record in history] == [K] * len(accuracy)
+        assert not any(record.refusals for record in history)
+
+
+@each_app
+def test_participants_train_as_many_epochs_at_the_rate_that_the_plan_says(heading):
+    def change(epochs, rate):
+        changes = [(f"IncreasingEpochs({t}, epsilon=0.01)", str(epochs)) for t in (2, 3, 5)]
+        for known in ("0.05", "0.01", "3e-3"):
+            changes.append((f"CyclicalRate({known})", str(rate)))
+        [record] = run(heading, True, changes, rounds=1)["strategy"].history
+        assert (record.local_epochs, record.learning_rate) == (epochs, rate)
+        return record.relative_change
+
+    assert change(4, 1e-3) > 1.5 * change(1, 1e-3)
+    if "without" not in heading:
+        assert change(4, 1e-3) > 100 * change(4, 1e-6)
