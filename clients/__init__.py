@@ -1,1 +1,1 @@
-"""Reference participants: they follow a LocalPlan with PyTorch models, on each site's own data."""
+"""Reference participants: they follow a LocalPlan with PyTorch, Keras or TF-slim, on local data."""
