@@ -7,9 +7,13 @@ that it finds in its train config. The rest are the values that the two are made
 from .averaging import RunningMean, relative_change
 from .checkpoint import CheckpointFolder
 from .colearn import CoLearn
+from .dynamic import DynamicAveraging, ModelAveraging
+from .dynamic_history import DynamicHistory, DynamicRecord
 from .errors import ColearnError
 from .history import History, RoundRecord
 from .inprocess import InProcessGrid
+from .learner import learner
+from .operators import Relative
 from .participant import introduce, participant_mod
 from .plan import Epoch, LocalPlan
 from .recovery import Quorum, RecoveringGrid, Recovery
@@ -30,6 +34,9 @@ __all__ = [
     "ColearnError",
     "ConstantRate",
     "CyclicalRate",
+    "DynamicAveraging",
+    "DynamicHistory",
+    "DynamicRecord",
     "Epoch",
     "ExponentialRate",
     "FixedEpochs",
@@ -37,13 +44,16 @@ __all__ = [
     "InProcessGrid",
     "IncreasingEpochs",
     "LocalPlan",
+    "ModelAveraging",
     "Quorum",
     "RecoveringGrid",
     "Recovery",
+    "Relative",
     "Role",
     "RoundRecord",
     "RunningMean",
     "introduce",
+    "learner",
     "participant_mod",
     "relative_change",
 ]
