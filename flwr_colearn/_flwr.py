@@ -2,6 +2,7 @@
 
 import io
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from flwr.serverapp.strategy.strategy_utils import config_to_str as config_to_st
 
 from .errors import ColearnError, expected
 from .roles import NDArray
+
+_MAGIC = 8  # bytes: the magic string and the version of numpy's file format
 
 
 def view(record: ArrayRecord) -> dict[str, NDArray]:
@@ -68,20 +71,27 @@ def _view(name: str, array: Array) -> NDArray:
     try:
         if array.stype != "numpy.ndarray":
             raise ValueError(f"serialised as {array.stype!r}")
-        file = io.BytesIO(array.data)
-        version = np.lib.format.read_magic(file)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran_order, dtype = read_header(file)
+        # A header is parsed once: that takes longer than all the rest, and models repeat theirs.
+        version = np.lib.format.read_magic(io.BytesIO(array.data[:_MAGIC]))
+        size = 2 if version == (1, 0) else 4
+        offset = _MAGIC + size + int.from_bytes(array.data[_MAGIC : _MAGIC + size], "little")
+        shape, fortran_order, dtype = _header(version, array.data[_MAGIC:offset])
         if dtype.hasobject:
             raise ValueError("it holds Python objects")
-        flat = np.frombuffer(array.data, dtype, count=math.prod(shape), offset=file.tell())
+        flat = np.frombuffer(array.data, dtype, count=math.prod(shape), offset=offset)
         return flat.reshape(shape, order="F" if fortran_order else "C")
     except Exception as error:  # anything may be in the bytes
         reason = str(error) or type(error).__name__
     raise expected(f"array '{name}'", "a serialised numpy array", reason)
+
+
+@lru_cache(maxsize=4096)
+def _header(version: tuple[int, int], header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    return read_header(io.BytesIO(header))
 
 
 __all__ = [

@@ -1,6 +1,7 @@
 """Compare the paper's arms at the same number of local epochs per participant, in process.
 
     python -m simulations.study digits --seeds 3
+    python -m simulations.study dynamic mnist      # model averaging: see simulations/dynamic.py
 
 TASK names a config in simulations/conf (or is a path to one). Every (arm, seed) is a unit: its
 result is written as it ends, and a re-run skips what is there.
@@ -11,6 +12,7 @@ import csv
 import json
 import logging
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -263,6 +265,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a study from the command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "dynamic":
+        from simulations import dynamic
+
+        return dynamic.main(arguments[1:])
     options = parse_arguments(arguments)
     logging.getLogger("flwr").setLevel(logging.WARNING)  # one progress bar says it all
     path = Path(options.task)
