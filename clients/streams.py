@@ -73,7 +73,7 @@ class GraphicalModel:
     """A random Bayesian network over binary features and a binary class, to draw examples from.
 
     Every feature depends on the class and on one earlier feature (a tree-augmented naive Bayes
-    network), by conditional probabilities drawn from Beta(1/2, 1/2).
+    network), by conditional probabilities drawn from Beta(2, 2).
 
     Attributes
     ----------
@@ -139,4 +139,4 @@ def random_drifts(steps: int, drifts: int, seed: int) -> tuple[int, ...]:
 def _network(features: int, seed: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
     rng = np.random.default_rng(seed)
     parents = np.array([0] + [rng.integers(0, j) for j in range(1, features)])
-    return parents, rng.beta(0.5, 0.5, (features, 2, 2))
+    return parents, rng.beta(2, 2, (features, 2, 2))

@@ -39,7 +39,7 @@ from flwr_colearn.operators import (
 )
 from simulations.dynamic_figures import save_over_time, save_tradeoff
 
-FEATURES = 50
+FEATURES, HIDDEN = 100, 64
 TEST_EXAMPLES = 2000
 
 
@@ -102,16 +102,19 @@ STUDIES = {
         ),
     ),
     "mnist-100": Study(
-        Setting("mnist", learners=100, steps=100, batch_size=10, learning_rate=0.1),
-        ("periodic-1", "periodic-8", "fedavg-0.3", "dynamic-0.3", "dynamic-1", "none", "serial"),
+        Setting("mnist", learners=100, steps=64, batch_size=10, learning_rate=0.1),
+        ("periodic-1", "periodic-8", "dynamic-0.1", "dynamic-0.3", "dynamic-1", "none"),
     ),
     "drift": Study(
-        Setting("drift", learners=10, steps=1200, batch_size=10, learning_rate=0.1, drifts=3),
-        ("periodic-1", "periodic-8", "dynamic-0.1", "dynamic-0.5", "none", "serial"),
+        Setting("drift", learners=10, steps=800, batch_size=10, learning_rate=0.1, drifts=3),
+        (
+            "periodic-1", "periodic-8", "dynamic-0.05", "dynamic-0.2", "dynamic-1", "none",
+            "serial",
+        ),
     ),
     "cifar10": Study(
         Setting(
-            "cifar10", learners=5, steps=200, batch_size=10, learning_rate=0.05, examples=10_000
+            "cifar10", learners=5, steps=128, batch_size=10, learning_rate=0.05, examples=10_000
         ),
         ("periodic-1", "periodic-8", "dynamic-0.3", "dynamic-1", "dynamic-3", "none", "serial"),
     ),
@@ -189,7 +192,7 @@ def build_model(task: str) -> nn.Module:
         return mnist.small_cnn()
     if task == "cifar10":
         return resnet8()
-    return nn.Sequential(nn.Linear(FEATURES, 32), nn.ReLU(), nn.Linear(32, 2))
+    return nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2))
 
 
 def build_streams(setting: Setting, data_dir: str) -> list[Stream]:
