@@ -101,9 +101,13 @@ STUDIES = {
             "none", "serial",
         ),
     ),
+    "mnist-long": Study(
+        Setting("mnist", learners=10, steps=2400, batch_size=10, learning_rate=0.1),
+        ("periodic-8", "dynamic-0.3@8", "dynamic-1@8", "dynamic-3@8", "none"),
+    ),
     "mnist-100": Study(
         Setting("mnist", learners=100, steps=64, batch_size=10, learning_rate=0.1),
-        ("periodic-1", "periodic-8", "dynamic-0.1", "dynamic-0.3", "dynamic-1", "none"),
+        ("periodic-1", "periodic-8", "dynamic-0.3@4", "dynamic-1@4", "none"),
     ),
     "drift": Study(
         Setting("drift", learners=10, steps=800, batch_size=10, learning_rate=0.1, drifts=3),
@@ -158,30 +162,31 @@ class DynamicUnit:
 
 
 def operator_named(name: str, learners: int) -> Operator:
-    """Return the operator: "periodic-B", "fedavg-C", "dynamic-DELTA", "none" or "serial".
+    """Return the operator: "periodic-B", "fedavg-C@B", "dynamic-DELTA@B", "none" or "serial".
 
-    FedAvg averages every 8 mini-batches; dynamic averaging checks after every one; serial learning
-    takes the mini-batches of all learners in turn.
+    B, the mini-batches between two opportunities, is 8 for FedAvg and 1 for dynamic averaging
+    unless it is given. Serial learning takes the mini-batches of all learners in turn.
 
     Raises
     ------
     ColearnError
         If there is no such operator.
     """
-    kind, _, value = name.partition("-")
+    kind, _, rest = name.partition("-")
+    value, _, every = rest.partition("@")
     try:
         if kind == "periodic":
             return Periodic(int(value))
         if kind == "fedavg":
-            return FractionAveraging(float(value), check_every=8)
+            return FractionAveraging(float(value), int(every or 8))
         if kind == "dynamic":
-            return Dynamic(float(value))
+            return Dynamic(float(value), int(every or 1))
         if name in ("none", "serial"):
             return Never() if name == "none" else Serial(check_every=learners)
     except ValueError:
         pass
     raise ColearnError(
-        "operator: expected periodic-B, fedavg-C, dynamic-DELTA, none or serial, found "
+        "operator: expected periodic-B, fedavg-C@B, dynamic-DELTA@B, none or serial, found "
         + repr(name)
     )
 
