@@ -1,5 +1,6 @@
 """Figures of the study of dynamic averaging."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def save_over_time(
     path: Path,
     title: str,
 ) -> None:
-    """Draw cumulative loss and bytes over the steps, drifts marked.
+    """Draw cumulative loss, cumulative bytes, and dynamic averaging's traffic, drifts marked.
 
     Parameters
     ----------
@@ -64,18 +65,35 @@ def save_over_time(
     title : str
         Of the figure.
     """
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+    figure, panels = plt.subplots(3, 1, figsize=(8, 9), sharex=True, layout="constrained")
+    top, middle, bottom = panels
     for index, (name, steps, losses, moved) in enumerate(curves):
         style = {"label": name, "color": f"C{index}", "linewidth": 1.4}
         top.plot(steps, losses, **style)
-        if name not in ("none", "serial"):
-            bottom.plot(steps, [each / 1e6 for each in moved], **style)
-    for axes in (top, bottom):
+        if name in ("none", "serial"):
+            continue
+        middle.plot(steps, [each / 1e6 for each in moved], **style)
+        if name.startswith("dynamic"):
+            bottom.stairs(*_traffic(steps, moved), label=name, color=f"C{index}", linewidth=1.4)
+    for axes in panels:
         for drift in drifts:
             axes.axvline(drift, color="grey", linestyle=":", linewidth=1)
         axes.grid(alpha=0.3)
     top.set(ylabel="cumulative loss", title=title)
-    bottom.set(ylabel="cumulative MB", yscale="log", xlabel="mini-batches of every learner")
+    middle.set(ylabel="cumulative MB", yscale="log")
+    bottom.set(ylabel="MB a mini-batch", yscale="log", xlabel="mini-batches of every learner")
     top.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _traffic(steps: Sequence[int], moved: Sequence[int]) -> tuple[list[float], list[int]]:
+    """Return MB a step in each of forty stretches of time, and their edges."""
+    last, edges, totals = steps[-1], [0], [0]
+    for stretch in range(1, 41):
+        index = sum(step <= stretch * last / 40 for step in steps) - 1
+        if index >= 0 and steps[index] > edges[-1]:
+            edges.append(steps[index])
+            totals.append(moved[index])
+    pairs = list(itertools.pairwise(zip(edges, totals, strict=True)))
+    return [(b[1] - a[1]) / (b[0] - a[0]) / 1e6 for a, b in pairs], edges

@@ -23,12 +23,13 @@ def deployment(tmp_path_factory):
         deployed.stop()
 
 
+@pytest.mark.timeout(1800)
 def test_learners_keep_their_models_and_one_whose_supernode_died_begins_anew(deployment):
     output = deployment.folder / "output"
     output.mkdir()
     (output / "wait-5-1").touch()
     run = deployment.run(app=APP, output_dir=output, rounds=ROUNDS, threshold=0.3)
-    await_that((output / "wait-5-1.done").exists, 400, "round 5")
+    await_that((output / "wait-5-1.done").exists, 600, "round 5")
     deployment.sites[1].kill(signal.SIGTERM)
     run.wait(timeout=600)
     records = DynamicHistory.read(output / "history.jsonl").records
