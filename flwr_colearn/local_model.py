@@ -11,7 +11,7 @@ from flwr.common import log
 from ._flwr import to_record, view
 from .balancing import squared_distance
 from .checkpoint import Checkpoint, CheckpointFolder
-from .errors import ColearnError
+from .errors import ColearnError, expected
 from .exchange import Ask
 
 _MODEL, _REFERENCE, _MEMORY, _METRICS = (
@@ -160,4 +160,8 @@ def _from(
 def _folder(context: Context, session: str) -> CheckpointFolder | None:
     """Return the folder of this training on the participant's disk, if it has one."""
     path = context.node_config.get("state-dir")
-    return CheckpointFolder(Path(str(path)) / session, keep=1) if path else None
+    if not path:
+        return None
+    if not session.isalnum():  # it becomes the name of a folder
+        raise expected("session of the training", "letters and digits", session)
+    return CheckpointFolder(Path(str(path)) / session, keep=1)

@@ -106,7 +106,7 @@ STUDIES = {
         ("periodic-8", "dynamic-0.3@8", "dynamic-1@8", "dynamic-3@8", "none"),
     ),
     "mnist-100": Study(
-        Setting("mnist", learners=100, steps=64, batch_size=10, learning_rate=0.1),
+        Setting("mnist", learners=100, steps=40, batch_size=10, learning_rate=0.1),
         ("periodic-1", "periodic-8", "dynamic-0.3@4", "dynamic-1@4", "none"),
     ),
     "drift": Study(
