@@ -6,7 +6,7 @@ from clients.data import Examples
 from clients.keras_models import densenet40, resnet8, small_cnn
 from clients.keras_trainer import KerasTrainer
 from clients.settings import ParticipantSettings
-from clients.tasks.kit import Kit
+from clients.tasks.kit import Kit, kit_for
 from clients.tf_setup import keras
 from clients.tf_transforms import augment, no_transform, normalise
 
@@ -24,7 +24,7 @@ def build_model(settings: ParticipantSettings) -> keras.Model:
     ColearnError
         If the task has no such model.
     """
-    build = KITS[settings.task].model(settings)
+    build = kit_for(KITS, settings).model(settings)
     keras.utils.set_random_seed(settings.seed)
     return build()
 
@@ -46,7 +46,7 @@ def _options(settings: ParticipantSettings) -> dict[str, Any]:
         "batch_size": settings.batch_size,
         "momentum": settings.momentum,
         "weight_decay": settings.weight_decay,
-        "transform": KITS[settings.task].transform(settings),
+        "transform": kit_for(KITS, settings).transform(settings),
         "precision": settings.precision,
         "jit_compile": settings.jit_compile,
         "clip_norm": settings.clip_norm or None,

@@ -23,6 +23,25 @@ def small_cnn() -> nn.Module:
     )
 
 
+def mnist_cnn() -> nn.Module:
+    """Return two 5x5 convolutions of 10 and 20 channels and two linear layers (21,840 parameters).
+
+    The network of PyTorch's MNIST example, without its dropout.
+    """
+    return nn.Sequential(
+        nn.Conv2d(1, 10, 5),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Conv2d(10, 20, 5),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(320, 50),
+        nn.ReLU(),
+        nn.Linear(50, 10),
+    )
+
+
 def resnet8(num_classes: int = 10) -> nn.Module:
     """Return a compact residual CNN for CPUs: three basic blocks of 16, 32 and 64 channels.
 

@@ -51,7 +51,7 @@ class ParticipantSettings(FromConfig):
         "torch", "keras" (Keras 3 on TensorFlow) or "slim" (TF-slim, in graph mode). All sites of a
         run use the same one; only that one is imported.
     task : str
-        "digits" or "cifar10".
+        "digits", "mnist" (PyTorch only) or "cifar10".
     model : str
         One of the models that the framework has for the task; empty for its default.
     data_dir : str

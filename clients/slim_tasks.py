@@ -6,7 +6,7 @@ from clients.data import Examples
 from clients.settings import ParticipantSettings
 from clients.slim_models import resnet8, resnet_152, small_cnn, vgg_19
 from clients.slim_trainer import SlimTrainer
-from clients.tasks.kit import Kit
+from clients.tasks.kit import Kit, kit_for
 from clients.tf_transforms import augment, no_transform, normalise
 
 KITS = {
@@ -31,7 +31,7 @@ def _trainer(
     settings: ParticipantSettings, examples: Examples, device: str | None = None
 ) -> SlimTrainer:
     settings.refuse("precision", "jit_compile", "channels_last", "workers")
-    kit = KITS[settings.task]
+    kit = kit_for(KITS, settings)
     options: dict[str, Any] = {
         "seed": settings.seed,
         "batch_size": settings.batch_size,

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from clients.data import Examples
-from clients.models import densenet40, resnet8, small_cnn
+from clients.models import densenet40, mnist_cnn, resnet8, small_cnn
 from clients.settings import ParticipantSettings
 from clients.tasks import cifar10
-from clients.tasks.kit import Kit
+from clients.tasks.kit import Kit, kit_for
 from clients.torch_parallel import ParallelTrainer
 from clients.torch_trainer import TorchTrainer
 
@@ -61,6 +61,7 @@ def random_flip(images: Tensor) -> Tensor:
 
 KITS = {
     "digits": Kit({"cnn": small_cnn}, no_transform, no_transform),
+    "mnist": Kit({"cnn": mnist_cnn}, no_transform, no_transform),
     "cifar10": Kit({"resnet8": resnet8, "densenet40": densenet40}, normalise, augment),
 }
 
@@ -73,7 +74,7 @@ def build_model(settings: ParticipantSettings) -> nn.Module:
     ColearnError
         If the task has no such model.
     """
-    build = KITS[settings.task].model(settings)
+    build = kit_for(KITS, settings).model(settings)
     torch.manual_seed(settings.seed)
     return build()  # type: ignore[no-any-return]
 
@@ -108,7 +109,7 @@ def _options(settings: ParticipantSettings) -> dict[str, Any]:
         "batch_size": settings.batch_size,
         "momentum": settings.momentum,
         "weight_decay": settings.weight_decay,
-        "transform": KITS[settings.task].transform(settings),
+        "transform": kit_for(KITS, settings).transform(settings),
         "precision": settings.precision,
         "channels_last": settings.channels_last,
         "clip_norm": settings.clip_norm or None,

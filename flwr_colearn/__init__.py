@@ -7,11 +7,14 @@ that it finds in its train config. The rest are the values that the two are made
 from .averaging import RunningMean, relative_change
 from .checkpoint import CheckpointFolder
 from .colearn import CoLearn
+from .dynamic import DynamicAveraging, ModelAveraging
+from .dynamic_history import DynamicHistory, DynamicRecord
 from .errors import ColearnError
 from .fedavg import NormalizedFedAvg
 from .history import History, RoundRecord
 from .inprocess import InProcessGrid
 from .keeping import normalization_mod
+from .learner import learner
 from .normalization import (
     Average,
     BatchRenorm,
@@ -26,6 +29,7 @@ from .normalization import (
     Synchronised,
 )
 from .normalization_grid import NormalizationGrid
+from .operators import Relative
 from .participant import introduce, participant_mod
 from .plan import Epoch, LocalPlan
 from .recovery import Quorum, RecoveringGrid, Recovery
@@ -52,6 +56,9 @@ __all__ = [
     "ColearnError",
     "ConstantRate",
     "CyclicalRate",
+    "DynamicAveraging",
+    "DynamicHistory",
+    "DynamicRecord",
     "Epoch",
     "ExponentialRate",
     "FixedEpochs",
@@ -67,6 +74,7 @@ __all__ = [
     "LocalBN",
     "LocalPlan",
     "LocalStatistics",
+    "ModelAveraging",
     "Normalization",
     "NormalizationGrid",
     "NormalizedFedAvg",
@@ -75,6 +83,7 @@ __all__ = [
     "Recalibrated",
     "RecoveringGrid",
     "Recovery",
+    "Relative",
     "Role",
     "RoundRecord",
     "RunningMean",
@@ -83,6 +92,7 @@ __all__ = [
     "SynchronousSGD",
     "Wire",
     "introduce",
+    "learner",
     "normalization_mod",
     "participant_mod",
     "relative_change",

@@ -539,11 +539,11 @@ def _residual_before(
 ) -> dict[str, NDArray]:
     """Return what the rounds before this one left over; nothing where that is lost."""
     try:
-        last = state.config_records[RESIDUAL]["round"] if RESIDUAL in state else math.inf
+        last = records_of(state, ConfigRecord)[RESIDUAL]["round"] if RESIDUAL in state else math.inf
         if server_round < last:  # type: ignore[operator]
             return {}  # nothing is kept, or it is of an earlier run
         when = "before" if server_round == last else "after"
-        kept = BFloat16().decode(state.array_records[f"{RESIDUAL}.{when}"])
+        kept = BFloat16().decode(records_of(state, ArrayRecord)[f"{RESIDUAL}.{when}"])
     except (ColearnError, KeyError, TypeError) as error:
         log(WARNING, "Wire: what earlier rounds rounded away is lost: %r", error)
         return {}

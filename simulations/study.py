@@ -3,8 +3,8 @@
     python -m simulations.study digits --seeds 3
 
 TASK names a config in simulations/conf (or is a path to one). Every (arm, seed) is a unit: its
-result is written as it ends, and a re-run skips what is there. ``normalization TASK`` instead of a
-task compares normalization schemes: see `simulations.normalization`.
+result is written as it ends, and a re-run skips what is there. Two studies have commands of their
+own: ``normalization`` compares normalization schemes, ``dynamic`` operators of model averaging.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,12 @@ from clients.tasks.registry import participant_trainer, server_trainer
 from clients.trainer import NDArray, accuracy, derive_seed, follow
 from flwr_colearn import ColearnError, ExponentialRate, History, InProcessGrid, LocalPlan
 from flwr_colearn.report import Curve, doublings, save_figure
-from simulations import normalization
 from simulations.arms import ARMS, Arm, arm_named, schedules
 from simulations.server_app import evaluate_with, make_strategy, to_record
 from simulations.settings import RunSettings, check_keys, read_config
 
 CONF = Path(__file__).parent / "conf"
+STUDIES = {"dynamic": "simulations.dynamic", "normalization": "simulations.normalization"}
 OVERRIDES = ("data_dir", "examples", "total_epochs", "compression_up", "compression_down")
 
 
@@ -277,8 +278,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a study from the command line."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if words[:1] == ["normalization"]:
-        return normalization.main(words[1:])
+    if words and words[0] in STUDIES:
+        import_module(STUDIES[words[0]]).main(words[1:])
+        return
     options = parse_arguments(arguments)
     logging.getLogger("flwr").setLevel(logging.WARNING)  # one progress bar says it all
     path = Path(options.task)

@@ -8,6 +8,22 @@ from clients.settings import ParticipantSettings
 from flwr_colearn import ColearnError
 
 
+def kit_for(kits: Mapping[str, "Kit"], settings: ParticipantSettings) -> "Kit":
+    """Return a framework's kit for the task that the settings name.
+
+    Raises
+    ------
+    ColearnError
+        If the framework has none for it.
+    """
+    if settings.task not in kits:
+        raise ColearnError(
+            f"run config 'task': expected {' or '.join(kits)} with {settings.framework}, found "
+            f"{settings.task!r}"
+        )
+    return kits[settings.task]
+
+
 @dataclass(frozen=True)
 class Kit:
     """One task in one framework.

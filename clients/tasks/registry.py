@@ -44,7 +44,13 @@ def load_task(settings: ParticipantSettings) -> Task:
         from clients.tasks import cifar10
 
         return cifar10.load(settings.data_dir or "data")
-    raise ColearnError(f"run config 'task': expected digits or cifar10, found {settings.task!r}")
+    if settings.task == "mnist":
+        from clients.tasks import mnist
+
+        return mnist.load(settings.data_dir or "data")
+    raise ColearnError(
+        f"run config 'task': expected digits, mnist or cifar10, found {settings.task!r}"
+    )
 
 
 @lru_cache(maxsize=8)

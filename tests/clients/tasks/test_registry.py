@@ -3,6 +3,7 @@ import pytest
 
 from clients.settings import ParticipantSettings
 from clients.tasks import digits, registry
+from clients.tasks.kit import kit_for
 from clients.tasks.registry import load_task, participant_trainer, server_trainer, shards
 from flwr_colearn import ColearnError
 
@@ -10,7 +11,7 @@ from flwr_colearn import ColearnError
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (ParticipantSettings(task="mnist"), "'task': expected digits or cifar10, found 'mnist'"),
+        (ParticipantSettings(task="emnist"), "'task': expected digits, mnist or cifar10, found"),
         (
             ParticipantSettings(model="vgg"),
             "'model': expected one of cnn for task digits with torch, found 'vgg'",
@@ -40,6 +41,12 @@ def test_a_framework_that_is_not_installed_is_named_with_its_extra(name, extra, 
     monkeypatch.setattr(registry, "import_module", missing)
     with pytest.raises(ColearnError, match=rf"no module 'framework'; .*\[{extra}\]"):
         server_trainer(ParticipantSettings(framework=name))
+
+
+def test_a_framework_without_a_kit_for_the_task_says_which_it_has():
+    settings = ParticipantSettings(task="mnist", framework="keras")
+    with pytest.raises(ColearnError, match="'task': expected digits or cifar10 with keras, found"):
+        kit_for({"digits": None, "cifar10": None}, settings)
 
 
 @pytest.mark.parametrize("partition", ["iid", "dirichlet", "classes"])

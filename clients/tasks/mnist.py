@@ -1,0 +1,33 @@
+"""MNIST: 60,000 training and 10,000 test images of handwritten digits, 28x28 grey."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from clients.data import Examples, Task
+
+MEAN, STD = 0.1307, 0.3081
+
+
+@cache
+def load(data_dir: str) -> Task:
+    """Return the task, images [28, 28, 1] of zero mean and unit variance, float32.
+
+    Parameters
+    ----------
+    data_dir : str
+        Holds ``MNIST/raw``; torchvision, which reads the files, downloads them if it does not.
+    """
+    from torchvision.datasets import MNIST
+
+    present = (Path(data_dir) / "MNIST" / "raw").is_dir()
+    return Task(
+        *(_examples(MNIST(data_dir, train, download=not present)) for train in (True, False))
+    )
+
+
+def _examples(images: object) -> Examples:
+    pixels = images.data.numpy()[..., None].astype(np.float32)  # type: ignore[attr-defined]
+    labels = images.targets.numpy()  # type: ignore[attr-defined]
+    return Examples((pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD), labels)

@@ -1,0 +1,213 @@
+"""DynamicRecord: what happened in every round of model averaging, and the history of a run."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from logging import INFO
+from pathlib import Path
+from typing import Any, Literal
+
+from flwr.common import log
+
+from .errors import ColearnError
+from .history import _spell, _unspell
+from .metering import Transfers
+
+
+@dataclass
+class DynamicRecord:
+    """One opportunity to exchange models, after b mini-batches of every learner.
+
+    Attributes
+    ----------
+    round : int
+        From 1.
+    mini_batches : int
+        Trained by every learner up to now.
+    examples : float
+        Seen by all learners in this round.
+    loss : float or None
+        Summed over these examples, each measured before the step that learned from it; ``None``
+        where the learners report no loss.
+    cumulative_loss : float or None
+        Summed over all rounds.
+    delta : float
+        The bound on |f_i - r|^2 in this round: -1 for every model, infinity for none.
+    largest_distance : float
+        Largest |f_i - r|^2 that a learner found.
+    reporters : list of str
+        Learners that sent their model by themselves; in dynamic averaging, the violators.
+    fetched : list of str
+        Learners that were asked for their model besides.
+    groups : list of int
+        Sizes of the groups in which they were asked.
+    synchronised : {"none", "partial", "full"}
+        "full" if everybody has a new model, and the reference is new.
+    violations : int
+        v: violations since the last full synchronisation.
+    moved : dict
+        `Transfers` of training and synchronisation, restarts and refused replies included.
+    collected : dict
+        `Transfers` of models that were fetched only to be evaluated or returned.
+    cumulative_bytes : int
+        Of all rounds, both directions, control included, without what was only collected.
+    evaluated : str
+        Which model `server_metrics` belongs to: "mean of all learners" or "reference of round R".
+    lost : list of dict
+        Learners that were given model and reference anew, each with ``participant`` and ``reason``.
+    refusals, restarts, absences : list of dict
+        As in `RoundRecord`.
+    seconds : float
+        From the round's messages to its record.
+    server_metrics : dict
+        Of the server's own evaluation.
+    """
+
+    round: int
+    mini_batches: int
+    examples: float = 0
+    loss: float | None = None
+    cumulative_loss: float | None = None
+    delta: float = 0.0
+    largest_distance: float = 0.0
+    reporters: list[str] = field(default_factory=list)
+    fetched: list[str] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    synchronised: Literal["none", "partial", "full"] = "none"
+    violations: int = 0
+    moved: dict[str, int] = field(default_factory=lambda: asdict(Transfers()))
+    collected: dict[str, int] = field(default_factory=lambda: asdict(Transfers()))
+    cumulative_bytes: int = 0
+    evaluated: str = ""
+    lost: list[dict[str, str]] = field(default_factory=list)
+    refusals: list[dict[str, str]] = field(default_factory=list)
+    restarts: list[dict[str, str]] = field(default_factory=list)
+    absences: list[dict[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+    server_metrics: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the record as one line of JSON; numbers that are not finite become strings."""
+        return json.dumps(_spell(asdict(self)), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> "DynamicRecord":
+        """Read a record back from `to_json`.
+
+        Raises
+        ------
+        ColearnError
+            If the line is not a record.
+        """
+        try:
+            values = json.loads(line)
+            known = {item.name for item in fields(cls)}
+            record = cls(**{key: values[key] for key in values if key in known})
+            for name in ("loss", "cumulative_loss", "delta", "largest_distance", "server_metrics"):
+                setattr(record, name, _unspell(getattr(record, name)))
+        except (ValueError, TypeError) as error:
+            raise ColearnError(
+                f"history: expected one DynamicRecord a line, found {line[:80]!r} ({error})"
+            ) from None
+        return record
+
+
+class DynamicHistory:
+    """The records of a run, in memory and, if a path is given, as JSON lines on disk.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        Written line by line; the first record of a run replaces what an earlier run left there.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.records: list[DynamicRecord] = []
+
+    def __iter__(self) -> Iterator[DynamicRecord]:
+        """Yield the records in order."""
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        """Return the number of rounds recorded."""
+        return len(self.records)
+
+    def append(self, record: DynamicRecord) -> None:
+        """Add a complete round: keep it, write it, log it."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a" if self.records else "w") as file:
+                file.write(record.to_json() + "\n")
+        self.records.append(record)
+        _log_record(record)
+
+    def restore(self, records: Iterable[DynamicRecord]) -> None:
+        """Go on from these records: what the file holds beyond them is dropped."""
+        self.records = list(records)
+        if self.path is not None and self.records:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(record.to_json() + "\n" for record in self.records))
+
+    @classmethod
+    def read(cls, path: str | Path) -> "DynamicHistory":
+        """Read a history written earlier.
+
+        Raises
+        ------
+        ColearnError
+            If a line is not a record.
+        """
+        history = cls()
+        lines = Path(path).read_text().splitlines()
+        history.records = [DynamicRecord.from_json(line) for line in lines if line]
+        return history
+
+    @property
+    def transfers(self) -> Transfers:
+        """All that moved for training and synchronisation."""
+        return sum((Transfers(**record.moved) for record in self.records), Transfers())
+
+    def bytes_with(self, record: DynamicRecord) -> int:
+        """Return all bytes moved up to and with a record that comes next."""
+        before = self.records[-1].cumulative_bytes if self.records else 0
+        return before + Transfers(**record.moved).total
+
+    @property
+    def cumulative_loss(self) -> float | None:
+        """Of all rounds."""
+        return self.records[-1].cumulative_loss if self.records else 0.0
+
+
+def _log_record(record: DynamicRecord) -> None:
+    moved = Transfers(**record.moved)
+    log(INFO, "Averaging: round %s complete in %.1f s", record.round, record.seconds)
+    log(INFO, "\t├── Mini-batches: %s each", record.mini_batches)
+    log(INFO, "\t├── Loss: %s, cumulative %s", record.loss, record.cumulative_loss)
+    log(
+        INFO,
+        "\t├── Distance: up to %.4g of %.4g; %s reported, %s fetched, synchronisation: %s",
+        record.largest_distance,
+        record.delta,
+        len(record.reporters),
+        len(record.fetched),
+        record.synchronised,
+    )
+    log(
+        INFO,
+        "\t├── Models: %s down, %s up; bytes %s down, %s up; control %s down, %s up",
+        moved.models_down,
+        moved.models_up,
+        f"{moved.bytes_down:,}",
+        f"{moved.bytes_up:,}",
+        f"{moved.control_down:,}",
+        f"{moved.control_up:,}",
+    )
+    log(
+        INFO,
+        "\t└── Learners: %s given anew, %s refused, %s restarted, %s absent",
+        len(record.lost),
+        len(record.refusals),
+        len(record.restarts),
+        len(record.absences),
+    )
