@@ -5,9 +5,10 @@ learn it from the message, through one mod: ``ClientApp(mods=[participant_mod, w
 
 Only floating-point arrays of two or more dimensions are compressed. What must stay exact is
 smaller than that in every framework: biases, batch-norm scales and statistics have one dimension,
-counters have none. So no roles travel, and each array says for itself how it was serialised: a
-compressed one has ``stype="colearn.<codec>"``, its original type and shape, and as data a CRC-32
-before the codec's bytes, all little-endian.
+counters have none. So no roles travel, and each array says for itself how it was serialised:
+``stype="colearn.<codec>"``, or ``"colearn.exact"`` for the bytes of the array itself (numpy's own
+header has more bytes than many a bias). With it go the array's type and shape, and its data are a
+CRC-32 and the little-endian bytes.
 """
 
 import math
@@ -35,8 +36,9 @@ WIRE = "colearn.wire"
 RESIDUAL = "colearn.residual"
 """Keys in ``context.state`` begin so: what rounding kept back from the server."""
 
-_FLOATS = {kind: np.dtype(kind) for kind in ("float16", "float32", "float64")}
+_FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 _CHECKSUM = 4  # bytes
+_EXACT = "colearn.exact"
 _NUMPY = "numpy.ndarray"  # as Flower marks ordinary arrays
 
 
@@ -92,6 +94,11 @@ class Codec(ABC):
             If an entry is neither a serialised numpy array nor one that this codec encoded.
         """
 
+    @property
+    def stype(self) -> str:
+        """How an array that this codec rounded says so."""
+        return f"colearn.{self.name}"
+
     def __str__(self) -> str:
         """Return the codec's name."""
         return self.name
@@ -118,8 +125,8 @@ class PackedCodec(Codec):
     """A codec that writes the floats of weight arrays in fewer bytes, array by array.
 
     An array that would not come back finite, since it holds NaN or numbers beyond the codec's
-    range, travels as it is; so does one without a `reference` of its shape and type, where the
-    codec is differential.
+    range, travels exactly as it is; so does one without a `reference` of its shape and type, where
+    the codec is differential.
 
     Attributes
     ----------
@@ -144,9 +151,9 @@ class PackedCodec(Codec):
         """
 
     def compresses(self, array: NDArray) -> bool:
-        """Return whether an array is encoded at all."""
+        """Return whether an array is rounded at all."""
         return (
-            array.dtype in _FLOATS.values()
+            array.dtype in _FLOATS
             and array.dtype.itemsize > self.itemsize
             and array.ndim >= 2
             and array.size > 0
@@ -160,44 +167,43 @@ class PackedCodec(Codec):
         too_large = []
         for name, array in arriving.items():
             base = (reference or {}).get(name) if self.differential else None
-            if not self.compresses(array) or (self.differential and not _alike(base, array)):
-                continue
-            with np.errstate(all="ignore"):  # what is not finite in the end is seen below
-                payload = self.pack(difference(array, base, (residual or {}).get(name)))
-                arrived = self._restore(memoryview(payload), array, base)
-            if np.isfinite(arrived).all():
-                data = zlib.crc32(payload).to_bytes(_CHECKSUM, "little") + payload
-                sent[name] = Array(str(array.dtype), array.shape, self.stype, data)
-                arriving[name] = arrived
-            elif np.isfinite(array).all():
-                too_large.append(name)
+            if self.compresses(array) and (not self.differential or _alike(base, array)):
+                with np.errstate(all="ignore"):  # what is not finite in the end is seen below
+                    payload = self.pack(difference(array, base, (residual or {}).get(name)))
+                    arrived = self._restore(memoryview(payload), array, base)
+                if np.isfinite(arrived).all():
+                    sent[name] = _sealed(self.stype, array, payload)
+                    arriving[name] = arrived
+                    continue
+                if np.isfinite(array).all():
+                    too_large.append(name)
+            if array.dtype.kind in "fiub":
+                sent[name] = _sealed(_EXACT, array, array.tobytes())
         if too_large:
             log(WARNING, "Wire: beyond the range of %s, sent as they are: %s", self, too_large)
         return ArrayRecord(sent), arriving
 
     def decode(self, model: ArrayRecord, reference: Arrays | None = None) -> Arrays:
         """Return the arrays of a model that travelled."""
-        encoded = {name: array for name, array in model.items() if array.stype == self.stype}
-        plain = ArrayRecord({name: model[name] for name in model if name not in encoded})
-        arrays = view(plain)
-        arrays.update({name: self._decode(name, encoded[name], reference) for name in encoded})
+        sealed = {name: a for name, a in model.items() if a.stype in (self.stype, _EXACT)}
+        arrays = view(ArrayRecord({name: model[name] for name in model if name not in sealed}))
+        arrays.update({name: self._open(name, sealed[name], reference) for name in sealed})
         return {name: arrays[name] for name in model}
 
-    @property
-    def stype(self) -> str:
-        """How an array that is encoded says so."""
-        return f"colearn.{self.name}"
-
-    def _decode(self, name: str, array: Array, reference: Arrays | None) -> NDArray:
+    def _open(self, name: str, array: Array, reference: Arrays | None) -> NDArray:
         try:
-            dtype, shape = _FLOATS[array.dtype], tuple(array.shape)
+            dtype, shape = np.dtype(array.dtype), tuple(array.shape)
+            if dtype.kind not in "fiub":
+                raise ValueError(f"type {dtype}")
             like = np.broadcast_to(np.zeros((), dtype), shape)  # no memory, whatever the shape
             base = like if reference is None else reference.get(name)
-            if not _alike(base, like) or not self.compresses(like):
+            if not _alike(base, like) or not (array.stype == _EXACT or self.compresses(like)):
                 raise ValueError(f"{array.dtype} of shape {shape}")
             data = memoryview(array.data)
             if zlib.crc32(data[_CHECKSUM:]).to_bytes(_CHECKSUM, "little") != data[:_CHECKSUM]:
                 raise ValueError(f"{len(data)} bytes of another checksum")
+            if array.stype == _EXACT:
+                return np.frombuffer(data[_CHECKSUM:], dtype).reshape(shape)
             with np.errstate(all="ignore"):  # what is not finite is the caller's to refuse
                 return self._restore(data[_CHECKSUM:], like, base if self.differential else None)
         except Exception as error:  # anything may be in what arrived
@@ -522,11 +528,10 @@ def _encode_reply(broadcast: Broadcast, trained: ArrayRecord, state: RecordDict)
     server_round = broadcast.request["round"]
     residual = _residual_before(server_round, state, broadcast.reference)
     encoded, arriving = broadcast.up.encode(trained, broadcast.reference, residual)
-    # Arrays that travel as they are are those of which nothing is left over.
     left = {
         name: difference(array, arriving[name], residual.get(name))
         for name, array in view(trained).items()
-        if encoded[name].stype != trained[name].stype
+        if encoded[name].stype == broadcast.up.stype  # of the others nothing is left over
     }
     for when, arrays in (("before", residual), ("after", left)):
         state[f"{RESIDUAL}.{when}"] = BFloat16().encode(to_record(arrays))[0]
@@ -585,6 +590,12 @@ def difference(array: NDArray, base: NDArray | None, residual: NDArray | None) -
     values = array.astype(wide, copy=False)
     values = values if base is None else values - base
     return values if residual is None else (values + residual).astype(wide, copy=False)
+
+
+def _sealed(stype: str, array: NDArray, payload: bytes) -> Array:
+    """Return an array on the wire, with a checksum."""
+    data = zlib.crc32(payload).to_bytes(_CHECKSUM, "little") + payload
+    return Array(str(array.dtype), array.shape, stype, data)
 
 
 def _alike(one: NDArray | None, other: NDArray) -> bool:
