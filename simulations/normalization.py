@@ -282,13 +282,12 @@ def evaluate(
         if by_class is None or is_local:
             own = dict(shared)
             if is_local:
-                kept = grid.contexts[index + 1].state.array_records["normalization.after"]
+                kept = grid.contexts[index + 1].state["normalization.after"]
                 own.update({n: a.numpy() for n, a in kept.items() if n in own})
             judge.set_weights(own)
             outputs, targets = judge.predict()
-            right = (outputs.argmax(1) == targets).numpy()
-            classes = targets.numpy()
-            by_class = np.array([right[classes == c].mean() for c in range(classes.max() + 1)])
+            right = outputs.argmax(1) == targets
+            by_class = np.array([right[targets == c].mean() for c in range(targets.max() + 1)])
         overall.append(float(right.mean()))
         shares = np.bincount(labels[shard], minlength=len(by_class)) / len(shard)
         local.append(float(shares @ by_class))
@@ -298,7 +297,7 @@ def evaluate(
 def _labels(participants: ParticipantSettings) -> NDArray:
     from clients.tasks.registry import load_task
 
-    return load_task(participants).train_labels.numpy()  # type: ignore[no-any-return]
+    return load_task(participants).train_set.labels
 
 
 def unit_config(cell: Cell) -> dict[str, object]:

@@ -111,11 +111,9 @@ def test_local_accuracy_weighs_classes_as_the_participants_data_do(monkeypatch):
             pass
 
         def predict(self):
-            import torch
-
-            targets = torch.arange(10).repeat(3)
-            outputs = torch.nn.functional.one_hot(targets + targets % 2 * (1 - 2 * (targets == 9)))
-            return outputs.float(), targets
+            targets = np.tile(np.arange(10), 3)
+            answers = targets + targets % 2 * (1 - 2 * (targets == 9))
+            return np.eye(10, dtype=np.float32)[answers], targets
 
     class Grid:
         contexts = dict.fromkeys(range(1, 6))
