@@ -353,6 +353,15 @@ def test_names_come_from_the_structure_however_many_models_a_process_has_made():
         assert {id(v) for _, v, _ in named_variables(model)} == {id(v) for v in model.weights}
 
 
+def test_a_layer_of_two_parents_is_named_once():
+    shared = layers.Dense(4)
+    first, second = (keras.Sequential([keras.Input((4,)), shared]) for _ in range(2))
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Add()([first(inputs), second(inputs)]))
+    names = [name for name, _, _ in named_variables(model)]
+    assert names == ["sequential/dense/kernel", "sequential/dense/bias"]
+
+
 def test_seeds_of_random_layers_are_no_weights():
     model = nested()
     states = [v for v in model.variables if "seed" in v.path]
