@@ -103,9 +103,9 @@ def test_dynamic_averaging_learns_for_less():
         )
 
     strategy = DynamicAveraging(0.3, num_learners=M, seed=0)
-    strategy.start(InProcessGrid(app(), M), dump(network()), num_rounds=120)
-    alone, _ = run(Never(), 120, rate=0.3)
-    always, _ = run(Periodic(1), 120, rate=0.3)
+    strategy.start(InProcessGrid(app(), M), dump(network()), num_rounds=60)
+    alone, _ = run(Never(), 60, rate=0.3)
+    always, _ = run(Periodic(1), 60, rate=0.3)
     dynamic = strategy.history
     assert always.cumulative_loss < dynamic.cumulative_loss < alone.cumulative_loss
     models = [h.transfers.models_up + h.transfers.models_down for h in (dynamic, always)]
