@@ -1,11 +1,12 @@
-# make demo   co-learning on real images, five participants, through `flwr run`
-# make test   lint, types and all tests
-# Both set up .venv by themselves; PYTHON=python3.12 chooses another interpreter.
+# make demo       co-learning on real images, five participants, through `flwr run`
+# make test       lint, types and all tests
+# make versions   the plugin's tests against the oldest and the newest flwr
+# All set up .venv by themselves; PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint versions clean
 
 demo: .venv/demo.stamp
 	.venv/bin/python -m simulations.demo
@@ -17,6 +18,9 @@ lint: .venv/dev.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+versions: .venv/dev.stamp
+	.venv/bin/nox
 
 clean:
 	rm -rf .venv outputs

@@ -1,20 +1,32 @@
 """One Message API ClientApp for every Trainer."""
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.numpy_client import train_locally
-from clients.trainer import Trainer
-from flwr_colearn import LocalPlan, introduce, participant_mod
+from clients.trainer import NDArray, Trainer, derive_seed
+from flwr_colearn import (
+    ColearnError,
+    LocalPlan,
+    introduce,
+    normalization_mod,
+    participant_mod,
+    wire_mod,
+)
+from flwr_colearn.synchronous import GRADIENTS
+
+Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
 
 
 def make_client_app(
     build: Callable[[Context], Trainer],
     seed: Callable[[Context], int] = lambda context: 0,
     keep_optimizer: Callable[[Context], bool] = lambda context: False,
+    mods: Sequence[Mod] = (),
 ) -> ClientApp:
     """Return a ClientApp whose participants train what `build` returns for their context.
 
@@ -27,18 +39,29 @@ def make_client_app(
         ``Context -> int``: the run's seed; each participant's own is drawn from it.
     keep_optimizer : callable, optional
         ``Context -> bool``: keep the optimizer's state on the participant between rounds.
+    mods : sequence of Flower mods, optional
+        Further ones, which see the whole model.
     """
-    app = ClientApp(mods=[participant_mod])
+    app = ClientApp(mods=[participant_mod, wire_mod, normalization_mod, *mods])
     app.query("colearn")(introduce)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         trainer = _load(build(context), message)
-        plan = LocalPlan.from_config(message.content["config"])
-        metrics = train_locally(trainer, plan, context, seed(context), keep_optimizer(context))
-        weights = {name: Array(array) for name, array in trainer.get_weights().items()}
-        content = RecordDict({"arrays": ArrayRecord(weights), "metrics": MetricRecord(metrics)})
-        return Message(content=content, reply_to=message)
+        config = cast(ConfigRecord, message.content["config"])
+        plan = LocalPlan.from_config(config)
+        with normalising(trainer, config):
+            if GRADIENTS in config:
+                weights, metrics = step_of(trainer, plan, config, context, seed(context))
+                return _reply(weights, metrics, message)
+            metrics = train_locally(trainer, plan, context, seed(context), keep_optimizer(context))
+        return _reply(trainer.get_weights(), metrics, message)
+
+    @app.train("recalibrate")
+    def recalibrate(message: Message, context: Context) -> Message:
+        trainer = _load(build(context), message)
+        arrays, examples = _offered(trainer, "recalibrated")()
+        return _reply(arrays, {"num-examples": examples}, message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -47,6 +70,50 @@ def make_client_app(
         return Message(content=content, reply_to=message)
 
     return app
+
+
+def step_of(
+    trainer: Trainer, plan: LocalPlan, config: ConfigRecord, context: Context, seed: int
+) -> tuple[dict[str, NDArray], dict[str, float]]:
+    """Return the gradients of one step of ``SynchronousSGD``, and its metrics.
+
+    Raises
+    ------
+    ColearnError
+        If the trainer does not offer gradients.
+    """
+    own_seed = derive_seed(seed, int(context.node_config.get("partition-id", 0)))
+    arrays, result = _offered(trainer, "gradients")(config[GRADIENTS], plan.round, own_seed)
+    return arrays, {"num-examples": result.num_examples, "train-loss": result.loss}
+
+
+def normalising(trainer: Trainer, config: ConfigRecord) -> AbstractContextManager[None]:
+    """Return a block in which the trainer's layers train as the server's scheme says.
+
+    Raises
+    ------
+    ColearnError
+        If they would have to train otherwise than usual, and the trainer has no way to.
+    """
+    if config.get("normalization") == "synchronised" or config.get("normalization-frozen"):
+        return _offered(trainer, "normalised")(config)  # type: ignore[no-any-return]
+    return nullcontext()
+
+
+def _offered(trainer: Trainer, method: str) -> Any:
+    """Return a method that not every trainer has."""
+    if not hasattr(trainer, method):
+        raise ColearnError(
+            f"trainer: expected one with {method}(), which the server's strategy and normalization "
+            f"scheme need, found {type(trainer).__name__}"
+        )
+    return getattr(trainer, method)
+
+
+def _reply(arrays: dict[str, NDArray], metrics: dict[str, float], message: Message) -> Message:
+    record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    content = RecordDict({"arrays": record, "metrics": MetricRecord(metrics)})
+    return Message(content=content, reply_to=message)
 
 
 def _load(trainer: Trainer, message: Message) -> Trainer:

@@ -1,7 +1,7 @@
 """One NumPyClient for every Trainer, for projects on Flower's legacy API."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import Array, ArrayRecord, Context
 from flwr.client import NumPyClient
@@ -75,7 +75,7 @@ def train_locally(
 ) -> dict[str, float]:
     """Follow the plan, with the optimizer's state kept in the context if asked for."""
     if keep_optimizer and OPTIMIZER in context.state:
-        record = context.state.array_records[OPTIMIZER]
+        record = cast(ArrayRecord, context.state[OPTIMIZER])
         trainer.set_optimizer_state({name: array.numpy() for name, array in record.items()})
     metrics = follow(
         plan, trainer, derive_seed(seed, int(context.node_config.get("partition-id", 0)))

@@ -47,10 +47,13 @@ class ParticipantSettings(FromConfig):
 
     Attributes
     ----------
+    framework : str
+        "torch", "keras" (Keras 3 on TensorFlow) or "slim" (TF-slim, in graph mode). All sites of a
+        run use the same one; only that one is imported.
     task : str
         "digits" or "cifar10".
     model : str
-        One of the task's models; empty for its default.
+        One of the models that the framework has for the task; empty for its default.
     data_dir : str
         Where the data lies, for tasks that read it from disk; empty for ``data``.
     examples : int
@@ -70,12 +73,18 @@ class ParticipantSettings(FromConfig):
     keep_optimizer : bool
         Keep the optimizer's state on the participant between rounds.
     devices : str
-        A device, or several separated by commas for data parallel training inside the site; empty
-        for cuda if there is one.
-    precision, channels_last, workers
-        See `clients.torch_trainer.TorchTrainer`.
+        A device in the framework's own words ("cuda:0", "GPU:0", "cpu"); empty for a GPU if there
+        is one. With torch also several, separated by commas, for data parallel training inside
+        the site.
+    precision : str
+        "float32", or with torch and keras "bfloat16" or "float16".
+    jit_compile : bool
+        With keras: compile the training step with XLA.
+    channels_last, workers
+        With torch: see `clients.torch_trainer.TorchTrainer`.
     """
 
+    framework: str = "torch"
     task: str = "digits"
     model: str = ""
     data_dir: str = ""
@@ -92,5 +101,16 @@ class ParticipantSettings(FromConfig):
     keep_optimizer: bool = False
     devices: str = ""
     precision: str = "float32"
+    jit_compile: bool = False
     channels_last: bool = False
     workers: int = 0
+
+    def refuse(self, *names: str) -> None:
+        """Raise a ColearnError if one of these settings, which the framework lacks, is set."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in names and value != field.default:
+                raise ColearnError(
+                    f"run config '{field.name.replace('_', '-')}': expected {field.default!r}, "
+                    f"since framework '{self.framework}' has no such option, found {value!r}"
+                )

@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, Dataset
 
-from clients.torch_trainer import TorchTrainer
+from clients.torch_trainer import TorchTrainer, roles_of
 from clients.trainer import EpochResult, NDArray
-from flwr_colearn import ColearnError
+from flwr_colearn import ColearnError, Role
 
 
 class ParallelTrainer:
@@ -94,6 +94,10 @@ class ParallelTrainer:
         """Load the state dict on every device and start with a fresh optimizer."""
         self._ask("set_weights", dict(weights))
 
+    def roles(self) -> dict[str, Role]:
+        """Return the role of every array of the state dict, by module type."""
+        return roles_of(self.model)
+
     def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
         """Train one full pass over the local data, each device its part of every batch."""
         results = self._ask("train_epoch", learning_rate, seed)
@@ -104,6 +108,10 @@ class ParallelTrainer:
     def evaluate(self) -> dict[str, float]:
         """Evaluate on the first device."""
         return self._ask("evaluate", only_first=True)  # type: ignore[no-any-return]
+
+    def predict(self) -> tuple[NDArray, NDArray]:
+        """Return outputs and targets on the test set, from the first device."""
+        return self._ask("predict", only_first=True)  # type: ignore[no-any-return]
 
     def get_optimizer_state(self) -> dict[str, NDArray]:
         """Return SGD's buffers, which are the same on every device."""

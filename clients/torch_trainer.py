@@ -1,7 +1,7 @@
 """TorchTrainer: any nn.Module as a participant."""
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 from tqdm import tqdm
 
-from clients.trainer import EpochResult, NDArray
+from clients.torch_normalization import normalised, recalibrated
+from clients.trainer import EpochResult, NDArray, accuracy, derive_seed
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.errors import whole_number
 
@@ -120,6 +121,10 @@ class TorchTrainer:
             ) from error
         self.optimizer = self._new_optimizer()
 
+    def roles(self) -> dict[str, Role]:
+        """Return the role of every array of the state dict, by module type."""
+        return roles_of(self.model)
+
     def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
         """Train one full pass over the local data; see `Trainer.train_epoch`."""
         torch.manual_seed(seed)
@@ -144,18 +149,81 @@ class TorchTrainer:
             count += len(targets)
         return EpochResult(float(total) / count, count)
 
+    def gradients(
+        self, names: Sequence[str], step: int, seed: int
+    ) -> tuple[dict[str, NDArray], EpochResult]:
+        """Return the gradients of one batch's mean loss, for synchronous SGD.
+
+        Parameters
+        ----------
+        names : sequence of str
+            The arrays to differentiate by; those that take no part have gradient zero.
+        step : int
+            From 1. The batches of a pass are taken in turn; every pass has an order of its own.
+        seed : int
+            The participant's.
+
+        Returns
+        -------
+        arrays : dict
+            The state dict after the forward pass (running statistics move), with gradients in
+            the places of `names`.
+        result : EpochResult
+            Loss and size of the batch.
+        """
+        self.model.train()
+        inputs, targets = self._batch(step, seed)
+        torch.manual_seed(derive_seed(seed, 0, step))
+        self.model.zero_grad(set_to_none=True)
+        loss = self._forward(inputs, targets)
+        loss.backward()
+        arrays, wanted = self.get_weights(), set(names)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if name in wanted:
+                gradient = parameter.grad
+                arrays[name] = (
+                    np.zeros_like(arrays[name])
+                    if gradient is None
+                    else gradient.detach().cpu().numpy().copy()
+                )
+        self.model.zero_grad(set_to_none=True)
+        return arrays, EpochResult(float(loss.detach()), len(targets))
+
+    def recalibrated(self) -> tuple[dict[str, NDArray], int]:
+        """Return the statistics of the whole local data under the weights, without augmentation.
+
+        Returns
+        -------
+        arrays : dict
+            Running means and variances by name; see `clients.torch_normalization.recalibrated`.
+        examples : int
+            How many they are of.
+        """
+        size = max(self.batch_size, 256)
+        # Batch norm cannot train on a single example.
+        lonely = len(self.train_set) % size == 1 and len(self.train_set) > 1  # type: ignore[arg-type]
+        order = range(len(self.train_set))  # type: ignore[arg-type]
+        loader = self._loader(self.train_set, BatchSampler(order, size, drop_last=lonely))
+        batches = (self._prepare(inputs, training=False) for inputs, _ in loader)
+        return recalibrated(self.model, batches), len(order) - lonely
+
+    def normalised(self, config: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Return a block in which batch norm trains as the server's scheme says."""
+        return normalised(self.model, config)
+
     def evaluate(self) -> dict[str, float]:
         """Return ``num-examples``, mean ``loss`` and ``accuracy`` on the test set."""
         outputs, targets = self.predict()
+        loss = self.loss(torch.from_numpy(outputs), torch.from_numpy(targets))
         return {
             "num-examples": len(targets),
-            "loss": float(self.loss(outputs, targets)),
+            "loss": float(loss),
             "accuracy": accuracy(outputs, targets),
         }
 
     @torch.no_grad()
-    def predict(self) -> tuple[Tensor, Tensor]:
-        """Return the model's outputs and the targets on the test set, as float32 on the CPU."""
+    def predict(self) -> tuple[NDArray, NDArray]:
+        """Return the model's outputs (float32) and the targets on the test set, in its order."""
         if self.test_set is None:
             raise ColearnError("test_set: expected a data set to evaluate on, found None")
         self.model.eval()
@@ -164,7 +232,7 @@ class TorchTrainer:
             with self._autocast():
                 outputs.append(self.model(self._prepare(inputs, training=False)).float().cpu())
             targets.append(target)
-        return torch.cat(outputs), torch.cat(targets)
+        return torch.cat(outputs).numpy(), torch.cat(targets).numpy()
 
     def get_optimizer_state(self) -> dict[str, NDArray]:
         """Return SGD's buffers by ``parameter index/name``."""
@@ -208,11 +276,21 @@ class TorchTrainer:
         return batches
 
     def _train_batches(self, seed: int) -> DataLoader[Any]:
+        return self._loader(self.train_set, self.own_part(self._sampler(seed)))
+
+    def _sampler(self, seed: int) -> BatchSampler:
         generator = torch.Generator().manual_seed(seed)
         order = RandomSampler(self.train_set, generator=generator)  # type: ignore[arg-type]
         lonely = len(order) % self.batch_size == 1 and len(order) > 1
-        batches = BatchSampler(order, self.batch_size, drop_last=lonely)
-        return self._loader(self.train_set, self.own_part(batches))
+        return BatchSampler(order, self.batch_size, drop_last=lonely)
+
+    def _batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the batch of a step: the same order within a pass as `train_epoch` has it."""
+        done, place = divmod(step - 1, len(self._sampler(seed)))
+        batches = list(self._sampler(derive_seed(seed, done + 1)))
+        (batch,) = self._loader(self.train_set, [batches[place]])
+        inputs, targets = batch
+        return inputs, targets
 
     def _test_batches(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         order = range(len(dataset))  # type: ignore[arg-type]
@@ -226,11 +304,6 @@ class TorchTrainer:
         if isinstance(dataset, TensorDataset):  # a list of indices takes a whole batch at once
             return DataLoader(dataset, sampler=batches, batch_size=None, **common)
         return DataLoader(dataset, batch_sampler=batches, **common)  # type: ignore[arg-type]
-
-
-def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Return the share of examples whose largest output [N, classes] is the target's [N]."""
-    return float((outputs.argmax(1) == targets).double().mean())
 
 
 def roles_of(model: nn.Module) -> dict[str, Role]:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flwr_colearn import LocalPlan
+from flwr_colearn import ColearnError, LocalPlan, Role
 
 NDArray = npt.NDArray[Any]
 
@@ -29,6 +29,9 @@ class Trainer(Protocol):
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
         """Start afresh from these arrays, with a fresh optimizer."""
 
+    def roles(self) -> dict[str, Role]:
+        """Return the role of every array, as the model's layers know it: ``CoLearn(roles=...)``."""
+
     def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
         """Train one full pass over the local data.
 
@@ -43,6 +46,9 @@ class Trainer(Protocol):
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate on the evaluation data: ``num-examples``, ``loss`` and the task's metrics."""
+
+    def predict(self) -> tuple[NDArray, NDArray]:
+        """Return the model's outputs (float32) and the targets on the evaluation data, in order."""
 
     def get_optimizer_state(self) -> dict[str, NDArray]:
         """Return the optimizer's state as arrays, for participants that keep it between rounds."""
@@ -77,6 +83,44 @@ def follow(plan: LocalPlan, trainer: Trainer, seed: int) -> dict[str, float]:
         "train-loss": result.loss,
         "learning-rate": epoch.learning_rate,
     }
+
+
+def check_weights(weights: Mapping[str, NDArray], own: Mapping[str, NDArray], model: str) -> None:
+    """Raise a ColearnError that says what differs unless `weights` fit a participant's `own`.
+
+    Parameters
+    ----------
+    weights : mapping
+        What was received.
+    own : mapping
+        Arrays (or anything with a shape and a dtype) of the participant's model, by name.
+    model : str
+        What to call that model.
+    """
+    missing = [name for name in own if name not in weights]
+    unknown = [name for name in weights if name not in own]
+    differing = [
+        f"'{name}' {_kind(weights[name])} in place of {_kind(array)}"
+        for name, array in own.items()
+        if name in weights and _kind(weights[name]) != _kind(array)
+    ]
+    if missing or unknown or differing:
+        raise ColearnError(
+            f"weights: expected those of this participant's {model}, found others; is it the "
+            f"server's model, in the server's framework? {len(missing)} arrays missing "
+            f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}, {len(differing)} of another "
+            f"type or shape {differing[:3]}"
+        )
+
+
+def _kind(array: Any) -> str:
+    # The type's name: numpy's and TensorFlow's types have one, Keras's are one.
+    return f"{getattr(array.dtype, 'name', array.dtype)} {tuple(array.shape)}"
+
+
+def accuracy(outputs: NDArray, targets: NDArray) -> float:
+    """Return the share of examples whose largest output [N, classes] is the target's [N]."""
+    return float((outputs.argmax(1) == targets).mean())
 
 
 def derive_seed(*numbers: int) -> int:

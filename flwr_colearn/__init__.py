@@ -8,8 +8,24 @@ from .averaging import RunningMean, relative_change
 from .checkpoint import CheckpointFolder
 from .colearn import CoLearn
 from .errors import ColearnError
+from .fedavg import NormalizedFedAvg
 from .history import History, RoundRecord
 from .inprocess import InProcessGrid
+from .keeping import normalization_mod
+from .normalization import (
+    Average,
+    BatchRenorm,
+    Frozen,
+    GroupNorm,
+    LayerNorm,
+    LocalBN,
+    LocalStatistics,
+    Normalization,
+    Pooled,
+    Recalibrated,
+    Synchronised,
+)
+from .normalization_grid import NormalizationGrid
 from .participant import introduce, participant_mod
 from .plan import Epoch, LocalPlan
 from .recovery import Quorum, RecoveringGrid, Recovery
@@ -21,10 +37,16 @@ from .schedules import (
     FixedEpochs,
     IncreasingEpochs,
 )
+from .sidebyside import SideBySideGrid
+from .synchronous import SynchronousSGD
+from .wire import BFloat16, Float16, Float32, Int8, Wire, wire_mod
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Average",
+    "BFloat16",
+    "BatchRenorm",
     "CheckpointFolder",
     "CoLearn",
     "ColearnError",
@@ -33,17 +55,36 @@ __all__ = [
     "Epoch",
     "ExponentialRate",
     "FixedEpochs",
+    "Float16",
+    "Float32",
+    "Frozen",
+    "GroupNorm",
     "History",
     "InProcessGrid",
     "IncreasingEpochs",
+    "Int8",
+    "LayerNorm",
+    "LocalBN",
     "LocalPlan",
+    "LocalStatistics",
+    "Normalization",
+    "NormalizationGrid",
+    "NormalizedFedAvg",
+    "Pooled",
     "Quorum",
+    "Recalibrated",
     "RecoveringGrid",
     "Recovery",
     "Role",
     "RoundRecord",
     "RunningMean",
+    "SideBySideGrid",
+    "Synchronised",
+    "SynchronousSGD",
+    "Wire",
     "introduce",
+    "normalization_mod",
     "participant_mod",
     "relative_change",
+    "wire_mod",
 ]

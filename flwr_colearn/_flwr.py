@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.server.client_proxy import ClientProxy as ClientProxy
 from flwr.server.server import fit_clients as fit_clients
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy.strategy_utils import config_to_str as config_to_str
@@ -49,8 +50,9 @@ def to_record(arrays: dict[str, NDArray]) -> ArrayRecord:
 
 def node_names(grid: Grid) -> dict[int, str]:
     """Return the names with which connected nodes are registered, where they have one."""
-    # Before flwr 1.30 nodes have no names.
-    named = {info.node_id: getattr(info, "name", "") for info in grid.get_nodes()}
+    get_nodes = getattr(grid, "get_nodes", None)  # flwr 1.29 knows of ids only
+    nodes = get_nodes() if get_nodes is not None else ()
+    named = {info.node_id: getattr(info, "name", "") for info in nodes}
     return {node_id: name for node_id, name in named.items() if name}
 
 
@@ -127,6 +129,7 @@ def _record_of(array: NDArray) -> Array:
 
 
 __all__ = [
+    "ClientProxy",
     "ColearnError",
     "assume_identity",
     "config_to_str",

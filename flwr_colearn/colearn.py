@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flwr.app import (
-    DEFAULT_TTL,
     ArrayRecord,
     ConfigRecord,
     Message,
@@ -19,7 +18,7 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from flwr.common import log
+from flwr.common import DEFAULT_TTL, log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
@@ -28,12 +27,16 @@ from .checkpoint import CheckpointFolder
 from .errors import ColearnError, expected, real_number, whole_number
 from .history import History
 from .loop import Loop
+from .normalization import PARTIAL, Average, Normalization, Pooled
+from .normalization_grid import NormalizationGrid
+from .recalibration import recalibrate
 from .recovery import Event, Quorum, RecoveringGrid, Recovery
-from .replies import arrays_of, examples_of, model_of
+from .replies import arrays_of, check_train_reply, checked_model, examples_of, model_of
 from .roles import Arrays, Roles
 from .rule import CoLearningRule, Weighting
 from .sampling import participant_arguments, wait_for_nodes
 from .schedules import EpochRule, LearningRate
+from .wire import Broadcast, Float32, Wire
 
 
 class CoLearn(FedAvg):
@@ -91,6 +94,12 @@ class CoLearn(FedAvg):
         leaves failed participants out, as Flower does.
     checkpoints : str, Path or CheckpointFolder, optional
         Where `start` saves the run after every round. By default nowhere.
+    wire : Wire, optional
+        Compression of the models on their way; by default none. Participants then need
+        `flwr_colearn.wire_mod`.
+    normalization : Normalization, optional
+        What becomes of normalization layers where participants' data are unlike: see
+        `flwr_colearn.Normalization`. By default their statistics are pooled.
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
         stay 1: nobody is left out of a round.
@@ -126,6 +135,9 @@ class CoLearn(FedAvg):
     5
     """
 
+    exchanges_steps = False
+    """Whether participants exchange after every step: a subclass may say so."""
+
     def __init__(
         self,
         num_participants: int | None = None,
@@ -139,6 +151,8 @@ class CoLearn(FedAvg):
         wait_for_participants: float | None = None,
         recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
         checkpoints: str | Path | CheckpointFolder | None = None,
+        wire: Wire = Wire(),  # noqa: B008  (an immutable value)
+        normalization: Normalization = Pooled(),  # noqa: B008
         **kwargs: Any,
     ) -> None:
         nodes = participant_arguments(
@@ -155,16 +169,36 @@ class CoLearn(FedAvg):
             else real_number("wait_for_participants", wait_for_participants, least=0.0)
         )
         self.rule = CoLearningRule(
-            local_epochs, learning_rate, weighting, total_epochs, roles, history
+            local_epochs, learning_rate, weighting, total_epochs, roles, history, normalization
         )
+        self.normalization = normalization
+        if normalization.side_by_side and not self.exchanges_steps:
+            raise expected(
+                "normalization",
+                "a scheme that is exchanged once a round; layers that compute together need "
+                "SynchronousSGD",
+                normalization,
+            )
+        if not isinstance(wire, Wire):
+            raise expected("wire", "a Wire, such as Wire(up=Int8(), down=Float16())", wire)
+        if not wire.plain and self._own_loop_normalization is not None:
+            raise expected(
+                f"wire with normalization {normalization.name}",
+                "Wire(), since what such a scheme leaves out or adds travels uncompressed",
+                str(wire),
+            )
+        self._roles = roles
+        self._normalizing: NormalizationGrid | None = None
         self.recovery = recovery
         self.checkpoints = (
             checkpoints
             if checkpoints is None or isinstance(checkpoints, CheckpointFolder)
             else CheckpointFolder(checkpoints)
         )
+        self.wire = wire
         self.random = random.Random()
         self.time_limit: float | None = None
+        self._broadcast: Broadcast | None = None
         self._model_bytes = 0
         self._grid: Grid | None = None
         self._loop: Loop | None = None
@@ -183,6 +217,8 @@ class CoLearn(FedAvg):
         """Log the settings of the strategy."""
         self.rule.log_summary(lambda line: log(INFO, line))
         log(INFO, "\t├──> Participants: %s", self.num_participants)
+        if not self.wire.plain:
+            log(INFO, "\t├──> Wire: %s; participants need wire_mod", self.wire)
         super().summary()
 
     def configure_train(
@@ -200,6 +236,7 @@ class CoLearn(FedAvg):
         plan = self.rule.open(server_round, self.view_of(arrays))
         if plan is None:
             return []
+        self._warn_of_foreign_loop(server_round)
         self.time_limit = None
         if self._loop is not None:
             self.time_limit = self._loop.time_limit(plan.local_epochs)
@@ -212,11 +249,12 @@ class CoLearn(FedAvg):
             plan.learning_rate,
         )
         self.last_nodes = self._choose_nodes(grid)
-        self._model_bytes = data_bytes(arrays)
+        self._broadcast = self.wire.broadcast(arrays, server_round)
+        self._model_bytes = data_bytes(self._broadcast.arrays)
         self.rule.sent_down(self._model_bytes * len(self.last_nodes))
         # A copy: Flower hands the same ConfigRecord to every round.
         train_config = ConfigRecord({**config, **plan.to_config()})
-        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: train_config})
+        content = self._content(self._broadcast, train_config)
         return [
             Message(
                 content=content,
@@ -245,11 +283,38 @@ class CoLearn(FedAvg):
         if isinstance(self._grid, RecoveringGrid):
             self._note_recovery(self._grid)
         average = to_record(self.rule.average())
+        self._note_traffic()
         # By participant: the same bits in whatever order the replies arrived.
         metrics = [content for _, content in sorted(folded, key=itemgetter(0))]
         train_metrics = self._aggregate_metrics(self.train_metrics_aggr_fn, metrics)
         self.rule.note(train_metrics=train_metrics)
         return average, train_metrics
+
+    def recalibrate(
+        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float
+    ) -> ArrayRecord:
+        """Return the average with statistics that participants computed under it.
+
+        Whoever fails is restarted like a participant that trains; one that is refused is left out,
+        and if nobody is left the statistics stay as they are.
+        """
+        result = recalibrate(
+            grid,
+            self.last_nodes,
+            server_round,
+            arrays,
+            self.rule.roles,
+            self.rule.weight,
+            timeout,
+            (self.arrayrecord_key, self.configrecord_key, self.weighted_by_key),
+        )
+        if isinstance(grid, RecoveringGrid):
+            self.rule.note_recovery(grid.take_events())
+        for node_id, reason in result.refusals:
+            self.rule.refuse(self._name_of(node_id), reason)
+        self.rule.note_normalization(result.bytes_down, result.bytes_up)
+        self._note_traffic()
+        return result.arrays
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -263,7 +328,7 @@ class CoLearn(FedAvg):
             return []
         chosen = nodes if wanted >= len(nodes) else self.random.sample(nodes, wanted)
         record = ConfigRecord({**config, "server-round": server_round})
-        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: record})
+        content = self._content(self.wire.broadcast(arrays, server_round), record)
         return [
             Message(content=content, message_type=MessageType.EVALUATE, dst_node_id=node_id)
             for node_id in chosen
@@ -391,9 +456,48 @@ class CoLearn(FedAvg):
 
     def _recovering(self, grid: Grid) -> Grid:
         """Return a grid that restarts participants, unless the recovery is None."""
-        if self.recovery is None or isinstance(grid, RecoveringGrid):
-            return grid
-        return RecoveringGrid(grid, self.recovery, self._check)
+        if isinstance(grid, RecoveringGrid):
+            inner = self._normalized(grid.grid)
+            if inner is grid.grid:
+                return grid
+            return RecoveringGrid(inner, grid.recovery, grid.check)
+        if self.recovery is None:
+            return self._normalized(grid)
+        return RecoveringGrid(self._normalized(grid), self.recovery, self._check)
+
+    def _normalized(self, grid: Grid) -> Grid:
+        """Return a grid that sends what the normalization scheme lets travel."""
+        self._normalizing = None
+        if self._own_loop_normalization is None:
+            return grid  # the whole model travels, and participants need not know
+        self._normalizing = NormalizationGrid(grid, self.normalization, self._roles)
+        return self._normalizing
+
+    def _note_traffic(self) -> None:
+        """Record what the scheme saved, and who lost what it had kept."""
+        if self._normalizing is None:
+            return
+        traffic = self._normalizing.take_traffic()
+        self.rule.note_normalization(
+            -traffic.saved_down,
+            -traffic.saved_up,
+            [self._name_of(node) for node in traffic.fresh],
+            PARTIAL if self.normalization.is_local else "",
+        )
+
+    def _name_of(self, node_id: int) -> str:
+        grid = self._grid
+        return grid.name_of(node_id) if isinstance(grid, RecoveringGrid) else str(node_id)
+
+    def _content(self, broadcast: Broadcast, config: ConfigRecord) -> RecordDict:
+        """Return what the messages of one broadcast hold."""
+        return RecordDict(
+            {
+                self.arrayrecord_key: broadcast.arrays,
+                self.configrecord_key: config,
+                **broadcast.records,
+            }
+        )
 
     def _refuse_foreign_loop(self) -> None:
         """Raise for what only our own loop can do."""
@@ -402,35 +506,64 @@ class CoLearn(FedAvg):
         for name, value in (
             ("total_epochs", self.rule.total_epochs),
             ("checkpoints", self.checkpoints),
+            ("normalization", self._own_loop_normalization),
         ):
             if value is not None:
                 raise expected(
                     f"{name} under a wrapper such as differential privacy",
                     "None, since the wrapper runs Flower's loop, which has no budget and would "
-                    "save averages without its noise; use num_rounds",
+                    "save averages without its noise, and exchanges whole models; use num_rounds",
                     value,
                 )
+        if not isinstance(self.wire.up, Float32):
+            raise expected(
+                "wire under a wrapper such as differential privacy",
+                "up=Float32(), since the wrapper counts on the norm to which updates were clipped, "
+                "which rounding changes",
+                str(self.wire),
+            )
+
+    def _warn_of_foreign_loop(self, server_round: int) -> None:
+        untrained = self.rule.untrained
+        if self._loop is None and server_round == 1 and untrained:
+            log(
+                WARNING,
+                "CoLearn: the model holds batch-norm statistics or counters (%s, %s in all). A "
+                "differential privacy wrapper takes them for weights: its noise makes variances "
+                "negative, and counters drown the update's norm or end the run. Use a model "
+                "without batch norm, or do not send them.",
+                untrained[0],
+                len(untrained),
+            )
+
+    @property
+    def _own_loop_normalization(self) -> Normalization | None:
+        """The scheme, if it needs our own loop."""
+        return None if isinstance(self.normalization, Average | Pooled) else self.normalization
 
     def _check(self, sent: Message, reply: Message) -> None:
         """Check a train reply for the RecoveringGrid, and keep its model until it is folded."""
-        if sent.metadata.message_type == MessageType.TRAIN:
-            self._checked = reply, model_of(sent, reply, self.weighted_by_key)
+        if sent.metadata.message_type != MessageType.TRAIN:
+            check_train_reply(sent, reply, self.weighted_by_key)
+            return
+        assert self._broadcast is not None
+        model = checked_model(sent, reply, self.weighted_by_key, self._broadcast)
+        self._checked = reply, model
 
     def _fold(self, reply: Message) -> tuple[str, RecordDict] | None:
         """Add a reply's model to the mean; return the participant and its metrics, if it fits."""
-        node_id = reply.metadata.src_node_id
-        grid = self._grid
-        name = grid.name_of(node_id) if isinstance(grid, RecoveringGrid) else str(node_id)
+        assert self._broadcast is not None
+        name = self._name_of(reply.metadata.src_node_id)
         known, self._checked = self._checked, None
         checked = known is not None and known[0] is reply
         try:
             examples = examples_of(reply, self.weighted_by_key)
-            arrays = arrays_of(reply)
-            model = known[1] if known is not None and checked else view(arrays)
+            size = data_bytes(arrays_of(reply))
+            model = known[1] if known is not None and checked else model_of(reply, self._broadcast)
         except ColearnError as error:
             self.rule.refuse(name, str(error))
             return None
-        if not self.rule.fold(name, model, examples, data_bytes(arrays), checked):
+        if not self.rule.fold(name, model, examples, size, checked):
             return None
         return name, RecordDict({**records_of(reply.content, MetricRecord)})
 

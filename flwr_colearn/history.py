@@ -32,8 +32,9 @@ class RoundRecord:
         |w^{i+1} - w^i| / |w^i| over the trainable arrays: what eq. 4 compares with epsilon to
         decide the next round's T. ``None`` until the round is closed.
     bytes_down, bytes_up : int
-        Bytes of the serialised arrays sent to, and received from, all participants, restarts and
-        refused replies included.
+        Bytes of the serialised arrays sent to, and received from, all participants, as they
+        travelled (compressed where `flwr_colearn.Wire` says so), restarts and refused replies
+        included.
     participants : list of str
         Those whose model is in the average.
     refusals : list of dict
@@ -42,6 +43,11 @@ class RoundRecord:
         Participants whose training was started again, each with ``participant`` and ``reason``.
     absences : list of dict
         Participants that the round did without, each with ``participant`` and ``reason``.
+    normalization : dict
+        Of a scheme that changes what travels: its name as ``scheme``; ``bytes`` that it cost over
+        exchanging the whole model once (below 0: saved), which are in bytes_down and bytes_up;
+        ``fresh``, the participants that had lost their local arrays; and, where part of the
+        model exists at the participants only, what that means as ``shared-model``.
     seconds : float
         From the round's plan to its record.
     train_metrics, evaluate_metrics, server_metrics : dict
@@ -60,6 +66,7 @@ class RoundRecord:
     refusals: list[dict[str, str]] = field(default_factory=list)
     restarts: list[dict[str, str]] = field(default_factory=list)
     absences: list[dict[str, str]] = field(default_factory=list)
+    normalization: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     train_metrics: dict[str, Any] = field(default_factory=dict)
     evaluate_metrics: dict[str, Any] = field(default_factory=dict)

@@ -5,7 +5,6 @@ from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.common import (
     EvaluateIns,
     EvaluateRes,
@@ -15,14 +14,12 @@ from flwr.common import (
     Scalar,
     log,
     ndarrays_to_parameters,
-    parameters_to_ndarrays,
 )
-from flwr.server.client_manager import ClientManager
-from flwr.server.client_proxy import ClientProxy
+from flwr.server import ClientManager
 from flwr.server.strategy import FedAvg
 
-from ._flwr import fit_clients
-from .errors import ColearnError
+from ._flwr import ClientProxy, fit_clients, view_bytes
+from .errors import ColearnError, expected
 from .history import History
 from .recovery import LONGEST_PAUSE, Event, Quorum, Recovery
 from .roles import Arrays, Roles
@@ -61,7 +58,8 @@ class CoLearn(FedAvg):
         As for `flwr_colearn.CoLearn`, as far as the legacy API lets us: participants that failed
         are asked again through the same ``ClientProxy``, all of them at once. One whose SuperNode
         came back with another node id is not recognised, `patience` is not used, and there are no
-        deadlines, checkpoints or resume. Turn it off (``None``) under SecAgg+.
+        deadlines, checkpoints or resume, and no compression. For SecAgg+ there is
+        `flwr_colearn.secagg.CoLearn`.
     **kwargs
         The arguments of ``flwr.server.strategy.FedAvg``, except `fraction_fit`, which must stay 1.
 
@@ -89,6 +87,13 @@ class CoLearn(FedAvg):
         recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
         **kwargs: Any,
     ) -> None:
+        if "wire" in kwargs:
+            raise expected(
+                "wire",
+                "none, since the legacy API knows one serialisation for all arrays of a model; "
+                "flwr_colearn.CoLearn compresses",
+                str(kwargs["wire"]),
+            )
         clients = participant_arguments(
             num_participants,
             kwargs,
@@ -145,6 +150,11 @@ class CoLearn(FedAvg):
             If no model arrived at all, a participant is lost (see `recovery`), or one failed and
             `accept_failures` is False.
         """
+        if len({id(result.parameters) for _, result in results}) < len(results):
+            raise ColearnError(
+                "results: expected each participant's own parameters, found one average for all, "
+                "as SecAgg+ makes it; use flwr_colearn.secagg.CoLearn"
+            )
         if failures and not self.accept_failures:
             raise ColearnError(
                 f"round {server_round}: expected no failures (accept_failures=False), "
@@ -239,16 +249,15 @@ class CoLearn(FedAvg):
     def _fold(self, participant: str, result: FitRes) -> bool:
         try:
             arrays = _named(result.parameters)
-        except Exception as error:  # anything may be in the bytes
-            self._rule.refuse(participant, f"parameters: expected numpy arrays, found {error}")
+        except ColearnError as error:
+            self._rule.refuse(participant, str(error))
             return False
         return self._rule.fold(participant, arrays, result.num_examples, _size(result.parameters))
 
 
 def _named(parameters: Parameters) -> Arrays:
     """Return legacy parameters under the names that ``ArrayRecord(list)`` gives: '0', '1', ..."""
-    arrays = parameters_to_ndarrays(parameters)
-    return {str(index): np.asarray(array) for index, array in enumerate(arrays)}
+    return {str(i): view_bytes(str(i), tensor) for i, tensor in enumerate(parameters.tensors)}
 
 
 def _size(parameters: Parameters) -> int:

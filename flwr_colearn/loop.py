@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Result
 from ._flwr import config_to_str, data_bytes, to_record
 from .checkpoint import Checkpoint, check_same_configuration, describe_arrays
 from .errors import ColearnError, expected
+from .normalization import PARTIAL
 
 if TYPE_CHECKING:
     from .colearn import CoLearn
@@ -176,6 +177,8 @@ class Loop:
         timeout = math.inf if limit is None else limit + REPORT_WITHIN
         replies = self.grid.send_and_receive(messages=messages, timeout=timeout)
         arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+        if arrays is not None and self.strategy.normalization.due(server_round):
+            arrays = self.strategy.recalibrate(server_round, arrays, self.grid, timeout)
         if arrays is not None:
             self.result.arrays = arrays
         if metrics is not None:
@@ -203,6 +206,8 @@ class Loop:
         if metrics is not None:
             self.result.evaluate_metrics_serverapp[server_round] = metrics
             self.strategy.rule.note(server_metrics=metrics)
+        if self.strategy.normalization.is_local:
+            log(WARNING, "The shared model is %s", PARTIAL)
 
     def _log_start(self, num_rounds: int | None) -> None:
         log(INFO, "Starting %s strategy:", type(self.strategy).__name__)

@@ -39,7 +39,7 @@ def participant_mod(
     with _time_limit(float(limit) if isinstance(limit, int | float) else None):
         reply = call_next(message, context)
     if reply.has_content() and "server-round" in config:
-        echo = {"server-round": config["server-round"], **_name(context)}
+        echo = {"server-round": config["server-round"], **name_of(context)}
         reply.content[ECHO] = ConfigRecord(echo)
     return reply
 
@@ -51,11 +51,12 @@ def introduce(message: Message, context: Context) -> Message:
     it with ``app.query("colearn")(introduce)``; a ClientApp with a `client_fn` answers through
     `participant_mod`.
     """
-    content = RecordDict({ECHO: ConfigRecord({**_name(context)})})
+    content = RecordDict({ECHO: ConfigRecord({**name_of(context)})})
     return Message(content=content, reply_to=message)
 
 
-def _name(context: Context) -> dict[str, str]:
+def name_of(context: Context) -> dict[str, str]:
+    """Return the participant's name as the entry ``participant``, or nothing if it has none."""
     if "name" in context.node_config:
         return {"participant": str(context.node_config["name"])}
     if "partition-id" in context.node_config:

@@ -4,10 +4,11 @@ import math
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 
-from ._flwr import records_of, view
+from ._flwr import records_of
 from .averaging import check_model
 from .errors import ColearnError, expected
 from .roles import Arrays
+from .wire import WIRE, Broadcast
 
 ECHO = "colearn"
 """Key of the ConfigRecord in which a participant echoes its name and the round."""
@@ -57,18 +58,34 @@ def arrays_of(reply: Message) -> ArrayRecord:
     return records[0]
 
 
+def model_of(reply: Message, broadcast: Broadcast) -> Arrays:
+    """Return the model in a train reply to a broadcast, decoded.
+
+    Raises
+    ------
+    ColearnError
+        If there is not exactly one ArrayRecord, or it is not encoded as asked for, or damaged.
+    """
+    said = records_of(reply.content, ConfigRecord).get(WIRE)
+    return broadcast.decode(arrays_of(reply), said)
+
+
 def check_train_reply(sent: Message, reply: Message, weighted_by_key: str = "num-examples") -> None:
-    """Raise a ColearnError unless `reply` is a usable answer to `sent`; see `model_of`."""
+    """Raise a ColearnError unless `reply` is a usable answer to `sent`; see `checked_model`."""
     if sent.metadata.message_type.partition(".")[0] == MessageType.TRAIN:
-        model_of(sent, reply, weighted_by_key)
+        request = records_of(sent.content, ConfigRecord).get(WIRE)
+        broadcast = Broadcast.received(arrays_of(sent), request)
+        checked_model(sent, reply, weighted_by_key, broadcast)
 
 
-def model_of(sent: Message, reply: Message, weighted_by_key: str = "num-examples") -> Arrays:
-    """Return the model in a train reply, as views of the reply's bytes.
+def checked_model(
+    sent: Message, reply: Message, weighted_by_key: str, broadcast: Broadcast
+) -> Arrays:
+    """Return the model in a train reply, decoded.
 
-    It must carry one ArrayRecord with the names, shapes and types of the model that was sent, all
-    numbers finite, and one MetricRecord with a positive number of examples. Where the participant
-    echoes its round, it must be the one that was asked for.
+    It must carry one ArrayRecord with the names, shapes and types of the model that was broadcast,
+    all numbers finite, and one MetricRecord with a positive number of examples. Where the
+    participant echoes its round, it must be the one that was asked for.
 
     Raises
     ------
@@ -76,8 +93,8 @@ def model_of(sent: Message, reply: Message, weighted_by_key: str = "num-examples
         If it does not.
     """
     examples_of(reply, weighted_by_key)
-    model = view(arrays_of(reply))
-    check_model(model, like=view(arrays_of(sent)))
+    model = model_of(reply, broadcast)
+    check_model(model, like=broadcast.reference)
     echoed = echo_of(reply).get("server-round")
     for config in records_of(sent.content, ConfigRecord).values():
         asked = config.get("server-round", echoed)

@@ -37,6 +37,9 @@ class Role(StrEnum):
     BUFFER = "buffer"
 
 
+UNTRAINED = frozenset((Role.MEAN, Role.VARIANCE, Role.COUNTER))
+"""Roles whose average is more than a plain mean of floats."""
+
 Roles = Mapping[str, Role | str] | Sequence[Role | str] | None
 """Roles as a user gives them: by array name, or one for every array in order, or not at all."""
 

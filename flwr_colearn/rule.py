@@ -13,9 +13,10 @@ from flwr.common import log
 from .averaging import RunningMean, relative_change, trainable
 from .errors import ColearnError, expected, whole_number
 from .history import History, RoundRecord
+from .normalization import Normalization, Pooled, as_normalization
 from .plan import LocalPlan
 from .recovery import Event
-from .roles import Arrays, NDArray, Role, Roles, assign_roles
+from .roles import UNTRAINED, Arrays, NDArray, Role, Roles, assign_roles
 from .schedules import (
     EpochRule,
     ExponentialRate,
@@ -65,6 +66,8 @@ class CoLearningRule:
         See `flwr_colearn.Role`.
     history : str, Path or History, optional
         Where the rounds are recorded.
+    normalization : Normalization, optional
+        What the average does with normalization layers; by default `Pooled`.
 
     Raises
     ------
@@ -80,6 +83,7 @@ class CoLearningRule:
         total_epochs: int | None = None,
         roles: Roles = None,
         history: str | Path | History | None = None,
+        normalization: Normalization = Pooled(),  # noqa: B008  (an immutable value)
     ) -> None:
         if weighting not in ("uniform", "weighted"):
             raise expected("weighting", "'uniform' or 'weighted'", weighting)
@@ -101,6 +105,7 @@ class CoLearningRule:
         self.total_epochs = total_epochs
         self.history = history if isinstance(history, History) else History(history)
         self.progress = Progress()
+        self.normalization = as_normalization(normalization)
         self._given_roles = roles
         self._roles: dict[str, Role] = {}
         self._open_round: _OpenRound | None = None
@@ -125,6 +130,16 @@ class CoLearningRule:
         if self._open_round is None and self.spent:
             return False
         return self._round is not None
+
+    @property
+    def untrained(self) -> list[str]:
+        """The names of the model's statistics and counters, once a round was opened."""
+        return [name for name, role in self._roles.items() if role in UNTRAINED]
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """What the average does with every array; empty before the first round."""
+        return self._roles
 
     @property
     def order_matters(self) -> bool:
@@ -153,7 +168,7 @@ class CoLearningRule:
         done = self.progress.epochs_done
         plan = self._plan(server_round, local_epochs, done)
         if not self._roles:
-            self._roles = assign_roles(arrays, self._given_roles)
+            self._roles = self._assign_roles(arrays)
         self._sent, self._measured = arrays, None
         self.progress = replace(
             self.progress,
@@ -210,12 +225,16 @@ class CoLearningRule:
             if not examples > 0:
                 raise expected("number of examples", "a positive number", examples)
             add = self._round.mean.add_checked if checked else self._round.mean.add
-            add(arrays, 1 if self.weighting == "uniform" else examples)
+            add(arrays, self.weight(examples))
         except ColearnError as error:
             self.refuse(participant, str(error))
             return False
         record.participants.append(participant)
         return True
+
+    def weight(self, examples: float) -> float:
+        """Return n_k of a participant with so many examples."""
+        return 1 if self.weighting == "uniform" else examples
 
     def refuse(self, participant: str, reason: str) -> None:
         """Record that a participant's reply is left out of the average."""
@@ -225,6 +244,30 @@ class CoLearningRule:
     def sent_down(self, size: int) -> None:
         """Count bytes of arrays sent to participants."""
         self._round.record.bytes_down += size
+
+    def note_normalization(
+        self, down: int = 0, up: int = 0, fresh: Iterable[str] = (), warning: str = ""
+    ) -> None:
+        """Record what the normalization scheme cost (or, below 0, saved) in bytes of arrays.
+
+        Parameters
+        ----------
+        down, up : int
+            Bytes sent to and received from participants, over what was counted before.
+        fresh : iterable of str
+            Participants that had lost their local arrays and began from the shared model's.
+        warning : str
+            What must be known of the shared model to read its evaluation.
+        """
+        record = self._round.record
+        record.bytes_down += down
+        record.bytes_up += up
+        entry = record.normalization
+        entry["scheme"] = self.normalization.name
+        entry["bytes"] = entry.get("bytes", 0) + down + up
+        entry["fresh"] = [*entry.get("fresh", []), *fresh]
+        if warning:
+            entry["shared-model"] = warning
 
     def average(self) -> dict[str, NDArray]:
         """Return the mean of the models folded in this round (eq. 2).
@@ -323,7 +366,7 @@ class CoLearningRule:
         self.progress = Progress(**state["progress"])
         self.history.restore(RoundRecord.from_json(line) for line in state["records"])
         if state["relative-change"] is not None:
-            self._roles = assign_roles(arrays, self._given_roles)
+            self._roles = self._assign_roles(arrays)
             self._measured = arrays, float(state["relative-change"])
 
     def configuration(self) -> dict[str, str]:
@@ -335,6 +378,7 @@ class CoLearningRule:
             "learning rate": f"function of the round: {starts}" if starts else str(rate),
             "weighting": self.weighting,
             "total epochs": str(self.total_epochs),
+            "normalization": str(self.normalization),
         }
 
     def log_summary(self, write: Callable[[str], None]) -> None:
@@ -343,6 +387,7 @@ class CoLearningRule:
         write(f"\t│\t├── Local epochs: {self.local_epochs}")
         write(f"\t│\t├── Learning rate: {self.learning_rate}")
         write(f"\t│\t├── Weighting: {self.weighting}")
+        write(f"\t│\t├── Normalization: {self.normalization}")
         write(f"\t│\t└── Budget in local epochs: {self.total_epochs or 'none'}")
 
     @property
@@ -352,6 +397,11 @@ class CoLearningRule:
                 "round: expected configure_train (configure_fit) before the aggregation, found none"
             )
         return self._open_round
+
+    def _assign_roles(self, arrays: Arrays) -> dict[str, Role]:
+        roles = assign_roles(arrays, self._given_roles)
+        self.normalization.check(arrays, roles)
+        return self.normalization.roles(arrays, roles)
 
     def _next_local_epochs(self, arrays: Arrays) -> int:
         last = self.progress.local_epochs

@@ -14,10 +14,10 @@ from flwr.serverapp.strategy import Result
 
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import server_trainer
-from clients.torch_trainer import TorchTrainer, roles_of
 from clients.trainer import Trainer
 from flwr_colearn import CoLearn, ColearnError, History
 from flwr_colearn.report import curve, save_figure
+from flwr_colearn.wire import Wire, codec_named
 from simulations.arms import arm_named, schedules
 from simulations.settings import RunSettings
 
@@ -50,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def make_strategy(
-    settings: RunSettings, trainer: TorchTrainer, history: str | Path | History | None
+    settings: RunSettings, trainer: Trainer, history: str | Path | History | None
 ) -> CoLearn:
     """Return the strategy of the arm that the settings name."""
     arm = arm_named(settings.arm)
@@ -63,8 +63,9 @@ def make_strategy(
         settings.num_participants,
         **schedules(arm, settings),
         weighting=settings.weighting,  # type: ignore[arg-type]  # CoLearn checks it
-        roles=roles_of(trainer.model),
+        roles=trainer.roles(),
         history=history,
+        wire=Wire(codec_named(settings.compression_up), codec_named(settings.compression_down)),
         fraction_evaluate=settings.fraction_evaluate,
         wait_for_participants=settings.wait_for_participants,
     )

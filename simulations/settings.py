@@ -34,6 +34,10 @@ class RunSettings(FromConfig):
         eta and r.
     weighting : str
         "uniform" or "weighted".
+    compression_up, compression_down : str
+        How models travel from and to the participants: "float32" (as they are), "float16",
+        "bfloat16"; up also "int8", with a scale for each array, "int8-first-axis" or
+        "int8-last-axis", with one for each channel.
     fraction_evaluate : float
         Share of participants that evaluate the shared model on their own data after each round;
         the server evaluates on the common test set in any case.
@@ -53,6 +57,8 @@ class RunSettings(FromConfig):
     learning_rate: float = 0.05
     decay: float = 0.25
     weighting: str = "uniform"
+    compression_up: str = "float32"
+    compression_down: str = "float32"
     fraction_evaluate: float = 0.0
     wait_for_participants: float = 60.0
     output_dir: str = ""

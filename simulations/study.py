@@ -3,7 +3,8 @@
     python -m simulations.study digits --seeds 3
 
 TASK names a config in simulations/conf (or is a path to one). Every (arm, seed) is a unit: its
-result is written as it ends, and a re-run skips what is there.
+result is written as it ends, and a re-run skips what is there. ``normalization TASK`` instead of a
+task compares normalization schemes: see `simulations.normalization`.
 """
 
 import argparse
@@ -11,27 +12,29 @@ import csv
 import json
 import logging
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
 
 from clients.app import app
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import participant_trainer, server_trainer
-from clients.torch_trainer import accuracy
-from clients.trainer import derive_seed, follow
+from clients.trainer import NDArray, accuracy, derive_seed, follow
 from flwr_colearn import ColearnError, ExponentialRate, History, InProcessGrid, LocalPlan
 from flwr_colearn.report import Curve, doublings, save_figure
+from simulations import normalization
 from simulations.arms import ARMS, Arm, arm_named, schedules
 from simulations.server_app import evaluate_with, make_strategy, to_record
 from simulations.settings import RunSettings, check_keys, read_config
 
 CONF = Path(__file__).parent / "conf"
+OVERRIDES = ("data_dir", "examples", "total_epochs", "compression_up", "compression_down")
 
 
 @dataclass(frozen=True)
@@ -149,10 +152,16 @@ def train_ensemble(
             follow(plan, trainer, derive_seed(participants.seed, index))
             judge.set_weights(trainer.get_weights())
             outputs, targets = judge.predict()
-            probabilities.append(torch.softmax(outputs, 1))
+            probabilities.append(softmax(outputs))
         epochs.append(done + plan.local_epochs)
-        accuracies.append(accuracy(torch.stack(probabilities).mean(0), targets))
+        accuracies.append(accuracy(np.mean(probabilities, axis=0), targets))
     return epochs, accuracies
+
+
+def softmax(outputs: NDArray) -> NDArray:
+    """Return the probabilities of the classes, for outputs [N, classes]."""
+    exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def run_study(
@@ -258,16 +267,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--data-dir", help="overrides the config's data-dir")
     parser.add_argument("--examples", type=int, help="overrides the config's examples")
     parser.add_argument("--total-epochs", type=int, help="overrides the config's total-epochs")
+    for way in ("up", "down"):
+        parser.add_argument(
+            f"--compression-{way}", help=f"overrides the config's compression-{way}"
+        )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a study from the command line."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["normalization"]:
+        return normalization.main(words[1:])
     options = parse_arguments(arguments)
     logging.getLogger("flwr").setLevel(logging.WARNING)  # one progress bar says it all
     path = Path(options.task)
     config = read_config(path if path.suffix == ".toml" else CONF / f"{options.task}.toml")
-    for name in ("data_dir", "examples", "total_epochs"):
+    for name in OVERRIDES:
         if getattr(options, name) is not None:
             config[name.replace("_", "-")] = getattr(options, name)
     check_keys(config, str(path))

@@ -1,9 +1,15 @@
 """Settings for all tests: reproducible property tests, and Flower's log within reach of caplog."""
 
 import logging
+from contextlib import suppress
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# PyTorch imports Triton, where it is installed, with its first optimizer, and after TensorFlow that
+# ends the process: each brings its own LLVM. Only tests have both frameworks in one process.
+with suppress(ImportError):
+    import triton  # noqa: F401
 
 settings.register_profile(
     "tests",

@@ -274,10 +274,14 @@ class RawClient(Client):
 @pytest.mark.parametrize(
     ("tensors", "status", "reason"),
     [
-        ([b"", b"", b""], Status(Code.OK, ""), "expected numpy arrays"),
-        ([b"no numpy"] * 3, Status(Code.OK, ""), "expected numpy arrays"),
-        ([b"PK\x03\x04 a zip file"] * 3, Status(Code.OK, ""), "expected numpy arrays"),
-        ([b"\x93NUMPY\x01\x00\x0a\x00{(((((((((\n"] * 3, Status(Code.OK, ""), "expected numpy"),
+        ([b"", b"", b""], Status(Code.OK, ""), "expected a serialised numpy array"),
+        ([b"no numpy"] * 3, Status(Code.OK, ""), "expected a serialised numpy array"),
+        ([b"PK\x03\x04 a zip file"] * 3, Status(Code.OK, ""), "expected a serialised numpy array"),
+        (
+            [b"\x93NUMPY\x01\x00\x0a\x00{(((((((((\n"] * 3,
+            Status(Code.OK, ""),
+            "expected a serialised numpy",
+        ),
         ([], Status(Code.FIT_NOT_IMPLEMENTED, "disk full"), "disk full"),
     ],
     ids=["no bytes", "other bytes", "zip", "damaged header", "status"],

@@ -21,7 +21,8 @@ from faults import (
     strategy_of,
     train,
 )
-from flwr.app import DEFAULT_TTL, ConfigRecord, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common import DEFAULT_TTL
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st

@@ -1,77 +1,82 @@
 """CIFAR-10, the paper's main data set: 50,000 training and 10,000 test images, 32x32 colour."""
 
+import hashlib
+import pickle
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.utils.data import TensorDataset
-from torchvision.datasets import CIFAR10
+import numpy as np
 
-from clients.models import densenet40, resnet8
-from clients.tasks.image_task import ImageTask
+from clients.data import Examples, Task
+from flwr_colearn import ColearnError
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
+FOLDER = "cifar-10-batches-py"
+CHECKSUMS = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+"""MD5 of the files of the official distribution."""
+
 
 @cache
-def load(data_dir: str) -> ImageTask:
-    """Return the task, images as uint8 [3, 32, 32].
+def load(data_dir: str) -> Task:
+    """Return the task, images as uint8 [32, 32, 3].
 
     Parameters
     ----------
     data_dir : str
-        Holds ``cifar-10-batches-py``; torchvision downloads it there if it does not.
+        Holds ``cifar-10-batches-py``; if it does not, torchvision, where it is installed, downloads
+        it there.
+
+    Raises
+    ------
+    ColearnError
+        If the files are absent and cannot be downloaded, or are not the official ones.
     """
-    present = (Path(data_dir) / "cifar-10-batches-py").is_dir()
-    sets = [CIFAR10(data_dir, train=train, download=not present) for train in (True, False)]
-    return ImageTask(
-        *(_as_dataset(each) for each in sets),
-        models={"resnet8": resnet8, "densenet40": densenet40},
-        transform=normalise,
-        augmentation=augment,
-    )
+    folder = Path(data_dir) / FOLDER
+    if not folder.is_dir():
+        _download(data_dir)
+    *training, test = CHECKSUMS
+    return Task(_read(folder, training), _read(folder, [test]))
 
 
-def normalise(inputs: Tensor, training: bool) -> Tensor:
-    """Scale uint8 images [N, 3, 32, 32] to zero mean and unit variance per channel."""
-    shape = (1, 3, 1, 1)
-    mean = torch.tensor(MEAN, device=inputs.device).view(shape)
-    std = torch.tensor(STD, device=inputs.device).view(shape)
-    return (inputs.float() / 255 - mean) / std
+def _download(data_dir: str) -> None:
+    try:
+        from torchvision.datasets import CIFAR10
+    except ModuleNotFoundError:
+        raise ColearnError(
+            f"run config 'data-dir': expected a folder that holds {FOLDER}, found none in "
+            f"{data_dir!r}; unpack cifar-10-python.tar.gz there (torchvision would download it, "
+            "but is not installed)"
+        ) from None
+    CIFAR10(data_dir, download=True)
 
 
-def augment(inputs: Tensor, training: bool) -> Tensor:
-    """Normalise; in training also crop at random from 4 pixels of padding and flip at random."""
-    inputs = normalise(inputs, training)
-    return random_flip(random_crop(inputs, padding=4)) if training else inputs
+def _read(folder: Path, names: Sequence[str]) -> Examples:
+    batches = [_unpickle(folder / name) for name in names]
+    inputs = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+    labels = np.concatenate([batch["labels"] for batch in batches]).astype(np.int64)
+    return Examples(np.ascontiguousarray(inputs.transpose(0, 2, 3, 1)), labels)
 
 
-def random_crop(images: Tensor, padding: int) -> Tensor:
-    """Shift every image [N, C, H, W] by its own random offset, filling with zeros.
-
-    The same as padding by `padding` and cropping to H x W at a random place, for a whole batch on
-    its device at once (torchvision's transform draws one offset for all of a batch).
-    """
-    n, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, [padding] * 4)
-    top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), device=images.device)
-    rows = top + torch.arange(height, device=images.device)
-    columns = left + torch.arange(width, device=images.device)
-    index = torch.arange(n, device=images.device)[:, None, None]
-    # Indexing puts the channels last; they go back in front of the rows.
-    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
-    )
-
-
-def random_flip(images: Tensor) -> Tensor:
-    """Mirror every image [N, C, H, W] left to right with probability one half."""
-    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-    return torch.where(mirrored, images.flip(-1), images)
-
-
-def _as_dataset(images: CIFAR10) -> TensorDataset:
-    inputs = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()
-    return TensorDataset(inputs, torch.tensor(images.targets))
+def _unpickle(path: Path) -> dict:  # type: ignore[type-arg]
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ColearnError(f"{path}: expected a file of CIFAR-10, found {error}") from error
+    # Unpickling can run anything, so only the official files get that far.
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != CHECKSUMS[path.name]:
+        raise ColearnError(
+            f"{path}: expected CIFAR-10's official file (MD5 {CHECKSUMS[path.name]}), found "
+            f"{found}; remove {path.parent} and get it again"
+        )
+    return pickle.loads(content, encoding="latin1")  # type: ignore[no-any-return]

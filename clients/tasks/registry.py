@@ -1,21 +1,34 @@
-"""From settings to tasks, models, shards and trainers."""
+"""From settings to tasks, shards and trainers of the framework that the run names."""
 
 from functools import lru_cache
-from typing import Any
+from importlib import import_module
+from typing import Protocol, cast
 
-import torch
-from torch import nn
-from torch.utils.data import TensorDataset
-
+from clients.data import Examples, Task
 from clients.partition import Shards, class_shards, dirichlet_shards, equal_shards
 from clients.settings import ParticipantSettings
-from clients.tasks.image_task import ImageTask
-from clients.torch_parallel import ParallelTrainer
-from clients.torch_trainer import TorchTrainer
+from clients.trainer import Trainer
 from flwr_colearn import ColearnError
 
+_FRAMEWORKS = {
+    "torch": ("clients.torch_tasks", "torch"),
+    "keras": ("clients.keras_tasks", "tensorflow"),
+    "slim": ("clients.slim_tasks", "slim"),
+}
+"""For each framework its module, imported when it is asked for, and the extra that it needs."""
 
-def load_task(settings: ParticipantSettings) -> ImageTask:
+
+class Framework(Protocol):
+    """What each framework's module offers: models, transforms and trainers for the tasks."""
+
+    def participant_trainer(self, settings: ParticipantSettings, shard: Examples) -> Trainer:
+        """Return a participant's trainer, which also evaluates on its shard."""
+
+    def server_trainer(self, settings: ParticipantSettings, test_set: Examples) -> Trainer:
+        """Return the server's trainer: the initial model, and the judge of every shared one."""
+
+
+def load_task(settings: ParticipantSettings) -> Task:
     """Return the task that the settings name, its data loaded once a process.
 
     Raises
@@ -34,25 +47,6 @@ def load_task(settings: ParticipantSettings) -> ImageTask:
     raise ColearnError(f"run config 'task': expected digits or cifar10, found {settings.task!r}")
 
 
-def build_model(settings: ParticipantSettings) -> nn.Module:
-    """Return the model, freshly initialised from the settings' seed.
-
-    Raises
-    ------
-    ColearnError
-        If the task has no such model.
-    """
-    models = load_task(settings).models
-    name = settings.model or next(iter(models))
-    if name not in models:
-        raise ColearnError(
-            f"run config 'model': expected one of {', '.join(models)} for task {settings.task}, "
-            f"found {name!r}"
-        )
-    torch.manual_seed(settings.seed)
-    return models[name]()
-
-
 @lru_cache(maxsize=8)
 def shards(settings: ParticipantSettings, num_partitions: int) -> Shards:
     """Return the indices of every participant's training examples.
@@ -62,7 +56,7 @@ def shards(settings: ParticipantSettings, num_partitions: int) -> Shards:
     ColearnError
         If the partition is unknown or leaves a participant without examples.
     """
-    labels = load_task(settings).train_labels.numpy()
+    labels = load_task(settings).train_set.labels
     if settings.examples:
         # Both tasks come in random order, so the first ones are a random subset.
         labels = labels[: settings.examples]
@@ -80,33 +74,35 @@ def shards(settings: ParticipantSettings, num_partitions: int) -> Shards:
 
 def participant_trainer(
     settings: ParticipantSettings, partition_id: int, num_partitions: int
-) -> TorchTrainer | ParallelTrainer:
+) -> Trainer:
     """Return the trainer of one participant, who sees its own shard only."""
-    indices = torch.from_numpy(shards(settings, num_partitions)[partition_id])
-    shard = TensorDataset(*(t[indices] for t in load_task(settings).train_set.tensors))
-    options = _trainer_options(settings)
-    devices = settings.devices.split(",") if settings.devices else []
-    if len(devices) > 1:
-        return ParallelTrainer(build_model(settings), shard, shard, devices=devices, **options)
-    device = devices[0] if devices else None
-    return TorchTrainer(build_model(settings), shard, shard, device=device, **options)
+    shard = load_task(settings).train_set.take(shards(settings, num_partitions)[partition_id])
+    return framework(settings).participant_trainer(settings, shard)
 
 
-def server_trainer(settings: ParticipantSettings) -> TorchTrainer:
+def server_trainer(settings: ParticipantSettings) -> Trainer:
     """Return a trainer that evaluates on the common test set; the server's own."""
-    test_set = load_task(settings).test_set
-    return TorchTrainer(build_model(settings), test_set, test_set, **_trainer_options(settings))
+    return framework(settings).server_trainer(settings, load_task(settings).test_set)
 
 
-def _trainer_options(settings: ParticipantSettings) -> dict[str, Any]:
-    task = load_task(settings)
-    return {
-        "batch_size": settings.batch_size,
-        "momentum": settings.momentum,
-        "weight_decay": settings.weight_decay,
-        "transform": task.augmentation if settings.augment else task.transform,
-        "precision": settings.precision,
-        "channels_last": settings.channels_last,
-        "clip_norm": settings.clip_norm or None,
-        "workers": settings.workers,
-    }
+def framework(settings: ParticipantSettings) -> Framework:
+    """Return the module of the framework that the settings name; only that one is imported.
+
+    Raises
+    ------
+    ColearnError
+        If there is no such framework, or it is not installed.
+    """
+    if settings.framework not in _FRAMEWORKS:
+        raise ColearnError(
+            f"run config 'framework': expected one of {', '.join(_FRAMEWORKS)}, found "
+            f"{settings.framework!r}"
+        )
+    module, extra = _FRAMEWORKS[settings.framework]
+    try:
+        return cast(Framework, import_module(module))
+    except ModuleNotFoundError as error:
+        raise ColearnError(
+            f"run config 'framework': expected {settings.framework!r} to be installed, found no "
+            f"module {error.name!r}; pip install 'flwr-colearn[{extra}]'"
+        ) from error

@@ -7,6 +7,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from clients import torch_tasks
 from clients.app import app, build
 from clients.settings import ParticipantSettings
 from clients.tasks import digits
@@ -52,14 +53,14 @@ def test_a_participant_trains_on_its_own_shard_only_and_on_all_of_it(partition, 
         seen.extend(image.tobytes() for image in inputs.numpy())
         return inputs
 
-    task = digits.load()
-    monkeypatch.setattr(digits, "load", lambda: dataclasses.replace(task, transform=record))
+    kit = dataclasses.replace(torch_tasks.KITS["digits"], plain=record)
+    monkeypatch.setitem(torch_tasks.KITS, "digits", kit)
     # A seed that no other test uses: participants are kept for the rest of the process.
     settings = ParticipantSettings(seed=991, partition=partition, batch_size=1000)
     grid = InProcessGrid(app, K, run_config=settings.to_config())
     arrays = to_record(server_trainer(settings))
     plan = ConfigRecord(LocalPlan(1, 2, 0.01).to_config())
-    images = task.train_set.tensors[0].numpy()
+    images = digits.load().train_set.inputs
     together = []
     for k, shard in enumerate(shards(settings, K)):
         seen.clear()

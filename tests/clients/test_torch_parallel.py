@@ -38,6 +38,8 @@ def test_two_devices_train_as_one_does(two_devices):
     for name, array in one.get_weights().items():
         np.testing.assert_allclose(two_devices.get_weights()[name], array, rtol=1e-4, atol=1e-6)
     assert two_devices.evaluate() == pytest.approx(one.evaluate(), rel=1e-4)
+    np.testing.assert_allclose(two_devices.predict()[0], one.predict()[0], rtol=1e-3, atol=1e-5)
+    assert two_devices.roles() == one.roles()
 
 
 def test_the_optimizer_state_travels(two_devices):

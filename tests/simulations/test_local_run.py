@@ -98,6 +98,25 @@ def test_nothing_that_it_started_is_left(five):
     assert not five[2]
 
 
+# A run with another framework
+
+
+@pytest.mark.parametrize("framework", ["keras", "slim"])
+def test_a_run_with_tensorflow_reaches_its_end(framework, tmp_path):
+    config = {"framework": framework, "num-participants": 2, "num-server-rounds": 1}
+    output, completed, alive = run(tmp_path, 2, **{**config, "initial-epochs": 4})
+    assert completed.returncode == 0
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["epochs-path"] == [4]
+    assert summary["accuracy"] > 0.5  # chance is 0.1
+    [record] = History.read(output / "history.jsonl").records
+    assert len(set(record.participants)) == 2
+    with np.load(output / "model.npz") as model:
+        settings = ParticipantSettings(framework=framework)
+        assert list(model) == list(server_trainer(settings).get_weights())
+    assert not alive
+
+
 # A run whose simulation has too few participants
 
 

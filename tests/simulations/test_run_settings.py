@@ -51,6 +51,8 @@ def test_the_demos_configs_are_there():
     assert {path.stem for path in CONFIGS} >= {
         "digits",
         "digits-fedavg",
+        "digits-keras",
+        "digits-slim",
         "cifar10",
         "cifar10-densenet40",
     }
@@ -71,6 +73,14 @@ def test_a_config_describes_a_run(path):
     assert ParticipantSettings.from_config(config).task == config["task"]
     assert schedules(arm_named(settings.arm), settings)
     assert settings.total_epochs or settings.num_server_rounds
+
+
+@pytest.mark.parametrize("framework", ["keras", "slim"])
+def test_the_digits_run_with_tensorflow_differs_in_the_framework_only(framework):
+    conf = ROOT / "simulations" / "conf"
+    config = read_config(conf / f"digits-{framework}.toml")
+    assert config.pop("framework") == framework
+    assert config == read_config(conf / "digits.toml")
 
 
 def test_the_papers_densenet_run_has_the_papers_values():

@@ -10,7 +10,16 @@ from flwr.app import Context, RecordDict
 from clients.app import app as client_app
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import server_trainer
-from flwr_colearn import CoLearn, ColearnError, CyclicalRate, History, IncreasingEpochs
+from flwr_colearn import (
+    CoLearn,
+    ColearnError,
+    CyclicalRate,
+    Float16,
+    History,
+    IncreasingEpochs,
+    Int8,
+    Wire,
+)
 from flwr_colearn import InProcessGrid as Grid
 from simulations import server_app
 from simulations.server_app import evaluate_with, make_strategy, save_model, to_record
@@ -136,12 +145,19 @@ def test_the_ensemble_is_no_strategy():
 
 def test_settings_become_the_strategy(flower_log):
     settings = RunSettings(
-        num_participants=4, initial_epochs=3, epsilon=0.2, learning_rate=0.3, decay=0.5
+        num_participants=4,
+        initial_epochs=3,
+        epsilon=0.2,
+        learning_rate=0.3,
+        decay=0.5,
+        compression_up="int8",
+        compression_down="float16",
     )
     strategy = make_strategy(settings, server_trainer(ParticipantSettings()), None)
     assert isinstance(strategy, CoLearn)
     assert strategy.min_train_nodes == strategy.min_available_nodes == 4
     assert strategy.fraction_evaluate == 0.0
+    assert strategy.wire == Wire(up=Int8(), down=Float16())
     strategy.summary()
     assert str(IncreasingEpochs(3, epsilon=0.2)) in flower_log.text
     assert str(CyclicalRate(0.3, 0.5)) in flower_log.text

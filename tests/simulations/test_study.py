@@ -10,6 +10,7 @@ from sklearn.metrics import accuracy_score
 from clients.settings import ParticipantSettings
 from clients.tasks import digits
 from clients.tasks.registry import participant_trainer, server_trainer
+from clients.torch_tasks import as_dataset
 from clients.trainer import derive_seed, follow
 from flwr_colearn import ColearnError, LocalPlan
 from simulations import study
@@ -164,7 +165,8 @@ def test_vanilla_with_the_cyclical_rate_is_co_learning_of_one_participant_with_a
 
 
 def test_the_ensemble_is_the_mean_of_the_probabilities_of_models_trained_alone():
-    inputs, targets = digits.load().test_set.tensors
+    test_set = digits.load().test_set
+    inputs, targets = as_dataset(test_set).tensors
     trainers = [participant_trainer(PARTICIPANTS, k, 3) for k in range(3)]
     by_hand = {}
     for epoch in (1, 2, 3):
@@ -217,6 +219,15 @@ def test_every_seed_is_a_unit_of_its_own(quick):
 def test_the_command_line_overrides_the_config(quick):
     [unit] = run_quick(quick, "--arms", "clr-fle", "--examples", "90", "--total-epochs", "1")
     assert (unit["config"]["examples"], unit["epochs"]) == (90, [1])
+
+
+def test_compression_is_an_override_and_saves_bytes(quick):
+    [plain] = run_quick(quick, "--arms", "clr-fle", "--total-epochs", "1")
+    quick[1].joinpath("units", "clr-fle-0.json").unlink()
+    ways = ("--compression-up", "int8", "--compression-down", "float16")
+    [unit] = run_quick(quick, "--arms", "clr-fle", "--total-epochs", "1", *ways)
+    assert unit["config"]["compression-up"] == "int8"
+    assert unit["bytes"] < 0.45 * plain["bytes"]
 
 
 def test_a_config_with_an_unknown_key_is_refused(quick):

@@ -1,12 +1,14 @@
+import hashlib
 import os
+import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torchvision.transforms import functional as reference
 
 from clients.tasks import cifar10
+from flwr_colearn import ColearnError
 
 needs_data = pytest.mark.skipif(
     not Path(os.environ.get("COLEARN_CIFAR10", ""), "cifar-10-batches-py").is_dir(),
@@ -14,95 +16,88 @@ needs_data = pytest.mark.skipif(
 )
 
 
-def images(n, channels=3, size=32):
-    """Random uint8 images, all different and none symmetric."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(1, 256, (n, channels, size, size), generator=generator, dtype=torch.uint8)
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder in the official format, three images a file, and the images [18, 32, 32, 3]."""
+    folder = tmp_path / cifar10.FOLDER
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (18, 32, 32, 3), dtype=np.uint8)
+    sums = {}
+    for index, name in enumerate(cifar10.CHECKSUMS):
+        part = images[3 * index : 3 * index + 3]
+        # "The first 1024 entries contain the red channel values, the next the green, the final the
+        # blue; stored in row-major order" (the data set's own page).
+        rows = np.stack([[*i[:, :, 0].flat, *i[:, :, 1].flat, *i[:, :, 2].flat] for i in part])
+        content = pickle.dumps({"data": rows, "labels": [index, 1, 2]})
+        (folder / name).write_bytes(content)
+        sums[name] = hashlib.md5(content).hexdigest()
+    monkeypatch.setattr(cifar10, "CHECKSUMS", sums)
+    return tmp_path, images
 
 
-def test_normalise_by_hand():
-    batch = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    batch[0, 0, 0, 0], batch[0, 1, 2, 3], batch[1, 2, 31, 31] = 255, 51, 102
-    result = cifar10.normalise(batch, training=True)
-    assert result.dtype == torch.float32
-    assert float(result[0, 0, 0, 0]) == pytest.approx((1.0 - 0.4914) / 0.2470)
-    assert float(result[0, 1, 2, 3]) == pytest.approx((0.2 - 0.4822) / 0.2435)
-    assert float(result[1, 2, 31, 31]) == pytest.approx((0.4 - 0.4465) / 0.2616)
-    assert float(result[1, 0, 5, 5]) == pytest.approx(-0.4914 / 0.2470)
+def test_the_official_files_become_images_and_labels(small):
+    folder, images = small
+    task = cifar10.load(str(folder))
+    np.testing.assert_array_equal(task.train_set.inputs, images[:15])
+    np.testing.assert_array_equal(task.test_set.inputs, images[15:])
+    assert task.train_set.labels.tolist() == [0, 1, 2, 1, 1, 2, 2, 1, 2, 3, 1, 2, 4, 1, 2]
+    assert task.test_set.labels.tolist() == [5, 1, 2]
+    assert task.train_set.labels.dtype == np.int64
 
 
-def test_every_crop_is_torchvisions_crop_at_some_offset_and_all_offsets_occur():
-    torch.manual_seed(0)
-    batch = images(2000, channels=1, size=8)
-    padded = reference.pad(batch, [4] * 4)
-    cropped = cifar10.random_crop(batch, padding=4)
-    crops = [reference.crop(padded, top, left, 8, 8) for top in range(9) for left in range(9)]
-    matches = torch.stack([(crop == cropped).flatten(1).all(1) for crop in crops])
-    assert torch.all(matches.sum(0) == 1)  # each image is exactly one of the 81 crops
-    found = matches.sum(1)  # how often each offset was drawn, 24.7 expected
-    assert found.min() > 0
-    assert found.max() < 75
+def test_files_that_are_not_the_official_ones_are_never_unpickled(small, monkeypatch):
+    folder, _ = small
+    path = folder / cifar10.FOLDER / "data_batch_3"
+    path.write_bytes(path.read_bytes() + b"x")
+    monkeypatch.setattr(pickle, "loads", lambda content, **options: {}["unpickled"])
+    monkeypatch.setitem(cifar10.CHECKSUMS, "data_batch_1", "0")
+    with pytest.raises(ColearnError, match=r"data_batch_1: expected CIFAR-10's official file"):
+        cifar10.load(str(folder))
 
 
-def test_all_channels_of_an_image_move_together():
-    torch.manual_seed(0)
-    one = images(50, channels=1, size=8)
-    cropped = cifar10.random_crop(one.expand(-1, 3, -1, -1), padding=4)
-    assert torch.equal(cropped[:, 0], cropped[:, 1])
-    assert torch.equal(cropped[:, 0], cropped[:, 2])
+def test_a_changed_or_missing_file_is_named(small):
+    folder, _ = small
+    path = folder / cifar10.FOLDER / "data_batch_3"
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(ColearnError, match=r"data_batch_3: .*found [0-9a-f]{32}; remove .*again"):
+        cifar10.load(str(folder))
+    path.unlink()
+    with pytest.raises(ColearnError, match=r"data_batch_3: expected a file of CIFAR-10, found"):
+        cifar10.load(str(folder))
 
 
-def test_flip_mirrors_whole_images_about_every_second():
-    torch.manual_seed(0)
-    batch = images(1000, size=4)
-    flipped = cifar10.random_flip(batch)
-    kept = (flipped == batch).flatten(1).all(1)
-    mirrored = (flipped == reference.hflip(batch)).flatten(1).all(1)
-    assert torch.all(kept ^ mirrored)
-    assert 420 < int(mirrored.sum()) < 580  # five standard deviations
+def test_without_the_folder_torchvision_downloads_it(small, monkeypatch):
+    folder, images = small
+    asked = []
+
+    def download(data_dir, download):
+        asked.append((data_dir, download))
+        (folder / cifar10.FOLDER).rename(Path(data_dir) / cifar10.FOLDER)
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", download)
+    (folder / "elsewhere").mkdir()
+    task = cifar10.load(str(folder / "elsewhere"))
+    assert asked == [(str(folder / "elsewhere"), True)]
+    np.testing.assert_array_equal(task.test_set.inputs, images[15:])
 
 
-def test_training_images_are_normalised_then_cropped_and_flipped():
-    torch.manual_seed(0)
-    batch = images(20)
-    augmented = cifar10.augment(batch, training=True)
-    padded = reference.pad(cifar10.normalise(batch, training=True), [4] * 4)
-    for index in range(20):
-        crops = padded[index].unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)
-        both = torch.stack([crops, crops.flip(-1)])  # [2, 9, 9, 3, 32, 32]
-        assert (both == augmented[index]).flatten(3).all(3).sum() == 1
-    assert not torch.equal(augmented, cifar10.normalise(batch, training=True))
-
-
-def test_augmentation_follows_torchs_seed():
-    batch = images(8)
-    torch.manual_seed(1)
-    first, other = (cifar10.augment(batch, training=True) for _ in range(2))
-    torch.manual_seed(1)
-    assert torch.equal(cifar10.augment(batch, training=True), first)
-    assert not torch.equal(other, first)
-
-
-def test_evaluation_is_never_augmented():
-    batch = images(64)
-    expected = cifar10.normalise(batch, training=False)
-    for seed in range(5):
-        torch.manual_seed(seed)
-        assert torch.equal(cifar10.augment(batch, training=False), expected)
+def test_without_folder_and_torchvision_it_is_said_where_the_data_belong(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)  # as if it were not installed
+    with pytest.raises(ColearnError, match=r"'data-dir': expected a folder that holds cifar-10"):
+        cifar10.load(str(tmp_path))
 
 
 @needs_data
 def test_the_real_data_set():
-    task = cifar10.load(os.environ["COLEARN_CIFAR10"])
-    assert (len(task.train_set), len(task.test_set)) == (50_000, 10_000)
-    for data, each in ((task.train_set, 5_000), (task.test_set, 1_000)):
-        inputs, labels = data.tensors
-        assert inputs.dtype == torch.uint8
-        assert inputs.shape[1:] == (3, 32, 32)
-        assert labels.dtype == torch.int64
-        assert torch.bincount(labels).tolist() == [each] * 10
-    assert list(task.models) == ["resnet8", "densenet40"]
+    from torchvision.datasets import CIFAR10
+
+    folder = os.environ["COLEARN_CIFAR10"]
+    task = cifar10.load(folder)
+    for examples, training in ((task.train_set, True), (task.test_set, False)):
+        theirs = CIFAR10(folder, train=training)
+        np.testing.assert_array_equal(examples.inputs, theirs.data)
+        np.testing.assert_array_equal(examples.labels, theirs.targets)
     # MEAN and STD are those of the training images themselves.
-    pixels = task.train_set.tensors[0].numpy().transpose(1, 0, 2, 3).reshape(3, -1)
-    np.testing.assert_allclose(pixels.mean(1) / 255, cifar10.MEAN, atol=1e-4)
-    np.testing.assert_allclose(pixels.std(1, dtype=np.float64) / 255, cifar10.STD, atol=1e-4)
+    pixels = task.train_set.inputs.reshape(-1, 3)
+    np.testing.assert_allclose(pixels.mean(0) / 255, cifar10.MEAN, atol=1e-4)
+    np.testing.assert_allclose(pixels.std(0, dtype=np.float64) / 255, cifar10.STD, atol=1e-4)

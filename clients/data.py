@@ -1,0 +1,74 @@
+"""Examples in memory, and the order in which a local epoch sees them: numpy only."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from flwr_colearn import ColearnError
+
+NDArray = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A data set as two arrays.
+
+    Attributes
+    ----------
+    inputs : array, [N, ...]
+        Images are [N, height, width, channels].
+    labels : array of int64, [N]
+        Class of every example.
+    """
+
+    inputs: NDArray
+    labels: NDArray
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.labels):
+            raise ColearnError(
+                f"examples: expected a label for each of {len(self.inputs)} inputs, found "
+                f"{len(self.labels)} labels"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: NDArray) -> Self:
+        """Return the examples at these places, copied."""
+        return type(self)(self.inputs[indices], self.labels[indices])
+
+    def chunks(self, size: int) -> Iterator[Self]:
+        """Yield the examples in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield type(self)(self.inputs[start : start + size], self.labels[start : start + size])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned: its training examples, which are dealt to participants, and its test set."""
+
+    train_set: Examples
+    test_set: Examples
+
+
+def shuffled_batches(num_examples: int, batch_size: int, seed: int) -> list[NDArray]:
+    """Return one epoch's batches of indices in a seeded random order.
+
+    The last batch may be smaller; a single left-over example, which batch norm cannot train on, is
+    left out.
+
+    Examples
+    --------
+    >>> [len(batch) for batch in shuffled_batches(10, 4, seed=0)]
+    [4, 4, 2]
+    >>> [len(batch) for batch in shuffled_batches(9, 4, seed=0)]
+    [4, 4]
+    """
+    order = np.random.default_rng(seed).permutation(num_examples)
+    batches = np.split(order, range(batch_size, num_examples, batch_size))
+    lonely = num_examples > 1 and num_examples % batch_size == 1
+    return batches[:-1] if lonely else batches

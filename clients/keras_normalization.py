@@ -1,0 +1,270 @@
+"""Keras's half of the normalization schemes; layers are found by type, never by name.
+
+Layers are converted in place, so that models of any make (functional, subclassed, with blocks of
+their own) can be, and arrays that stay keep their values.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from clients.trainer import NDArray
+from flwr_colearn import (
+    BatchRenorm,
+    ColearnError,
+    Frozen,
+    GroupNorm,
+    LayerNorm,
+    Normalization,
+)
+
+BatchNorm = keras.layers.BatchNormalization
+
+
+class FreezableBatchNormalization(BatchNorm):
+    """Batch norm that can be told to train with its moving statistics, in a compiled step too."""
+
+    frozen: tf.Variable
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        """Normalise; a frozen layer as in evaluation, with gradients for gamma and beta."""
+        if not training or not self.trainable:
+            return super().call(inputs, training=training, mask=mask)
+        return tf.cond(
+            self.frozen,
+            lambda: BatchNorm.call(self, inputs, training=False, mask=mask),
+            lambda: BatchNorm.call(self, inputs, training=True, mask=mask),
+        )
+
+
+class BatchRenormalization(BatchNorm):
+    """Batch renormalization (Ioffe, 2017) with batch norm's arrays and ``steps``, a counter."""
+
+    scheme: BatchRenorm
+    steps: Any
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        """Normalise over all axes but the layer's own."""
+        if not training or not self.trainable:
+            return super().call(inputs, training=training, mask=mask)
+        if mask is not None:
+            raise ColearnError("BatchRenormalization: expected inputs without a mask, found one")
+        axes, shape = _axes(self, inputs)
+        mean, variance = ops.moments(inputs, axes)
+        r_max, d_max = self._limits(inputs.dtype)
+        sigma = ops.sqrt(variance + self.epsilon)
+        moving_sigma = ops.sqrt(self.moving_variance + self.epsilon)
+        r = ops.stop_gradient(ops.clip(sigma / moving_sigma, 1.0 / r_max, r_max))
+        d = ops.stop_gradient(ops.clip((mean - self.moving_mean) / moving_sigma, -d_max, d_max))
+        for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
+        self.steps.assign_add(1)
+        normal = (inputs - ops.reshape(mean, shape)) / ops.reshape(sigma, shape)
+        return _affine(self, normal * ops.reshape(r, shape) + ops.reshape(d, shape), shape)
+
+    def _limits(self, dtype: Any) -> tuple[Any, Any]:
+        """Return r_max and d_max after the batches seen; the same as the scheme's `limits`."""
+        scheme = self.scheme
+        opened = ops.cast(ops.ones(()), dtype)
+        if scheme.warmup:
+            share = ops.cast(self.steps, dtype) / scheme.warmup
+            opened = ops.clip(share - 1.0, 0.0, 1.0)
+        return 1.0 + opened * (scheme.r_max - 1.0), opened * scheme.d_max
+
+
+class SampleNormalization(BatchNorm):
+    """Group norm in place of a batch norm, with its gamma and beta; layer norm is one group."""
+
+    groups: int
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        """Normalise every sample over its positions and the channels of a group."""
+        axis = self.axis % len(inputs.shape)
+        moved = ops.moveaxis(inputs, axis, -1)
+        shape = ops.shape(moved)
+        split = ops.reshape(moved, (shape[0], -1, self.groups, shape[-1] // self.groups))
+        mean, variance = ops.moments(split, (1, 3), keepdims=True)
+        normal = ops.reshape((split - mean) / ops.sqrt(variance + self.epsilon), shape)
+        _, affine = _axes(self, inputs)
+        return _affine(self, ops.moveaxis(normal, -1, axis), affine)
+
+
+def convert(model: keras.Model, scheme: Normalization) -> keras.Model:
+    """Convert a built model's batch-norm layers to what the scheme has, in place; return it.
+
+    `GroupNorm` and `LayerNorm` keep gamma and beta and drop the moving statistics; `BatchRenorm`
+    keeps all and adds a counter of steps. `Frozen` needs layers that can be told to freeze, which
+    have the same arrays. Other schemes change no layer. Convert a model before it is compiled
+    or traced.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Built.
+    scheme : Normalization
+        The one that the server's strategy has.
+    """
+    for layer in batch_norms(model):
+        if isinstance(scheme, GroupNorm | LayerNorm):
+            channels = layer.moving_mean.shape[0]
+            layer.__class__ = SampleNormalization
+            layer.groups = scheme.groups_of(channels) if isinstance(scheme, GroupNorm) else 1
+            for variable in (layer.moving_mean, layer.moving_variance):
+                layer._untrack_variable(variable)
+            layer.moving_mean = layer.moving_variance = None
+        elif isinstance(scheme, BatchRenorm):
+            layer._tracker.unlock()
+            layer.steps = layer.add_weight(
+                shape=(), initializer="zeros", dtype="int32", trainable=False, name="steps"
+            )
+            layer._tracker.lock()
+            layer.__class__, layer.scheme = BatchRenormalization, scheme
+        elif isinstance(scheme, Frozen):
+            layer.__class__ = FreezableBatchNormalization
+            layer.frozen = tf.Variable(False, trainable=False)
+    return model
+
+
+@contextmanager
+def normalised(model: keras.Model, config: Mapping[str, Any]) -> Iterator[None]:
+    """Let a model's batch-norm layers train as the server's scheme says, within the block.
+
+    As `clients.torch_normalization.normalised`, for a model that was converted for `Frozen`.
+
+    Raises
+    ------
+    ColearnError
+        If the scheme cannot be had here; the message says why.
+    """
+    if config.get("normalization") == "synchronised":
+        raise ColearnError(
+            "synchronised normalization: expected PyTorch participants side by side in one "
+            "process, whose layers can exchange sums while they compute, found a Keras model; use "
+            "another scheme"
+        )
+    frozen = bool(config.get("normalization-frozen"))
+    layers = list(batch_norms(model)) if frozen else []
+    for layer in layers:
+        if not isinstance(layer, FreezableBatchNormalization):
+            raise ColearnError(
+                f"normalization frozen: expected layers that can be frozen, found "
+                f"{type(layer).__name__}; clients.keras_normalization.convert(model, Frozen(...)) "
+                "makes them"
+            )
+    for layer in layers:
+        layer.frozen.assign(True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.frozen.assign(False)
+
+
+def recalibrated(
+    model: keras.Model,
+    batches: Iterable[Any],
+    name_of: Callable[[Any], str] = lambda variable: variable.path,
+) -> dict[str, NDArray]:
+    """Return the statistics of all data under the model's weights.
+
+    As `clients.torch_normalization.recalibrated`: every layer normalises with its batch, and mean
+    and variance are taken over all batches together.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Left as it is.
+    batches : iterable of arrays
+        Inputs.
+    name_of : callable, optional
+        ``variable -> name`` of its array; by default Keras's path.
+    """
+    layers = list(batch_norms(model))
+    moments = [_Moments() for _ in layers]
+    for layer, seen in zip(layers, moments, strict=True):
+        layer.call = _watched(layer, seen)
+    try:
+        for inputs in batches:
+            model(inputs, training=False)  # dropout is no part of the statistics
+    finally:
+        for layer in layers:
+            del layer.call
+    if not moments or not moments[0].count:
+        raise ColearnError(
+            "recalibration: expected batch-norm layers and at least one batch of data, found none"
+        )
+    arrays = {}
+    for layer, seen in zip(layers, moments, strict=True):
+        values = ((layer.moving_mean, seen.mean), (layer.moving_variance, seen.variance))
+        for variable, value in values:
+            arrays[name_of(variable)] = np.asarray(value, variable.numpy().dtype)
+    return arrays
+
+
+def batch_norms(model: keras.Model) -> Iterator[Any]:
+    """Yield the batch-norm layers that have statistics, at any depth."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, BatchNorm) and layer.moving_mean is not None:
+            yield layer
+
+
+class _Moments:
+    """Count, mean and variance by channel, merged batch by batch in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Any = 0.0
+        self.variance: Any = 0.0
+
+    def add(self, values: NDArray) -> None:
+        """Add values [N, C]."""
+        values = values.astype(np.float64)
+        total = self.count + len(values)
+        old, new = self.count / total, len(values) / total
+        shift = values.mean(0) - self.mean
+        self.variance = old * self.variance + new * values.var(0) + old * new * shift**2
+        self.mean = self.mean + new * shift
+        self.count = total
+
+
+def _watched(layer: Any, seen: _Moments) -> Callable[..., Any]:
+    """Return a ``call`` for a layer that normalises with the batch, and remembers its moments."""
+
+    def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        axes, shape = _axes(layer, inputs)
+        channels_last = np.moveaxis(ops.convert_to_numpy(inputs), layer.axis, -1)
+        seen.add(channels_last.reshape(-1, channels_last.shape[-1]))
+        mean, variance = ops.moments(inputs, axes)
+        sigma = ops.sqrt(variance + layer.epsilon)
+        return _affine(
+            layer, (inputs - ops.reshape(mean, shape)) / ops.reshape(sigma, shape), shape
+        )
+
+    return call
+
+
+def _axes(layer: Any, inputs: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the axes to normalise over, and the shape in which a channel's number broadcasts."""
+    dims = len(inputs.shape)
+    own = layer.axis % dims
+    shape = [1] * dims
+    shape[own] = -1
+    return tuple(axis for axis in range(dims) if axis != own), tuple(shape)
+
+
+def _affine(layer: Any, normal: Any, shape: tuple[int, ...]) -> Any:
+    """Apply gamma and beta where the layer has them."""
+    if layer.scale:
+        normal = normal * ops.reshape(layer.gamma, shape)
+    if layer.center:
+        normal = normal + ops.reshape(layer.beta, shape)
+    return normal

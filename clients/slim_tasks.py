@@ -1,0 +1,44 @@
+"""The tasks with TF-slim: models and trainers."""
+
+from typing import Any
+
+from clients.data import Examples
+from clients.settings import ParticipantSettings
+from clients.slim_models import resnet8, resnet_152, small_cnn, vgg_19
+from clients.slim_trainer import SlimTrainer
+from clients.tasks.kit import Kit
+from clients.tf_transforms import augment, no_transform, normalise
+
+KITS = {
+    "digits": Kit({"cnn": small_cnn}, no_transform, no_transform),
+    "cifar10": Kit(
+        {"resnet8": resnet8, "vgg19": vgg_19, "resnet152": resnet_152}, normalise, augment
+    ),
+}
+
+
+def participant_trainer(settings: ParticipantSettings, shard: Examples) -> SlimTrainer:
+    """Return a participant's trainer, on the device that it names."""
+    return _trainer(settings, shard, device=settings.devices or None)
+
+
+def server_trainer(settings: ParticipantSettings, test_set: Examples) -> SlimTrainer:
+    """Return the server's trainer, on a device of its own choice."""
+    return _trainer(settings, test_set)
+
+
+def _trainer(
+    settings: ParticipantSettings, examples: Examples, device: str | None = None
+) -> SlimTrainer:
+    settings.refuse("precision", "jit_compile", "channels_last", "workers")
+    kit = KITS[settings.task]
+    options: dict[str, Any] = {
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "momentum": settings.momentum,
+        "weight_decay": settings.weight_decay,
+        "transform": kit.transform(settings),
+        "clip_norm": settings.clip_norm or None,
+        "device": device,
+    }
+    return SlimTrainer(kit.model(settings), examples, examples, **options)

@@ -1,0 +1,43 @@
+"""TensorFlow and Keras as participants use them: import them from here, not by themselves."""
+
+import os
+from contextlib import suppress
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # warnings and errors only
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # goes before ~/.keras/keras.json
+
+import keras
+import tensorflow as tf
+
+from flwr_colearn import ColearnError
+
+__all__ = ["check_device", "grow_memory", "keras", "tf"]
+
+
+def grow_memory() -> None:
+    """Let TensorFlow take a GPU's memory as it needs it, since participants may share one.
+
+    By default the first process takes nearly all of it.
+    """
+    for gpu in tf.config.list_physical_devices("GPU"):
+        with suppress(RuntimeError):  # too late: the program has used the GPU before
+            tf.config.experimental.set_memory_growth(gpu, True)
+
+
+def check_device(device: str) -> str:
+    """Return a device's full name, ``CPU:0`` for "cpu".
+
+    Raises
+    ------
+    ColearnError
+        If there is no such device: TensorFlow itself would train on another one without a word.
+    """
+    present = [each.name.removeprefix("/device:") for each in tf.config.list_logical_devices()]
+    name = device.lstrip("/").upper()
+    name = name if ":" in name else f"{name}:0"
+    if name not in present:
+        raise ColearnError(f"device: expected one of {', '.join(present)}, found {device!r}")
+    return name
+
+
+grow_memory()

@@ -1,0 +1,321 @@
+"""Schemes for normalization layers when every participant's data are its own, and unlike.
+
+Batch norm trains with the statistics of local batches and evaluates with running statistics; where
+labels are skewed over the participants, the two are far apart. A scheme says what happens to the
+arrays of such layers: what the average does with them, what never leaves a participant, what is
+told to the participants. It is one value, ``CoLearn(..., normalization=LocalStatistics())``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .errors import ColearnError, expected, whole_number
+from .roles import Arrays, Role, _split, pair_statistics
+
+PARTIAL = "incomplete: local arrays are those of the initial model; test at the participants"
+"""What an evaluation of the shared model is worth where statistics or layers are local."""
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What a scheme decides; the base class decides as `Pooled` does.
+
+    Attributes
+    ----------
+    name : str
+        As it stands in configs, histories and tables.
+    recalibrates : bool
+        The statistics are computed anew under every average, by a further exchange.
+    side_by_side : bool
+        Layers exchange sums while they compute: participants must run in one process, at the same
+        step.
+    needs_statistics : bool or None
+        Whether the model must have (True), or must not have (False), layers with running
+        statistics.
+    """
+
+    name: ClassVar[str] = ""
+    recalibrates: ClassVar[bool] = False
+    side_by_side: ClassVar[bool] = False
+    needs_statistics: ClassVar[bool | None] = None
+
+    def kept(self, arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
+        """Return the names of the arrays that never leave a participant, in the model's order."""
+        return []
+
+    def silent(self, server_round: int, arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
+        """Return the names of arrays that are sent to participants but not back."""
+        return []
+
+    def roles(self, arrays: Arrays, roles: Mapping[str, Role]) -> dict[str, Role]:
+        """Return what the average does with every array under this scheme.
+
+        Arrays that stay with the participants are in nobody's average, so they leave eq. 4 too.
+        """
+        kept = set(self.kept(arrays, roles))
+        return {
+            name: Role.BUFFER if name in kept and role is not Role.COUNTER else role
+            for name, role in roles.items()
+        }
+
+    def config(self, server_round: int) -> dict[str, str | bool]:
+        """Return what the participants are told in their train config."""
+        return {"normalization": self.name}
+
+    def due(self, server_round: int) -> bool:
+        """Return whether the statistics are computed anew after this round."""
+        return False
+
+    def check(self, arrays: Arrays, roles: Mapping[str, Role]) -> None:
+        """Raise a ColearnError unless the model is one that the scheme can work with."""
+        found = len(pair_statistics(arrays, roles))
+        if self.needs_statistics and not found:
+            raise ColearnError(
+                f"normalization {self.name}: expected a model with running means and variances, "
+                "found none; are the arrays named, or their roles given?"
+            )
+        if self.needs_statistics is False and found:
+            raise ColearnError(
+                f"normalization {self.name}: expected a model without running statistics, found "
+                f"{found} layers that have them; convert the model on the server and at every "
+                "participant (clients.torch_normalization.convert, "
+                "clients.keras_normalization.convert)"
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the shared model is incomplete: part of it exists at the participants only."""
+        return type(self).kept is not Normalization.kept
+
+
+@dataclass(frozen=True)
+class Average(Normalization):
+    """The naive mean of means and of variances: what federated averaging does, as a baseline."""
+
+    name: ClassVar[str] = "average"
+
+    def roles(self, arrays: Arrays, roles: Mapping[str, Role]) -> dict[str, Role]:
+        """Return the roles with statistics as plain buffers, which are averaged one by one."""
+        plain = {Role.MEAN: Role.BUFFER, Role.VARIANCE: Role.BUFFER}
+        return {name: plain.get(role, role) for name, role in roles.items()}
+
+
+@dataclass(frozen=True)
+class Pooled(Normalization):
+    """Pool the statistics: those of all participants' data together (the default).
+
+    mu  = sum n_k mu_k / n
+    var = sum n_k var_k / n + sum n_k (mu_k - mu)^2 / n
+    """
+
+    name: ClassVar[str] = "pooled"
+
+
+@dataclass(frozen=True)
+class Recalibrated(Normalization):
+    """Compute the statistics anew under the averaged weights, then pool them.
+
+    Every participant sends the averaged model once through its data (the idea of SWA's
+    ``update_bn``, arXiv 1803.05407) and returns means and variances only. Costs a second exchange
+    (the model down, the statistics up) and a pass over the data.
+
+    Parameters
+    ----------
+    every : int, default 1
+        Recalibrate after every so many rounds; in others the statistics are pooled. With
+        `SynchronousSGD`, whose rounds are steps, as often as the model is evaluated.
+    """
+
+    every: int = 1
+    name: ClassVar[str] = "recalibrated"
+    recalibrates: ClassVar[bool] = True
+    needs_statistics: ClassVar[bool | None] = True
+
+    def __post_init__(self) -> None:
+        whole_number("every of Recalibrated", self.every, least=1)
+
+    def due(self, server_round: int) -> bool:
+        """Return whether the statistics are computed anew after this round."""
+        return server_round % self.every == 0
+
+
+@dataclass(frozen=True)
+class LocalStatistics(Normalization):
+    """Running statistics never leave the participant; gamma and beta are averaged.
+
+    SiloBN (Andreux et al., arXiv 2008.07424).
+    """
+
+    name: ClassVar[str] = "local-statistics"
+    needs_statistics: ClassVar[bool | None] = True
+
+    def kept(self, arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
+        """Return means, variances and counters of normalization layers."""
+        return statistics_of(arrays, roles)
+
+
+@dataclass(frozen=True)
+class LocalBN(Normalization):
+    """Whole normalization layers never leave the participant: FedBN (arXiv 2102.07623)."""
+
+    name: ClassVar[str] = "local-bn"
+    needs_statistics: ClassVar[bool | None] = True
+
+    def kept(self, arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
+        """Return every array of the normalization layers."""
+        return layer_arrays(arrays, roles)
+
+
+@dataclass(frozen=True)
+class Synchronised(Normalization):
+    """Every batch norm uses the batch of all participants together, forward and backward.
+
+    The layers exchange sums, counts and gradients at every step, so this is for `SynchronousSGD`
+    with participants side by side in one process (`SideBySideGrid`).
+    """
+
+    name: ClassVar[str] = "synchronised"
+    side_by_side: ClassVar[bool] = True
+    needs_statistics: ClassVar[bool | None] = True
+
+
+@dataclass(frozen=True)
+class Frozen(Normalization):
+    """Two phases: as `Pooled`, then with the shared statistics frozen (FixBN, arXiv 2303.06530).
+
+    In the second phase layers normalise with the frozen statistics in training too; gamma and
+    beta go on learning. Statistics are then sent to participants, who are stateless, but not back.
+
+    Parameters
+    ----------
+    after : int
+        The last round of the first phase, at least 1.
+
+    Raises
+    ------
+    ColearnError
+        If `after` is not a whole number of at least 1.
+    """
+
+    after: int
+    name: ClassVar[str] = "frozen"
+    needs_statistics: ClassVar[bool | None] = True
+
+    def __post_init__(self) -> None:
+        whole_number("after of Frozen", self.after, least=1)
+
+    def silent(self, server_round: int, arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
+        """Return the statistics once they are frozen."""
+        return statistics_of(arrays, roles) if server_round > self.after else []
+
+    def config(self, server_round: int) -> dict[str, str | bool]:
+        """Return the scheme's name and whether the statistics are frozen in this round."""
+        return {"normalization": self.name, "normalization-frozen": server_round > self.after}
+
+
+@dataclass(frozen=True)
+class GroupNorm(Normalization):
+    """Group norm (Wu & He, arXiv 1803.08494) in place of batch norm: no statistics at all.
+
+    The model is converted on both sides; the layers keep gamma and beta.
+
+    Parameters
+    ----------
+    groups : int, default 8
+        G, at most; a layer with C channels has the greatest divisor of C that is no more than G.
+    """
+
+    groups: int = 8
+    name: ClassVar[str] = "group-norm"
+    needs_statistics: ClassVar[bool | None] = False
+
+    def __post_init__(self) -> None:
+        whole_number("groups of GroupNorm", self.groups, least=1)
+
+    def groups_of(self, channels: int) -> int:
+        """Return the number of groups of a layer with so many channels."""
+        return next(g for g in range(min(self.groups, channels), 0, -1) if channels % g == 0)
+
+
+@dataclass(frozen=True)
+class LayerNorm(Normalization):
+    """Layer norm (arXiv 1607.06450) over all channels and positions, gamma and beta by channel."""
+
+    name: ClassVar[str] = "layer-norm"
+    needs_statistics: ClassVar[bool | None] = False
+
+
+@dataclass(frozen=True)
+class BatchRenorm(Normalization):
+    """Batch renormalization (Ioffe, arXiv 1702.03275), its running statistics pooled.
+
+    In training the batch's statistics are corrected towards the running ones,
+    y = (x - mu_B) / sigma_B * r + d, with r = clip(sigma_B / sigma, 1/r_max, r_max) and
+    d = clip((mu_B - mu) / sigma, -d_max, d_max), through which no gradient flows.
+
+    Parameters
+    ----------
+    r_max, d_max : float, default 3 and 5
+        The limits of r and d once they are fully open.
+    warmup : int, default 100
+        Steps with r = 1 and d = 0, that is batch norm; over as many again the limits open linearly.
+    """
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+    warmup: int = 100
+    name: ClassVar[str] = "batch-renorm"
+    needs_statistics: ClassVar[bool | None] = True
+
+    def __post_init__(self) -> None:
+        if not self.r_max >= 1.0:
+            raise expected("r_max of BatchRenorm", "a number of at least 1", self.r_max)
+        if not self.d_max >= 0.0:
+            raise expected("d_max of BatchRenorm", "a number of at least 0", self.d_max)
+        whole_number("warmup of BatchRenorm", self.warmup, least=0)
+
+    def limits(self, step: int) -> tuple[float, float]:
+        """Return r_max and d_max after `step` batches."""
+        opened = 1.0 if self.warmup == 0 else min(max(step / self.warmup - 1.0, 0.0), 1.0)
+        return 1.0 + opened * (self.r_max - 1.0), opened * self.d_max
+
+
+def layer_arrays(arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
+    """Return the names of all arrays of layers with running statistics, in the model's order.
+
+    A layer is what has a (mean, variance) pair; its gamma, beta and counter are the arrays with
+    the same name up to the last part. That is exact for torch's, Keras's and TF-slim's names, and
+    needs no layer to be called by any particular name. Layers without running statistics (group
+    norm, layer norm) are not among them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from flwr_colearn.roles import assign_roles
+    >>> names = ["0.weight", "1.weight", "1.running_mean", "1.running_var"]
+    >>> model = {name: np.zeros(1) for name in names}
+    >>> layer_arrays(model, assign_roles(model))
+    ['1.weight', '1.running_mean', '1.running_var']
+    """
+    layers = {_split(mean)[0] for mean, _ in pair_statistics(arrays, roles)}
+    return [name for name in arrays if _split(name)[0] in layers]
+
+
+def statistics_of(arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
+    """Return the names of means, variances and counters of the layers of `layer_arrays`."""
+    kinds = (Role.MEAN, Role.VARIANCE, Role.COUNTER)
+    return [name for name in layer_arrays(arrays, roles) if roles[name] in kinds]
+
+
+def as_normalization(value: object) -> Normalization:
+    """Return `value` if it is a scheme.
+
+    Raises
+    ------
+    ColearnError
+        If it is anything else, such as a class instead of an object.
+    """
+    if isinstance(value, Normalization) and value.name:
+        return value
+    raise expected("normalization", "a scheme such as Pooled() or LocalStatistics()", value)

@@ -1,0 +1,152 @@
+"""CoLearn under secure aggregation: the server learns the average, and no participant's model."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from flwr.common import (
+    FitIns,
+    FitRes,
+    Parameters,
+    Scalar,
+    ndarrays_to_parameters,
+    parameters_to_ndarrays,
+)
+from flwr.server import ClientManager
+
+from . import legacy
+from ._flwr import ClientProxy
+from .errors import expected
+from .roles import UNTRAINED, NDArray
+
+
+class CoLearn(legacy.CoLearn):
+    """`flwr_colearn.legacy.CoLearn` for Flower's SecAgg+, which makes the average itself.
+
+    The workflow hands the strategy nothing but the average of all models, and that is all that
+    co-learning needs: the next T follows from it (eq. 4). On the server::
+
+        context = LegacyContext(
+            context=context,
+            config=ServerConfig(num_rounds=20),
+            strategy=flwr_colearn.secagg.CoLearn(5, local_epochs=..., learning_rate=...),
+        )
+        workflow = DefaultWorkflow(
+            fit_workflow=SecAggPlusWorkflow(
+                num_shares=5, reconstruction_threshold=3, max_weight=1.0
+            )
+        )
+        workflow(grid, context)
+
+    The participant's app is ``ClientApp(client_fn, mods=[secaggplus_mod])``; its ``fit`` returns 1
+    as its number of examples, since SecAgg+ weighs by it.
+
+    What is lost: nobody can check a participant's model, so one that holds NaN spoils the average;
+    values beyond the workflow's `clipping_range` are cut, and the others rounded to its
+    quantization; a participant that fails is left out of the round. The history counts bytes as if
+    models travelled plainly. Metrics are not hidden from the server.
+
+    Parameters
+    ----------
+    num_participants, local_epochs, learning_rate, total_epochs, history, **kwargs
+        As for `flwr_colearn.legacy.CoLearn`.
+    roles : mapping or sequence, optional
+        As there, but without means, variances and counters: keep statistics local.
+
+    Raises
+    ------
+    ColearnError
+        If an argument cannot work under SecAgg+; in the first round, if the model holds integers,
+        float16 or arrays without dimensions; in any, if a participant states another number of
+        examples than 1.
+    """
+
+    def __init__(self, num_participants: int | None = None, **kwargs: Any) -> None:
+        if kwargs.setdefault("recovery", None) is not None:
+            raise expected(
+                "recovery under SecAgg+",
+                "None, since a participant cannot be asked again once the masks are made",
+                kwargs["recovery"],
+            )
+        if kwargs.setdefault("weighting", "uniform") != "uniform":
+            raise expected(
+                "weighting under SecAgg+",
+                "'uniform', since the weights would have to fit the workflow's max_weight",
+                kwargs["weighting"],
+            )
+        roles = kwargs.get("roles") or ()
+        for role in roles.values() if isinstance(roles, Mapping) else roles:
+            if role in UNTRAINED:
+                raise expected(
+                    "roles under SecAgg+",
+                    "'trainable' or 'buffer' only: statistics are pooled from each participant's "
+                    "own, which the server does not see; keep them local",
+                    str(role),
+                )
+        super().__init__(num_participants, **kwargs)
+        self._sent: list[NDArray] = []
+
+    def configure_fit(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, FitIns]]:
+        """Decide T (eq. 4) from the average, and ask K participants to train.
+
+        Raises
+        ------
+        ColearnError
+            If SecAgg+ would spoil an array of the model.
+        """
+        self._sent = parameters_to_ndarrays(parameters)
+        for index, array in enumerate(self._sent):
+            if array.dtype.kind != "f" or array.dtype.itemsize < 4:
+                raise expected(
+                    f"array '{index}' under SecAgg+",
+                    "float32 or float64, since counters would be cut to its clipping_range and "
+                    "float16 overflows in its quantization; convert, or keep local",
+                    str(array.dtype),
+                )
+            if not array.ndim:
+                raise expected(
+                    f"array '{index}' under SecAgg+",
+                    "at least one dimension, since Flower does not unmask arrays without; make it "
+                    "one of shape (1,)",
+                    array.shape,
+                )
+        return super().configure_fit(server_round, parameters, client_manager)
+
+    def aggregate_fit(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, FitRes]],
+        failures: list[legacy.FitFailure],
+    ) -> tuple[Parameters | None, dict[str, Scalar]]:
+        """Take the average that every result carries, in the types that were sent.
+
+        Raises
+        ------
+        ColearnError
+            If a participant's number of examples is not 1, or there are no results.
+        """
+        for client, result in results:
+            if result.num_examples != 1:
+                raise expected(
+                    f"number of examples of participant {client.cid} under SecAgg+",
+                    "1, since SecAgg+ weighs by it; return 1 in fit, and give SecAggPlusWorkflow "
+                    "max_weight=1.0",
+                    result.num_examples,
+                )
+        if results:
+            average = self._as_sent(results[0][1].parameters)
+            results = [
+                (client, replace(result, parameters=Parameters(average, "numpy.ndarray")))
+                for client, result in results
+            ]
+        return super().aggregate_fit(server_round, results, failures)
+
+    def _as_sent(self, parameters: Parameters) -> list[bytes]:
+        """Return the average's tensors, which SecAgg+ makes float64, in the types sent."""
+        average = parameters_to_ndarrays(parameters)
+        # Not strict: too few or too many arrays are refused with the reason by the base class.
+        cast = [np.asarray(a, sent.dtype) for a, sent in zip(average, self._sent)]  # noqa: B905
+        return ndarrays_to_parameters(cast + average[len(cast) :]).tensors

@@ -1,0 +1,591 @@
+"""Compressed exchange: the codecs, what the server says about them, and the client mod.
+
+A user turns it on in one place, ``CoLearn(wire=Wire(up=Int8(), down=Float16()))``; participants
+learn it from the message, through one mod: ``ClientApp(mods=[participant_mod, wire_mod])``.
+
+Only floating-point arrays of two or more dimensions are compressed. What must stay exact is
+smaller than that in every framework: biases, batch-norm scales and statistics have one dimension,
+counters have none. So no roles travel, and each array says for itself how it was serialised: a
+compressed one has ``stype="colearn.<codec>"``, its original type and shape, and as data a CRC-32
+before the codec's bytes, all little-endian.
+"""
+
+import math
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from logging import WARNING
+from typing import ClassVar, Literal
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.common import log
+
+from ._flwr import records_of, to_record, view
+from .errors import ColearnError, expected
+from .roles import Arrays, NDArray
+
+VERSION = 1
+"""Of what is on the wire; the two sides must have the same."""
+
+WIRE = "colearn.wire"
+"""Key of the ConfigRecord in which the server asks for codecs, and a reply says it used them."""
+
+RESIDUAL = "colearn.residual"
+"""Keys in ``context.state`` begin so: what rounding kept back from the server."""
+
+_FLOATS = {kind: np.dtype(kind) for kind in ("float16", "float32", "float64")}
+_CHECKSUM = 4  # bytes
+_NUMPY = "numpy.ndarray"  # as Flower marks ordinary arrays
+
+
+class Codec(ABC):
+    """How a model is written to bytes; an immutable value without state.
+
+    Attributes
+    ----------
+    name : str
+        On the wire, and in run configs.
+    differential : bool
+        Whether what is encoded is the difference to a model that both sides have.
+    """
+
+    name: ClassVar[str]
+    differential: ClassVar[bool] = False
+
+    @abstractmethod
+    def encode(
+        self, model: ArrayRecord, reference: Arrays | None = None, residual: Arrays | None = None
+    ) -> tuple[ArrayRecord, Arrays]:
+        """Return a model as it travels, and as the other side will have it.
+
+        Parameters
+        ----------
+        model : ArrayRecord
+            Names and order are kept.
+        reference : mapping of str to numpy.ndarray, optional
+            The model that both sides have.
+        residual : mapping of str to numpy.ndarray, optional
+            Added to what a differential codec encodes: what earlier rounds rounded away.
+
+        Raises
+        ------
+        ColearnError
+            If an entry of `model` is not a serialised numpy array.
+        """
+
+    @abstractmethod
+    def decode(self, model: ArrayRecord, reference: Arrays | None = None) -> Arrays:
+        """Return the arrays of a model that travelled; those sent as they are as read-only views.
+
+        Parameters
+        ----------
+        model : ArrayRecord
+            What arrived.
+        reference : mapping of str to numpy.ndarray, optional
+            As in `encode`; where given, encoded arrays must have its names, shapes and types.
+
+        Raises
+        ------
+        ColearnError
+            If an entry is neither a serialised numpy array nor one that this codec encoded.
+        """
+
+    def __str__(self) -> str:
+        """Return the codec's name."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class Float32(Codec):
+    """Arrays as they are, whatever their type: no compression."""
+
+    name: ClassVar[str] = "float32"
+
+    def encode(
+        self, model: ArrayRecord, reference: Arrays | None = None, residual: Arrays | None = None
+    ) -> tuple[ArrayRecord, Arrays]:
+        """Return the model itself, and views of its arrays."""
+        return model, view(model)
+
+    def decode(self, model: ArrayRecord, reference: Arrays | None = None) -> Arrays:
+        """Return views of the model's arrays."""
+        return view(model)
+
+
+class PackedCodec(Codec):
+    """A codec that writes the floats of weight arrays in fewer bytes, array by array.
+
+    An array that would not come back finite, since it holds NaN or numbers beyond the codec's
+    range, travels as it is; so does one without a `reference` of its shape and type, where the
+    codec is differential.
+
+    Attributes
+    ----------
+    itemsize : int
+        Bytes of one number; arrays whose numbers have no more are left as they are.
+    """
+
+    itemsize: ClassVar[int]
+
+    @abstractmethod
+    def pack(self, values: NDArray) -> bytes:
+        """Return `values`, float32 or float64 of two or more dimensions, as bytes."""
+
+    @abstractmethod
+    def unpack(self, data: memoryview, shape: tuple[int, ...]) -> NDArray:
+        """Return the values that `pack` wrote, as float16 or float32.
+
+        Raises
+        ------
+        ValueError
+            If `data` has another length than values of this shape.
+        """
+
+    def compresses(self, array: NDArray) -> bool:
+        """Return whether an array is encoded at all."""
+        return (
+            array.dtype in _FLOATS.values()
+            and array.dtype.itemsize > self.itemsize
+            and array.ndim >= 2
+            and array.size > 0
+        )
+
+    def encode(
+        self, model: ArrayRecord, reference: Arrays | None = None, residual: Arrays | None = None
+    ) -> tuple[ArrayRecord, Arrays]:
+        """Return a model as it travels, and as the other side will have it."""
+        sent, arriving = dict(model), view(model)
+        too_large = []
+        for name, array in arriving.items():
+            base = (reference or {}).get(name) if self.differential else None
+            if not self.compresses(array) or (self.differential and not _alike(base, array)):
+                continue
+            with np.errstate(all="ignore"):  # what is not finite in the end is seen below
+                payload = self.pack(difference(array, base, (residual or {}).get(name)))
+                arrived = self._restore(memoryview(payload), array, base)
+            if np.isfinite(arrived).all():
+                data = zlib.crc32(payload).to_bytes(_CHECKSUM, "little") + payload
+                sent[name] = Array(str(array.dtype), array.shape, self.stype, data)
+                arriving[name] = arrived
+            elif np.isfinite(array).all():
+                too_large.append(name)
+        if too_large:
+            log(WARNING, "Wire: beyond the range of %s, sent as they are: %s", self, too_large)
+        return ArrayRecord(sent), arriving
+
+    def decode(self, model: ArrayRecord, reference: Arrays | None = None) -> Arrays:
+        """Return the arrays of a model that travelled."""
+        encoded = {name: array for name, array in model.items() if array.stype == self.stype}
+        plain = ArrayRecord({name: model[name] for name in model if name not in encoded})
+        arrays = view(plain)
+        arrays.update({name: self._decode(name, encoded[name], reference) for name in encoded})
+        return {name: arrays[name] for name in model}
+
+    @property
+    def stype(self) -> str:
+        """How an array that is encoded says so."""
+        return f"colearn.{self.name}"
+
+    def _decode(self, name: str, array: Array, reference: Arrays | None) -> NDArray:
+        try:
+            dtype, shape = _FLOATS[array.dtype], tuple(array.shape)
+            like = np.broadcast_to(np.zeros((), dtype), shape)  # no memory, whatever the shape
+            base = like if reference is None else reference.get(name)
+            if not _alike(base, like) or not self.compresses(like):
+                raise ValueError(f"{array.dtype} of shape {shape}")
+            data = memoryview(array.data)
+            if zlib.crc32(data[_CHECKSUM:]).to_bytes(_CHECKSUM, "little") != data[:_CHECKSUM]:
+                raise ValueError(f"{len(data)} bytes of another checksum")
+            with np.errstate(all="ignore"):  # what is not finite is the caller's to refuse
+                return self._restore(data[_CHECKSUM:], like, base if self.differential else None)
+        except Exception as error:  # anything may be in what arrived
+            reason = f"{type(error).__name__}: {error}"
+        raise expected(
+            f"array '{name}'", f"one of the model, with its shape and type, as {self}", reason
+        )
+
+    def _restore(self, data: memoryview, like: NDArray, base: NDArray | None) -> NDArray:
+        values = self.unpack(data, like.shape)
+        return (values if base is None else base + values).astype(like.dtype, copy=False)
+
+
+@dataclass(frozen=True)
+class Float16(PackedCodec):
+    """IEEE half precision: 11 significant bits, magnitudes from 6e-8 to 65504."""
+
+    name: ClassVar[str] = "float16"
+    itemsize: ClassVar[int] = 2
+
+    def pack(self, values: NDArray) -> bytes:
+        """Round to the nearest half."""
+        return values.astype("<f2").tobytes()
+
+    def unpack(self, data: memoryview, shape: tuple[int, ...]) -> NDArray:
+        """Return the halves."""
+        return np.frombuffer(data, "<f2").reshape(shape)
+
+
+@dataclass(frozen=True)
+class BFloat16(PackedCodec):
+    """The upper half of a float32: 8 significant bits, and the range of float32.
+
+    On the way up it hides what moves a number by less than 1/512 of it, round after round; with
+    small learning rates ``Float16``, or better ``Int8``, loses less.
+    """
+
+    name: ClassVar[str] = "bfloat16"
+    itemsize: ClassVar[int] = 2
+
+    def pack(self, values: NDArray) -> bytes:
+        """Round to the nearest bfloat16, halves to even; NaN stays NaN."""
+        bits: NDArray = values.astype("<f4").view("<u4")
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        # The sum above would carry some NaN over into infinities or zeros.
+        upper: NDArray = np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype("<u2")
+        return upper.tobytes()
+
+    def unpack(self, data: memoryview, shape: tuple[int, ...]) -> NDArray:
+        """Return the numbers as float32."""
+        upper: NDArray = np.frombuffer(data, "<u2").reshape(shape).astype("<u4")
+        values: NDArray = (upper << 16).view("<f4")
+        return values
+
+
+@dataclass(frozen=True)
+class Int8(PackedCodec):
+    """The difference to the shared model, rounded to 255 steps: from participants only.
+
+    The steps are ``q = round(d / s)`` with ``s = max |d| / 127``. What rounding took away,
+    ``d - s q``, is kept on the participant and added to its next round's difference (error
+    feedback; Seide et al., 1-bit SGD, 2014), so that nothing is lost for good.
+
+    Parameters
+    ----------
+    channel_axis : {0, -1}, optional
+        One scale for each channel, along the first axis (PyTorch's output channels) or the last
+        (Keras's, TF-slim's). By default one scale for each array.
+
+    Raises
+    ------
+    ColearnError
+        If `channel_axis` is another axis.
+    """
+
+    channel_axis: Literal[0, -1] | None = None
+
+    itemsize: ClassVar[int] = 1
+    differential: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.channel_axis not in (None, 0, -1):
+            raise expected("channel_axis", "0, -1 or None", self.channel_axis)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Its name on the wire: "int8", "int8-first-axis" or "int8-last-axis"."""
+        return {None: "int8", 0: "int8-first-axis", -1: "int8-last-axis"}[self.channel_axis]
+
+    def pack(self, values: NDArray) -> bytes:
+        """Return the scales, then the steps."""
+        scale_shape = self._scale_shape(values.shape)
+        axes = tuple(i for i, size in enumerate(scale_shape) if size != values.shape[i])
+        scale: NDArray = (np.abs(values).max(axis=axes, keepdims=True) / 127).astype("<f4")
+        steps = np.divide(values, scale, out=np.zeros(values.shape, values.dtype), where=scale > 0)
+        # A scale that float32 rounded down would give more than 127 steps.
+        steps = np.clip(np.rint(steps, out=steps), -127, 127, out=steps)
+        return scale.tobytes() + steps.astype(np.int8).tobytes()
+
+    def unpack(self, data: memoryview, shape: tuple[int, ...]) -> NDArray:
+        """Return the differences as float32."""
+        scale_shape = self._scale_shape(shape)
+        split = 4 * math.prod(scale_shape)
+        scale = np.frombuffer(data[:split], "<f4").reshape(scale_shape)
+        values: NDArray = np.frombuffer(data[split:], np.int8).reshape(shape) * scale
+        return values
+
+    def _scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        sizes = [1] * len(shape)
+        if self.channel_axis is not None:
+            sizes[self.channel_axis] = shape[self.channel_axis]
+        return tuple(sizes)
+
+
+_CODECS: dict[str, Codec] = {
+    str(codec): codec for codec in (Float32(), Float16(), BFloat16(), Int8(), Int8(0), Int8(-1))
+}
+
+
+def codec_named(name: object) -> Codec:
+    """Return the codec of this name, as run configs and messages have it.
+
+    Raises
+    ------
+    ColearnError
+        If there is none.
+
+    Examples
+    --------
+    >>> codec_named("int8-first-axis")
+    Int8(channel_axis=0)
+    """
+    if not isinstance(name, str) or name not in _CODECS:
+        raise expected("codec", f"one of {', '.join(_CODECS)}", name)
+    return _CODECS[name]
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How models travel: the server's choice, which participants learn with every message.
+
+    Unless both directions are ``Float32()``, every ClientApp needs `wire_mod`; replies of one
+    without it, or with another version of it, are refused with that reason.
+
+    Parameters
+    ----------
+    up : Codec, default Float32()
+        From participants to the server: ``Float32()`` (as it is), ``Float16()``, ``BFloat16()`` or
+        ``Int8()``.
+    down : Codec, default Float32()
+        From the server to participants, one broadcast for all: any but ``Int8``.
+
+    Raises
+    ------
+    ColearnError
+        If one is no codec, or `down` is ``Int8``: participants keep no model to which a difference
+        could be sent.
+
+    Examples
+    --------
+    >>> str(Wire(up=Int8(), down=Float16()))
+    'int8 up, float16 down'
+    """
+
+    up: Codec = field(default_factory=Float32)
+    down: Codec = field(default_factory=Float32)
+
+    def __post_init__(self) -> None:
+        for side, codec in (("up", self.up), ("down", self.down)):
+            if not isinstance(codec, Codec):
+                raise expected(f"Wire({side}=...)", "a codec such as Float16()", codec)
+        if self.down.differential:
+            wanted = "a codec of whole models, since participants keep none between rounds"
+            raise expected("Wire(down=...)", wanted, str(self.down))
+
+    def __str__(self) -> str:
+        """Return the codecs of both directions."""
+        return f"{self.up} up, {self.down} down"
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is compressed in either direction."""
+        return isinstance(self.up, Float32) and isinstance(self.down, Float32)
+
+    def broadcast(self, model: ArrayRecord, server_round: int) -> "Broadcast":
+        """Encode the shared model, once for all participants of a round."""
+        arrays, reference = self.down.encode(model)
+        request: dict[str, str | int] = {
+            "version": VERSION,
+            "up": str(self.up),
+            "down": str(self.down),
+            "round": server_round,
+        }
+        return Broadcast(self.up, arrays, reference, {} if self.plain else request)
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """The shared model of one round on its way, and what replies to it must look like.
+
+    Attributes
+    ----------
+    up : Codec
+        Of the replies.
+    arrays : ArrayRecord
+        What is sent.
+    reference : mapping of str to numpy.ndarray
+        The model as participants decode it: what they start from, and send differences to.
+    request : mapping
+        Version, codecs and round, which replies must repeat; empty where nothing is compressed.
+    """
+
+    up: Codec
+    arrays: ArrayRecord
+    reference: Arrays
+    request: Mapping[str, str | int] = field(default_factory=dict)
+
+    @classmethod
+    def received(cls, arrays: ArrayRecord, request: ConfigRecord | None) -> "Broadcast":
+        """Return the broadcast that a message was part of.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            The message's.
+        request : ConfigRecord or None
+            Its record ``colearn.wire``.
+
+        Raises
+        ------
+        ColearnError
+            If the server speaks another version or a codec unknown here, or the model is damaged.
+        """
+        if request is None:
+            return cls(Float32(), arrays, view(arrays))
+        up, down = _agree(request)
+        return cls(up, arrays, down.decode(arrays), dict(request))  # type: ignore[arg-type]
+
+    @property
+    def records(self) -> dict[str, ConfigRecord]:
+        """What a message's content has to hold besides arrays and config."""
+        return {WIRE: ConfigRecord({**self.request})} if self.request else {}
+
+    def decode(self, arrays: ArrayRecord, said: ConfigRecord | None) -> Arrays:
+        """Return the model that a reply brought.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            The reply's.
+        said : ConfigRecord or None
+            Its record ``colearn.wire``.
+
+        Raises
+        ------
+        ColearnError
+            If the model is not encoded as asked for, or damaged.
+        """
+        if not self.request:
+            return view(arrays)
+        if said is None:
+            raise ColearnError(
+                f"reply: expected arrays sent as {self.up} by flwr_colearn.wire_mod, found no word "
+                "of it; add it to the ClientApp's mods: ClientApp(mods=[participant_mod, wire_mod])"
+            )
+        if dict(said) != dict(self.request):
+            raise expected("reply", f"arrays sent as asked for, {dict(self.request)}", dict(said))
+        return self.up.decode(arrays, self.reference)
+
+
+def wire_mod(
+    message: Message, context: Context, call_next: Callable[[Message, Context], Message]
+) -> Message:
+    """Flower mod that decodes the shared model and encodes the reply as the server asks.
+
+    The functions of the ClientApp see ordinary arrays of the model's own types, and neither does
+    anything when the server asks for nothing.
+
+    Mods are called from first to last, and see replies from last to first: what changes the model,
+    such as Flower's differential privacy mods, comes after this one, what measures messages before
+    it. With `participant_mod` either order will do.
+
+    What ``Int8`` rounds away is kept in ``context.state`` (as bfloat16), which Flower keeps for the
+    run and loses with the SuperNode: then that round's rounding, half a step of each number at
+    most, is not made up for. A round that is repeated, by a restart or by a server that resumes,
+    uses what it used the first time, so it gives the same bits.
+
+    Raises
+    ------
+    ColearnError
+        If the server speaks another version or a codec unknown here, or the model it sent is
+        damaged. Flower reports it to the server.
+
+    Examples
+    --------
+    ::
+
+        app = ClientApp(mods=[participant_mod, wire_mod])
+    """
+    request = records_of(message.content, ConfigRecord).get(WIRE)
+    if request is None:
+        return call_next(message, context)
+    [(key, arrays)] = records_of(message.content, ArrayRecord).items()
+    broadcast = Broadcast.received(arrays, request)
+    message.content[key] = _plain(broadcast)
+    del message.content[WIRE]
+    reply = call_next(message, context)
+    is_train = message.metadata.message_type.partition(".")[0] == MessageType.TRAIN
+    if not is_train or reply.has_error():
+        return reply
+    reply.content[WIRE] = request
+    models = records_of(reply.content, ArrayRecord)
+    if len(models) == 1:  # the server refuses other replies, and says why
+        [(key, trained)] = models.items()
+        reply.content[key] = _encode_reply(broadcast, trained, context.state)
+    return reply
+
+
+def _encode_reply(broadcast: Broadcast, trained: ArrayRecord, state: RecordDict) -> ArrayRecord:
+    if not broadcast.up.differential:
+        return broadcast.up.encode(trained)[0]
+    server_round = broadcast.request["round"]
+    residual = _residual_before(server_round, state, broadcast.reference)
+    encoded, arriving = broadcast.up.encode(trained, broadcast.reference, residual)
+    # Arrays that travel as they are are those of which nothing is left over.
+    left = {
+        name: difference(array, arriving[name], residual.get(name))
+        for name, array in view(trained).items()
+        if encoded[name].stype != trained[name].stype
+    }
+    for when, arrays in (("before", residual), ("after", left)):
+        state[f"{RESIDUAL}.{when}"] = BFloat16().encode(to_record(arrays))[0]
+    state[RESIDUAL] = ConfigRecord({"round": server_round})
+    return encoded
+
+
+def _residual_before(
+    server_round: object, state: RecordDict, reference: Arrays
+) -> dict[str, NDArray]:
+    """Return what the rounds before this one left over; nothing where that is lost."""
+    try:
+        last = state.config_records[RESIDUAL]["round"] if RESIDUAL in state else math.inf
+        if server_round < last:  # type: ignore[operator]
+            return {}  # nothing is kept, or it is of an earlier run
+        when = "before" if server_round == last else "after"
+        kept = BFloat16().decode(state.array_records[f"{RESIDUAL}.{when}"])
+    except (ColearnError, KeyError, TypeError) as error:
+        log(WARNING, "Wire: what earlier rounds rounded away is lost: %r", error)
+        return {}
+    strangers = [
+        name
+        for name, array in kept.items()
+        if name not in reference or reference[name].shape != array.shape
+    ]
+    if strangers:
+        log(WARNING, "Wire: rounding kept for arrays of another shape is dropped: %s", strangers)
+    return {name: array for name, array in kept.items() if name not in strangers}
+
+
+def _agree(request: ConfigRecord) -> tuple[Codec, Codec]:
+    """Return the codecs that the server asks for, up and down."""
+    try:
+        if request.get("version") != VERSION:
+            raise expected("wire", f"version {VERSION}", request.get("version"))
+        return codec_named(request.get("up")), codec_named(request.get("down"))
+    except ColearnError as error:
+        raise ColearnError(
+            f"{error}; is flwr-colearn the same version on the server and here?"
+        ) from None
+
+
+def _plain(broadcast: Broadcast) -> ArrayRecord:
+    """Return what arrived as ordinary arrays."""
+    return ArrayRecord(
+        {
+            name: array if array.stype == _NUMPY else Array(np.asarray(broadcast.reference[name]))
+            for name, array in broadcast.arrays.items()
+        }
+    )
+
+
+def difference(array: NDArray, base: NDArray | None, residual: NDArray | None) -> NDArray:
+    """Return array - base + residual, in float32 at least; base and residual count as 0 if None."""
+    wide = np.result_type(array.dtype, np.float32)
+    values = array.astype(wide, copy=False)
+    values = values if base is None else values - base
+    return values if residual is None else (values + residual).astype(wide, copy=False)
+
+
+def _alike(one: NDArray | None, other: NDArray) -> bool:
+    return one is not None and one.shape == other.shape and one.dtype == other.dtype

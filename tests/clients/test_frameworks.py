@@ -1,0 +1,233 @@
+"""The three frameworks: what must be the same, what must not mix, what must not be imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+import clients
+from clients.client_app import make_client_app
+from clients.data import Examples
+from clients.numpy_client import TrainerClient
+from clients.settings import ParticipantSettings
+from clients.tasks.registry import framework, participant_trainer, server_trainer
+from clients.trainer import follow
+from flwr_colearn import (
+    CoLearn,
+    ColearnError,
+    CyclicalRate,
+    InProcessGrid,
+    LocalPlan,
+    Recovery,
+    Role,
+)
+from simulations.server_app import to_record
+
+ROOT = Path(clients.__file__).resolve().parent.parent
+FRAMEWORKS = ["torch", "keras", "slim"]
+PLAN = LocalPlan(2, 3, 0.05, "cyclical", decay=0.25, epochs_done=5)
+
+each_framework = pytest.mark.parametrize("name", FRAMEWORKS)
+
+
+@pytest.fixture(scope="module")
+def trainers():
+    """A participant's trainer of each framework, on the digits."""
+    return {
+        name: participant_trainer(ParticipantSettings(framework=name, examples=200), 0, 5)
+        for name in FRAMEWORKS
+    }
+
+
+def same(first, second):
+    return list(first) == list(second) and all(
+        a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a, b)
+        for a, b in zip(first.values(), second.values(), strict=True)
+    )
+
+
+# What is the same
+
+
+def test_the_same_plan_gives_the_same_rates_and_examples(trainers):
+    metrics = [follow(PLAN, trainer, seed=1) for trainer in trainers.values()]
+    assert {each["learning-rate"] for each in metrics} == {0.0125}
+    assert {each["num-examples"] for each in metrics} == {40}
+    assert {tuple(sorted(each)) for each in metrics} == {
+        ("learning-rate", "num-examples", "train-loss")
+    }
+
+
+def test_the_digits_have_a_network_of_one_size(trainers):
+    for name, trainer in trainers.items():
+        roles, weights = trainer.roles(), trainer.get_weights()
+        assert list(roles) == list(weights)
+        sizes = dict.fromkeys(Role, 0)
+        for array, role in roles.items():
+            sizes[role] += weights[array].size
+        assert sizes[Role.TRAINABLE] == 9_978, name
+        assert sizes[Role.MEAN] == sizes[Role.VARIANCE] == 48
+        assert sizes[Role.BUFFER] == 0
+
+
+@each_framework
+def test_the_seed_decides_the_initial_model(name, trainers):
+    def initial(seed):
+        settings = ParticipantSettings(framework=name, examples=200, seed=seed)
+        return participant_trainer(settings, 0, 5).get_weights()
+
+    first = initial(3)
+    assert same(initial(3), first)
+    assert not same(initial(4), first)
+
+
+@each_framework
+def test_message_api_and_legacy_clients_train_alike(name, trainers):
+    trainer = trainers[name]
+    start = trainer.get_weights()
+    app = make_client_app(lambda context: trainer, seed=lambda context: 4)
+    content = RecordDict({"arrays": to_record(trainer), "config": ConfigRecord(PLAN.to_config())})
+    grid = InProcessGrid(app, 1)
+    [reply] = grid.send_and_receive([Message(content, 1, "train")])
+    assert not reply.has_error()
+    context = Context(1, 1, {"partition-id": 0}, RecordDict(), {})
+    client = TrainerClient(trainer, context, seed=4)
+    weights, examples, _ = client.fit(list(start.values()), PLAN.to_config())
+    trained = {key: array.numpy() for key, array in reply.content["arrays"].items()}
+    assert same(dict(zip(start, weights, strict=True)), trained)
+    assert not same(start, trained)
+    assert examples == reply.content["metrics"]["num-examples"]
+
+
+@pytest.mark.parametrize("name", ["keras", "slim"])
+def test_settings_reach_the_trainer(name):
+    settings = ParticipantSettings(
+        framework=name,
+        batch_size=7,
+        momentum=0.0,
+        weight_decay=0.01,
+        clip_norm=2.0,
+        devices="cpu",
+        **({"precision": "bfloat16", "jit_compile": True} if name == "keras" else {}),
+    )
+    for trainer in (participant_trainer(settings, 0, 5), server_trainer(settings)):
+        assert (trainer.batch_size, trainer.weight_decay, trainer.clip_norm) == (7, 0.01, 2.0)
+        assert trainer.get_optimizer_state() == {}
+        if name == "keras":
+            assert trainer.precision == "bfloat16"
+            assert trainer._train_step._jit_compile
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (ParticipantSettings(framework="keras", workers=1), "'workers': expected 0.*'keras'"),
+        (ParticipantSettings(framework="keras", channels_last=True), "'channels-last': expected F"),
+        (ParticipantSettings(framework="keras", devices="cpu,cpu"), "device: expected one of"),
+        (ParticipantSettings(framework="slim", precision="float16"), "'precision': expected 'fl"),
+        (ParticipantSettings(framework="slim", jit_compile=True), "'jit-compile': expected False"),
+        (ParticipantSettings(framework="slim", model="x"), "one of cnn for task digits with slim"),
+    ],
+)
+def test_what_a_framework_lacks_is_refused(settings, message):
+    with pytest.raises(ColearnError, match=message):
+        participant_trainer(settings, 0, 5)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("name", ["keras", "slim"])
+def test_cifar10_is_normalised_and_augmented_if_asked_for(name, augment):
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    settings = ParticipantSettings(framework=name, task="cifar10", augment=augment)
+    trainer = framework(settings).participant_trainer(settings, Examples(images, np.arange(8)))
+    first, again, other = ([], [], [])
+    start = trainer.get_weights()
+    for seed, weights in ((1, first), (1, again), (2, other)):
+        trainer.set_weights(start)
+        trainer.train_epoch(0.01, seed)  # one batch: only augmentation depends on the seed
+        weights.append(trainer.get_weights())
+    assert same(first[0], again[0])
+    moved = [np.abs(first[0][key] - other[0][key]).max() for key in start]
+    assert (max(moved) > 1e-3) == augment
+    assert trainer.predict()[0].shape == (8, 10)
+
+
+# What must not mix
+
+
+def mixed(build_for):
+    """Run one round of a torch server with a participant of another framework, by name."""
+    app = make_client_app(lambda context: build_for(context.node_config["partition-id"]))
+    strategy = CoLearn(
+        2,
+        local_epochs=1,
+        learning_rate=CyclicalRate(0.1),
+        recovery=Recovery(max_restarts=0),
+        fraction_evaluate=0.0,
+    )
+    settings = ParticipantSettings(examples=200)
+    strategy.start(InProcessGrid(app, 2), to_record(server_trainer(settings)), num_rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "differs"),
+    [("keras", r"'conv2d/kernel'.*unknown \['0.weight'"), ("slim", r"'Conv/weights'.*'0.weight'")],
+)
+def test_a_participant_of_another_framework_is_named_with_what_differs(trainers, name, differs):
+    with pytest.raises(ColearnError, match=rf"participant 2: .*weights: expected.*{differs}"):
+        mixed([trainers["torch"], trainers[name]].__getitem__)
+
+
+def test_a_reply_with_another_frameworks_arrays_is_refused_with_what_differs(trainers):
+    class Stubborn:
+        """A Keras participant that trains its own model, whatever it is sent."""
+
+        def __getattr__(self, attribute):
+            return getattr(trainers["keras"], attribute)
+
+        def set_weights(self, weights):
+            pass
+
+    with pytest.raises(
+        ColearnError, match=r"participant partition-1: .*14 missing \['0.weight'.*12 unknown"
+    ):
+        mixed([trainers["torch"], Stubborn()].__getitem__)
+
+
+# What is imported
+
+SCRIPT = """
+import json, sys
+import clients.app, simulations.server_app, simulations.study
+from clients.settings import ParticipantSettings
+from clients.tasks.registry import participant_trainer, server_trainer
+for name in sys.argv[1:]:
+    settings = ParticipantSettings(framework=name, examples=100)
+    participant_trainer(settings, 0, 5).train_epoch(0.1, 0)
+    server_trainer(settings).evaluate()
+print(json.dumps(sorted({"torch", "torchvision", "tensorflow", "tf_slim"} & set(sys.modules))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "imported"),
+    [
+        (["torch"], ["torch", "torchvision"]),
+        (["keras", "slim"], ["tensorflow", "tf_slim"]),  # in one process: each start takes seconds
+    ],
+    ids=str,
+)
+def test_a_framework_brings_itself_and_no_other(names, imported):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *names],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == imported

@@ -1,0 +1,218 @@
+import numpy as np
+import pytest
+
+from flwr_colearn import (
+    BatchRenorm,
+    ColearnError,
+    Frozen,
+    GroupNorm,
+    LayerNorm,
+    Pooled,
+    RunningMean,
+)
+from flwr_colearn.normalization import layer_arrays
+from flwr_colearn.roles import assign_roles
+
+tf = pytest.importorskip("tensorflow")
+keras = pytest.importorskip("keras")
+keras_normalization = pytest.importorskip("clients.keras_normalization")
+batch_norms, convert = keras_normalization.batch_norms, keras_normalization.convert
+normalised, recalibrated = keras_normalization.normalised, keras_normalization.recalibrated
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _float64():
+    keras.backend.set_floatx("float64")
+    yield
+    keras.backend.set_floatx("float32")
+
+
+class Block(keras.layers.Layer):
+    """A layer with a batch norm inside, that no clone of the model around it would find."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.inner = keras.layers.Conv2D(4, 2), keras.layers.BatchNormalization()
+
+    def build(self, shape):
+        self.conv.build(shape)
+        self.inner.build(self.conv.compute_output_shape(shape))
+
+    def call(self, x, training=None):
+        return self.inner(self.conv(x), training=training)
+
+
+def network():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((5, 5, 3)),
+            keras.layers.Conv2D(6, 2, name="first"),
+            keras.layers.BatchNormalization(name="odd_name"),
+            keras.layers.Activation("tanh"),
+            Block(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2),
+        ]
+    )
+    rng = np.random.default_rng(0)
+    for layer in batch_norms(model):
+        for variable in layer.weights:
+            variable.assign(rng.uniform(0.5, 1.5, variable.shape))
+    return model
+
+
+def data(*sizes):
+    rng = np.random.default_rng(1)
+    return [rng.normal(3 * k, k + 1, (n, 5, 5, 3)) for k, n in enumerate(sizes)]
+
+
+def arrays_of(model):
+    return {variable.path: variable.numpy() for variable in model.weights}
+
+
+def test_layers_at_any_depth_are_found_by_type_and_their_arrays_by_their_statistics():
+    model = network()
+    assert len(list(batch_norms(model))) == 2
+    arrays = arrays_of(model)
+    wanted = [v.path for layer in batch_norms(model) for v in layer.weights]
+    found = layer_arrays(arrays, assign_roles(arrays))
+    assert sorted(found) == sorted(wanted)
+    assert len(found) == 8
+
+
+def reference_moments(model, x):
+    """Moments of what reaches the first batch norm: before it there is none."""
+    values = model.get_layer("first")(x).numpy().reshape(-1, 6)
+    return values.mean(0), values.var(0)
+
+
+def test_recalibrated_and_pooled_are_the_moments_of_the_joint_data():
+    model, parts = network(), data(4, 6, 11)
+    before = arrays_of(model)
+    each = [recalibrated(model, np.array_split(x, 2)) for x in parts]
+    path = model.get_layer("odd_name").moving_mean.path.rpartition("/")[0]
+    names = [f"{path}/moving_mean", f"{path}/moving_variance"]
+    assert set(names) < set(each[0])
+    assert len(each[0]) == 4
+    mean = RunningMean({name: each[0][name] for name in names})
+    for x, found in zip(parts, each, strict=True):
+        mean.add({name: found[name] for name in names}, len(x))
+    wanted = reference_moments(model, np.concatenate(parts))
+    for name, value in zip(names, wanted, strict=True):
+        np.testing.assert_allclose(mean.mean()[name], value, rtol=1e-10)
+    after = arrays_of(model)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert not any("call" in vars(layer) for layer in batch_norms(model))
+
+
+def test_recalibration_without_data_is_refused():
+    with pytest.raises(ColearnError, match="at least one batch"):
+        recalibrated(network(), [])
+
+
+@pytest.mark.parametrize("scheme", [GroupNorm(2), LayerNorm()])
+def test_group_and_layer_norm_keep_gamma_and_beta_and_have_no_statistics(scheme):
+    model, (x,) = network(), data(3)
+    before = arrays_of(model)
+    assert convert(model, scheme) is model
+    after = arrays_of(model)
+    assert [name for name in before if name not in after] == [n for n in before if "moving" in n]
+    assert all(np.array_equal(before[name], after[name]) for name in after)
+    layer = model.get_layer("odd_name")
+    inside = model.get_layer("first")(x)
+    groups = 2 if isinstance(scheme, GroupNorm) else 1
+    reference = keras.layers.GroupNormalization(groups, epsilon=layer.epsilon)
+    reference.build(inside.shape)
+    reference.gamma.assign(layer.gamma)
+    reference.beta.assign(layer.beta)
+    for training in (True, False):
+        np.testing.assert_allclose(
+            layer(inside, training=training), reference(inside), rtol=1e-10, atol=1e-12
+        )
+    # In a traced step too, with gradients for all that is trained.
+    step = tf.function(lambda batch: tape_gradients(model, batch))
+    assert all(np.abs(gradient).sum() > 0 for gradient in step(x)[:-1])
+
+
+def tape_gradients(model, x):
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(model(x, training=True) ** 2)
+    return tape.gradient(loss, [variable.value for variable in model.trainable_variables])
+
+
+def test_batch_renorm_with_r_1_and_d_0_is_batch_norm_forward_and_backward():
+    plain, model, (x,) = network(), network(), data(6)
+    convert(model, BatchRenorm(warmup=10**6))
+    np.testing.assert_allclose(model(x, training=False), plain(x, training=False), rtol=1e-12)
+    found, wanted = (tf.function(lambda b, m=m: tape_gradients(m, b))(x) for m in (model, plain))
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10)
+    for a, b in zip(batch_norms(model), batch_norms(plain), strict=True):
+        np.testing.assert_allclose(a.moving_mean, b.moving_mean, rtol=1e-10)
+        np.testing.assert_allclose(a.moving_variance, b.moving_variance, rtol=1e-10)
+        assert int(a.steps) == 1
+    arrays = arrays_of(model)
+    roles = assign_roles(arrays)
+    assert sorted(str(roles[n]) for n in arrays if n.endswith("steps")) == ["counter"] * 2
+
+
+def test_batch_renorm_with_open_limits_is_the_moving_statistics():
+    plain, model, (x,) = network(), network(), data(6)
+    convert(model, BatchRenorm(r_max=1e9, d_max=1e9, warmup=0))
+    layer, reference = model.get_layer("odd_name"), plain.get_layer("odd_name")
+    np.testing.assert_allclose(
+        layer(plain.get_layer("first")(x), training=True),
+        reference(plain.get_layer("first")(x), training=False),
+        rtol=1e-9,
+    )
+
+
+def test_batch_renorm_opens_its_limits_as_the_scheme_says():
+    model = convert(network(), BatchRenorm(warmup=10))
+    layer = model.get_layer("odd_name")
+    for step in (0, 10, 15, 20, 99):
+        layer.steps.assign(step)
+        assert tuple(map(float, layer._limits("float64"))) == pytest.approx(
+            layer.scheme.limits(step)
+        )
+
+
+def test_frozen_layers_train_with_their_moving_statistics_in_a_traced_step():
+    model, (x,) = convert(network(), Frozen(1)), data(6)
+    step = tf.function(lambda batch: tape_gradients(model, batch))
+    step(x)
+    before, wanted = arrays_of(model), model(x, training=False)
+    with normalised(model, {"normalization": "frozen", "normalization-frozen": True}):
+        np.testing.assert_allclose(model(x, training=True), wanted, rtol=1e-12)
+        gradients = step(x)
+    after = arrays_of(model)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert all(np.abs(gradient).sum() > 0 for gradient in gradients)
+    step(x)
+    moved = arrays_of(model)
+    assert [n for n in before if not np.array_equal(moved[n], before[n])] == [
+        name for name in before if "moving" in name
+    ]
+
+
+def test_what_keras_cannot_have_is_refused():
+    config = {"normalization": "frozen", "normalization-frozen": True}
+    with (
+        pytest.raises(ColearnError, match=r"convert\(model, Frozen"),
+        normalised(network(), config),
+    ):
+        pass
+    with (
+        pytest.raises(ColearnError, match="PyTorch participants side by side"),
+        normalised(network(), {"normalization": "synchronised"}),
+    ):
+        pass
+
+
+def test_other_schemes_change_nothing():
+    model, (x,) = network(), data(3)
+    wanted = model(x)
+    assert np.array_equal(convert(model, Pooled())(x), wanted)
+    with normalised(model, {"normalization": "pooled"}):
+        assert {type(layer) for layer in batch_norms(model)} == {keras.layers.BatchNormalization}

@@ -1,0 +1,116 @@
+"""CoLearn inside Flower's differential privacy wrappers."""
+
+import numpy as np
+import pytest
+import small_net
+from flwr.app import Array, ArrayRecord
+from flwr.clientapp.mod import fixedclipping_mod
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+)
+from small_net import K
+
+from flwr_colearn import CoLearn, CyclicalRate, IncreasingEpochs, InProcessGrid
+
+EPSILON = 0.08
+ROUNDS = 16
+
+
+def strategy_of(**arguments):
+    return CoLearn(
+        K,
+        local_epochs=IncreasingEpochs(1, epsilon=EPSILON),
+        learning_rate=CyclicalRate(0.5),
+        fraction_evaluate=0.0,
+        **arguments,
+    )
+
+
+def run(wrapper, mods=(), noise=0.1, clipping_norm=1.5, rounds=ROUNDS):
+    """Return the strategy inside and all shared models, the initial one first."""
+    np.random.seed(0)  # Flower draws its noise from the global generator
+    strategy, shared = strategy_of(), []
+    wrapper(
+        strategy, noise_multiplier=noise, clipping_norm=clipping_norm, num_sampled_clients=K
+    ).start(
+        InProcessGrid(small_net.message_app(*mods), K),
+        small_net.named(small_net.initial()),
+        num_rounds=rounds,
+        evaluate_fn=lambda _, arrays: shared.append(arrays.to_numpy_ndarrays()),
+    )
+    return strategy, shared
+
+
+SIDES = pytest.mark.parametrize(
+    ("wrapper", "mods"),
+    [
+        (DifferentialPrivacyServerSideFixedClipping, ()),
+        (DifferentialPrivacyClientSideFixedClipping, (fixedclipping_mod,)),
+    ],
+    ids=["server side", "client side"],
+)
+
+
+@SIDES
+def test_a_model_learns_under_noise_and_the_epochs_follow_equation_4(wrapper, mods):
+    strategy, shared = run(wrapper, mods)
+    path = strategy.history.epochs_path
+    assert len(path) == ROUNDS
+    assert path == small_net.epochs_by_equation_4(1, EPSILON, shared)
+    assert path[-1] > path[0]
+    assert len(set(path)) < len(path)
+    assert small_net.accuracy(shared[0]) < 0.7
+    assert small_net.accuracy(shared[-1]) > 0.9
+    assert {array.dtype for array in shared[-1]} == {np.dtype(np.float32)}
+
+
+@SIDES
+def test_the_shared_model_is_the_mean_of_the_clipped_updates(wrapper, mods):
+    _, (start, average) = run(wrapper, mods, noise=0.0, clipping_norm=0.1, rounds=1)
+    plan = strategy_of().rule.open(1, dict(zip(small_net.NAMES, start, strict=True)))
+    clipped = []
+    for k in range(K):
+        trained = small_net.train(k, plan, start)
+        update = [new.astype(float) - old for new, old in zip(trained, start, strict=True)]
+        norm = np.sqrt(sum((part**2).sum() for part in update))
+        assert norm > 0.1
+        clipped.append([part * 0.1 / norm for part in update])
+    for found, old, *updates in zip(average, start, *clipped, strict=True):
+        assert found == pytest.approx(old + np.mean(updates, axis=0), abs=1e-6)
+
+
+def warnings_of(flower_log):
+    records = flower_log.records
+    return [each.getMessage() for each in records if "differential privacy" in each.getMessage()]
+
+
+def with_batch_norm():
+    return ArrayRecord(
+        {
+            **small_net.named(small_net.initial()),
+            "bn.running_var": Array(np.ones(3, np.float32)),
+        }
+    )
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_statistics_in_a_private_model_are_warned_of_once(statistics, flower_log):
+    model = with_batch_norm() if statistics else small_net.named(small_net.initial())
+    strategy = DifferentialPrivacyServerSideFixedClipping(strategy_of(), 0.1, 1.0, K)
+    strategy.start(InProcessGrid(keeping_app(), K), model, num_rounds=2)
+    found = warnings_of(flower_log)
+    assert len(found) == statistics
+    assert all("bn.running_var, 1 in all" in message for message in found)
+
+
+def test_without_a_wrapper_nobody_is_warned_of_statistics(flower_log):
+    strategy_of().start(InProcessGrid(keeping_app(), K), with_batch_norm(), num_rounds=2)
+    assert warnings_of(flower_log) == []
+
+
+def keeping_app():
+    """Participants that move every array by a little."""
+    return small_net.app_of(
+        lambda k, plan, arrays: {name: array + np.float32(0.1) for name, array in arrays.items()}
+    )
