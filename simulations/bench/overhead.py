@@ -38,6 +38,8 @@ from simulations.study import CONF
 APP = Path(__file__).parent / "app"
 RATE = CyclicalRate(0.05)
 K = 5
+ROUNDS_IN_PROCESS = 20
+ROUNDS_IN_SIMULATION = 10
 
 
 def bare_loop(
@@ -123,14 +125,20 @@ def training_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 def in_process(mebibytes: float, options: argparse.Namespace) -> dict[str, list[float]]:
     """Return the seconds of rounds in this process."""
     grid = InProcessGrid(noop_app, K)
-    return seconds_per_round(grid, K, random_model(mebibytes), 20, options.repeats)
+    model = random_model(mebibytes)
+    return seconds_per_round(grid, K, model, ROUNDS_IN_PROCESS, options.repeats)
 
 
 def in_simulation(mebibytes: float, options: argparse.Namespace) -> dict[str, list[float]]:
     """Return the seconds of rounds in Flower's simulation."""
     with TemporaryDirectory() as folder:
         output = Path(folder) / "seconds.json"
-        config = {"output": str(output), "participants": K, "mebibytes": mebibytes, "rounds": 10}
+        config = {
+            "output": str(output),
+            "participants": K,
+            "mebibytes": mebibytes,
+            "rounds": ROUNDS_IN_SIMULATION,
+        }
         done = run_app(APP, K, config, Path(folder) / "home", timeout=600)
         return read(output, done.stdout)
 
