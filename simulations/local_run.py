@@ -17,6 +17,7 @@ import psutil
 
 from flwr_colearn import ColearnError
 
+ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT = 60.0
 
 
@@ -76,6 +77,8 @@ def simulation_superlink(home: Path) -> Iterator[dict[str, str]]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        # For apps other than this repository's own: the plugin is beside this module.
+        "PYTHONPATH": str(ROOT),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(http),
         "FLWR_LOCAL_CONTROL_API_PORT": str(control),
         # Flower's own programs, and those that they start, are those of this environment.

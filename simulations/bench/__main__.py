@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-NAMES = ("aggregation",)
+NAMES = ("aggregation", "overhead", "communication", "scale")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,8 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{options.name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(tabulate(result["rows"], headers="keys", tablefmt="github"))
-    print(", ".join(f"{key}: {value}" for key, value in result.items() if key != "rows"))
+    tables = [value for value in result.values() if isinstance(value, list)]
+    for table in tables:
+        print(tabulate(table, headers="keys", tablefmt="github"), end="\n\n")
+    print(", ".join(f"{key}: {value}" for key, value in result.items() if value not in tables))
     print(f"Written to {path}")
 
 

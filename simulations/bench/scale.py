@@ -1,0 +1,109 @@
+"""A round's time and peak memory as functions of the participants' number and the model's size.
+
+Participants in process send back a copy of what they got, so that every reply has memory of its
+own, as real ones have. FedAvg is beside co-learning. Memory is what the round allocates at its peak
+(tracemalloc, in a run of its own) beyond the model that it starts from.
+
+Each function gets a least-squares line. Expected: time is straight in both; co-learning's memory is
+straight in the model's size and flat in K, because a reply is dropped once it is in the sum, where
+FedAvg holds all of them.
+"""
+
+import argparse
+import gc
+import statistics
+import tracemalloc
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from flwr_colearn import InProcessGrid
+from simulations.bench.app.noop.rounds import STRATEGIES, random_model, timed
+
+MIB = 2**20
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Send back a copy of the model."""
+    arrays = {
+        name: Array(array.dtype, array.shape, array.stype, bytes(memoryview(array.data)))
+        for name, array in message.content["arrays"].items()
+    }
+    metrics = MetricRecord({"num-examples": 1})
+    content = RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics})
+    return Message(content=content, reply_to=message)
+
+
+def measure(k: int, mebibytes: float, rounds: int) -> dict[str, Any]:
+    """Return seconds and MiB of a round with so many participants and a model of that size."""
+    row: dict[str, Any] = {"participants": k, "model MiB": mebibytes}
+    model = random_model(mebibytes)
+    for name, strategy in STRATEGIES.items():
+        gc.collect()
+        seconds = timed(strategy(k), InProcessGrid(app, k), model, rounds)
+        row[f"{name} s"] = round(statistics.median(seconds), 4)
+    for name, strategy in STRATEGIES.items():
+        gc.collect()
+        tracemalloc.start()
+        timed(strategy(k), InProcessGrid(app, k), model, 1)
+        row[f"{name} MiB"] = round(tracemalloc.get_traced_memory()[1] / MIB, 2)
+        tracemalloc.stop()
+    return row
+
+
+def line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
+    """Fit y = intercept + slope * x by least squares.
+
+    Returns
+    -------
+    dict
+        ``slope``, ``intercept``; ``R^2``, which says nothing about a flat line; and ``rise``, the
+        largest y over the smallest.
+    """
+    slope, intercept = np.polyfit(x, y, 1)
+    fitted = intercept + slope * np.asarray(x)
+    total = float(np.square(y - np.mean(y)).sum())
+    residual = float(np.square(y - fitted).sum())
+    return {
+        "slope": round(float(slope), 6),
+        "intercept": round(float(intercept), 4),
+        "R^2": round(1 - residual / total, 4) if total else 1.0,
+        "rise": round(max(y) / min(y), 2),
+    }
+
+
+def fits(rows: Sequence[dict[str, Any]], variable: str) -> list[dict[str, Any]]:
+    """Return the line of every measured column over a variable."""
+    x = [row[variable] for row in rows]
+    columns = [f"{name} {unit}" for unit in ("s", "MiB") for name in STRATEGIES]
+    return [
+        {"what": column, "over": variable, **line(x, [row[column] for row in rows])}
+        for column in columns
+    ]
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure and return the benchmark's results."""
+    measure(2, 1, 1)  # what happens only once in a process
+    by_k = [measure(k, options.mebibytes, options.rounds) for k in options.participants]
+    by_size = [measure(options.k, size, options.rounds) for size in options.sizes]
+    return {
+        "rows": by_k + by_size,
+        "lines": fits(by_k, "participants") + fits(by_size, "model MiB"),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the benchmark's own options."""
+    ks, sizes = [5, 10, 20, 50, 100, 200], [1, 10, 50, 100, 150, 200, 250]
+    parser.add_argument("--participants", type=int, nargs="+", default=ks, metavar="K")
+    parser.add_argument("--mebibytes", type=float, default=10, help="model while K grows")
+    parser.add_argument("--sizes", type=float, nargs="+", default=sizes, metavar="MIB")
+    parser.add_argument("--k", type=int, default=5, help="participants while the model grows")
+    parser.add_argument("--rounds", type=int, default=5, help="counted ones of each strategy")
