@@ -405,7 +405,7 @@ FIELDS = ("round", "reporters", "fetched", "groups", "synchronised", "violations
 
 
 def golden_trace():
-    """Every round of one fixed run; tests/golden/regenerate.py writes it anew."""
+    """Every round of one fixed run; tests/golden/regenerate_dynamic.py writes it anew."""
     strategy, _, _ = run(Dynamic(0.3, 2), 30, m=6)
     return [{name: getattr(entry, name) for name in FIELDS} for entry in strategy.history]
 

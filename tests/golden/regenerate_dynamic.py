@@ -1,6 +1,6 @@
 """Write dynamic.json anew, after a change that is meant to change what a run does.
 
-    python tests/golden/regenerate.py
+    python tests/golden/regenerate_dynamic.py
 
 Look at the difference before committing it: the golden trace is there to catch changes that are
 not meant.
