@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -48,11 +49,15 @@ def to_record(arrays: dict[str, NDArray]) -> ArrayRecord:
     return ArrayRecord({name: _record_of(array) for name, array in arrays.items()})
 
 
+def nodes_of(grid: Grid) -> Iterable[Any]:
+    """Return what Flower knows of the connected nodes: in 1.29 nothing but their ids."""
+    get_nodes = getattr(grid, "get_nodes", None)
+    return get_nodes() if get_nodes is not None else ()
+
+
 def node_names(grid: Grid) -> dict[int, str]:
     """Return the names with which connected nodes are registered, where they have one."""
-    get_nodes = getattr(grid, "get_nodes", None)  # flwr 1.29 knows of ids only
-    nodes = get_nodes() if get_nodes is not None else ()
-    named = {info.node_id: getattr(info, "name", "") for info in nodes}
+    named = {info.node_id: getattr(info, "name", "") for info in nodes_of(grid)}
     return {node_id: name for node_id, name in named.items() if name}
 
 
@@ -137,6 +142,7 @@ __all__ = [
     "empty_run",
     "fit_clients",
     "node_names",
+    "nodes_of",
     "records_of",
     "to_record",
     "view",

@@ -7,7 +7,7 @@ from typing import Any
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
-from ._flwr import data_bytes, records_of
+from ._flwr import data_bytes, nodes_of, records_of
 from .exchange import control_bytes
 
 
@@ -81,7 +81,7 @@ class MeteredGrid(Grid):
 
     def get_nodes(self) -> Iterable[Any]:
         """Return what is known of the nodes that are connected."""
-        return self.grid.get_nodes()
+        return nodes_of(self.grid)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Push and count messages."""

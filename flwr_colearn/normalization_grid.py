@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, Rec
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ._flwr import data_bytes, records_of, view
+from ._flwr import data_bytes, nodes_of, records_of, view
 from .errors import ColearnError
 from .keeping import RECORD
 from .normalization import Normalization
@@ -104,7 +104,7 @@ class NormalizationGrid(Grid):
 
     def get_nodes(self) -> Iterable[Any]:
         """Return what is known of the nodes that are connected."""
-        return self.grid.get_nodes()
+        return nodes_of(self.grid)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Push the messages, less what stays with the participants."""

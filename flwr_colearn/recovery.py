@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ._flwr import data_bytes, node_names, records_of
+from ._flwr import data_bytes, node_names, nodes_of, records_of
 from .errors import ColearnError, expected, real_number, whole_number
 from .replies import ECHO, check_train_reply, echo_of, failure_of
 
@@ -216,7 +216,7 @@ class RecoveringGrid(Grid):
 
     def get_nodes(self) -> Iterable[Any]:
         """Return what is known of the nodes that are connected."""
-        return self.grid.get_nodes()
+        return nodes_of(self.grid)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Push messages without recovery."""

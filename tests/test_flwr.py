@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from flwr.serverapp import Grid
 
-from flwr_colearn import InProcessGrid
+from flwr_colearn import InProcessGrid, RecoveringGrid
 from flwr_colearn._flwr import node_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,3 +76,4 @@ def test_nodes_of_a_grid_that_knows_of_ids_only_have_no_names():
     assert isinstance(old, Grid)
     assert not hasattr(old, "get_nodes")
     assert node_names(old) == {}
+    assert node_names(RecoveringGrid(old)) == {}

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from faults import FaultyGrid, numpy_of, outcome, participants, record_of
 from faults import strategy_of as faults_strategy_of
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -17,7 +16,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from clients.models import resnet8
 from flwr_colearn import (
     BFloat16,
     CoLearn,
@@ -98,6 +96,7 @@ def float32_of(patterns):
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1))
 def test_bfloat16_is_torchs(patterns):
+    torch = pytest.importorskip("torch")
     values = float32_of(patterns)
     data = memoryview(BFloat16().pack(values))
     found = BFloat16().unpack(data, values.shape)
@@ -229,7 +228,8 @@ def test_narrow_floats_are_not_made_wider():
     ids=str,
 )
 def test_bytes_of_a_small_residual_network(codec, share):
-    model = {name: tensor.numpy() for name, tensor in resnet8().state_dict().items()}
+    models = pytest.importorskip("clients.models", exc_type=ImportError)
+    model = {name: tensor.numpy() for name, tensor in models.resnet8().state_dict().items()}
     record = record_of(model)
     travelling, _ = codec.encode(record, model)
     assert share - 0.01 < data_bytes(travelling) / data_bytes(record) <= share
