@@ -46,7 +46,8 @@ class TorchTrainer:
     precision : {"float32", "bfloat16", "float16"}, default "float32"
         The latter two train under autocast; float16 with loss scaling.
     channels_last : bool, default False
-        Memory format of 4-d inputs and of the model: faster convolutions on recent GPUs.
+        Make the model and its 4-d inputs channels-last: faster convolutions on recent GPUs. By
+        default inputs stay as `transform` returns them.
     clip_norm : float, optional
         Clip the gradient to this L2 norm.
     workers : int, default 0
@@ -83,8 +84,9 @@ class TorchTrainer:
                 f"precision: expected float32, bfloat16 or float16, found {precision!r}"
             )
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = model.to(self.device, memory_format=self.memory_format)
+        self.channels_last = channels_last
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=memory_format)
         self.network: nn.Module = self.model  # what training calls: a subclass may wrap the model
         self.train_set, self.test_set = train_set, test_set
         self.batch_size = batch_size
@@ -264,7 +266,9 @@ class TorchTrainer:
 
     def _prepare(self, inputs: Tensor, training: bool) -> Tensor:
         inputs = self.transform(inputs.to(self.device, non_blocking=True), training)
-        return inputs.contiguous(memory_format=self.memory_format) if inputs.dim() == 4 else inputs
+        if self.channels_last and inputs.dim() == 4:
+            return inputs.contiguous(memory_format=torch.channels_last)
+        return inputs  # in the transform's own format: a copy may well make convolutions slower
 
     def _autocast(self) -> Any:
         if self.precision == "float32":

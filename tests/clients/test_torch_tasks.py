@@ -168,7 +168,7 @@ def test_settings_reach_the_trainer():
         assert (group["momentum"], group["weight_decay"]) == (0.5, 0.01)
         assert (trainer.batch_size, trainer.clip_norm, trainer.workers) == (7, 2.0, 1)
         assert trainer.precision == "bfloat16"
-        assert trainer.memory_format is torch.channels_last
+        assert trainer.channels_last
     assert participant_trainer(ParticipantSettings(), 0, 5).clip_norm is None
 
 

@@ -199,6 +199,23 @@ def test_precision_and_memory_format_reach_the_network():
     assert output.dtype == torch.bfloat16
 
 
+def test_inputs_reach_the_network_in_the_memory_format_of_the_transform():
+    # What CIFAR-10's random crop returns is channels-last, and copying it back is slow.
+    wide = TensorDataset(torch.randn(8, 3, 4, 4), torch.zeros(8, dtype=torch.int64))
+    model = nn.Sequential(nn.Conv2d(3, 2, 4), nn.Flatten())
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+
+    def rearranged(inputs, training):
+        return inputs.to(memory_format=torch.channels_last) if training else inputs
+
+    trainer = make(model, wide, wide, transform=rearranged)
+    trainer.train_epoch(0.1, seed=0)
+    trainer.evaluate()
+    last = [images.is_contiguous(memory_format=torch.channels_last) for images in seen]
+    assert last == [True, False]
+
+
 def test_channels_last_changes_the_speed_not_the_result():
     for name, array in weights_after(channels_last=True).items():
         np.testing.assert_allclose(array, weights_after()[name], rtol=1e-3, atol=1e-4)
