@@ -16,6 +16,7 @@ from ._flwr import config_to_str, data_bytes, to_record
 from .checkpoint import Checkpoint, check_same_configuration, describe_arrays
 from .errors import ColearnError, expected
 from .normalization import PARTIAL
+from .recovery import RecoveringGrid
 
 if TYPE_CHECKING:
     from .colearn import CoLearn
@@ -175,7 +176,9 @@ class Loop:
         )
         limit = self.strategy.time_limit
         timeout = math.inf if limit is None else limit + REPORT_WITHIN
-        replies = self.grid.send_and_receive(messages=messages, timeout=timeout)
+        grid = self.grid
+        send = grid.stream if isinstance(grid, RecoveringGrid) else grid.send_and_receive
+        replies = send(messages=messages, timeout=timeout)
         arrays, metrics = self.strategy.aggregate_train(server_round, replies)
         if arrays is not None and self.strategy.normalization.due(server_round):
             arrays = self.strategy.recalibrate(server_round, arrays, self.grid, timeout)

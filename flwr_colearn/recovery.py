@@ -251,10 +251,6 @@ class RecoveringGrid(Grid):
     ) -> Iterable[Message]:
         """Send messages and return the replies; train messages are answered by all participants.
 
-        Train messages are sent at once; their replies are pulled one at a time while the result is
-        iterated, each when it has arrived, so that one that was dealt with can be dropped before
-        the next is in memory.
-
         Parameters
         ----------
         messages : iterable of Message
@@ -264,15 +260,25 @@ class RecoveringGrid(Grid):
 
         Returns
         -------
-        iterable of Message
-            Train replies that passed the check, as they arrive; fewer only under a `Quorum`. Of
+        list of Message
+            Train replies that passed the check, as they arrived; fewer only under a `Quorum`. Of
             other messages, what the grid inside returns.
 
         Raises
         ------
         ColearnError
-            While train replies are iterated, if a participant is lost under the policy "fail", or
-            the quorum is.
+            If a participant is lost under the policy "fail", or the quorum is.
+        """
+        # A list, since strategies iterate replies more than once: flwr 1.29's privacy wrappers do.
+        return list(self.stream(messages, timeout=timeout))
+
+    def stream(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Do as `send_and_receive`, but pull train replies one at a time, while iterated.
+
+        So one that was dealt with can be dropped before the next is in memory. Messages are sent at
+        once; errors are raised where the replies are iterated.
         """
         batch = list(messages)
         if not batch or not _is_train(batch[0]):

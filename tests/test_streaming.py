@@ -70,8 +70,8 @@ def test_a_list_of_the_replies_works_as_well(clock):
     """What a wrapper around the strategy may make of them."""
 
     class Listing(RecoveringGrid):
-        def send_and_receive(self, messages, *, timeout=None):
-            return list(super().send_and_receive(messages, timeout=timeout))
+        def stream(self, messages, *, timeout=None):
+            return list(super().stream(messages, timeout=timeout))
 
     def run(kind):
         grid = FaultyGrid(clock, {(1, 2, 0): "raises", (2, 0, 0): "NaN"})
@@ -79,6 +79,13 @@ def test_a_list_of_the_replies_works_as_well(clock):
         return bits(strategy.start(kind(grid), record_of(MODEL), num_rounds=3).arrays)
 
     assert run(Listing) == run(RecoveringGrid)
+
+
+def test_other_strategies_may_iterate_the_replies_twice(clock):
+    grid = RecoveringGrid(FaultyGrid(clock))
+    messages = strategy_of().configure_train(1, record_of(MODEL), ConfigRecord(), grid)
+    replies = grid.send_and_receive(messages, timeout=60.0)
+    assert len(list(replies)) == len(list(replies)) == K
 
 
 def test_participants_in_process_run_when_their_reply_is_asked_for():
