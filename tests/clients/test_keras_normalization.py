@@ -22,9 +22,11 @@ normalised, recalibrated = keras_normalization.normalised, keras_normalization.r
 
 @pytest.fixture(autouse=True, scope="module")
 def _float64():
-    keras.backend.set_floatx("float64")
-    yield
-    keras.backend.set_floatx("float32")
+    for dtype in ("float64", "float32"):
+        keras.config.set_floatx(dtype)
+        keras.config.set_dtype_policy(dtype)  # once asked for, it no longer follows floatx
+        if dtype == "float64":
+            yield
 
 
 class Block(keras.layers.Layer):

@@ -116,6 +116,7 @@ def test_evaluation_is_never_augmented():
 def test_the_models_of_each_task():
     assert {task: list(each.models) for task, each in KITS.items()} == {
         "digits": ["cnn"],
+        "mnist": ["cnn"],
         "cifar10": ["resnet8", "densenet40"],
     }
 

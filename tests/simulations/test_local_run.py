@@ -98,13 +98,14 @@ def test_nothing_that_it_started_is_left(five):
     assert not five[2]
 
 
-# A run with another framework
+# Runs with other frameworks
 
 
 @pytest.mark.parametrize("framework", ["keras", "slim"])
-def test_a_run_with_tensorflow_reaches_its_end(framework, tmp_path):
+def test_a_run_with_tensorflow_and_compressed_models_reaches_its_end(framework, tmp_path):
     config = {"framework": framework, "num-participants": 2, "num-server-rounds": 1}
-    output, completed, alive = run(tmp_path, 2, **{**config, "initial-epochs": 4})
+    wire = {"compression-up": "int8-last-axis", "compression-down": "float16"}
+    output, completed, alive = run(tmp_path, 2, **{**config, **wire, "initial-epochs": 4})
     assert completed.returncode == 0
     summary = json.loads((output / "summary.json").read_text())
     assert summary["epochs-path"] == [4]
@@ -114,6 +115,9 @@ def test_a_run_with_tensorflow_reaches_its_end(framework, tmp_path):
     with np.load(output / "model.npz") as model:
         settings = ParticipantSettings(framework=framework)
         assert list(model) == list(server_trainer(settings).get_weights())
+        plain = 2 * sum(model[name].nbytes for name in model)
+    assert 0.25 < record.bytes_up / plain < 0.30
+    assert 0.49 < record.bytes_down / plain < 0.54
     assert not alive
 
 
