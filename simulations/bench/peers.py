@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,8 @@ def measure(side: Side, work: Work, folder: Path) -> dict[str, Any]:
     cpu = [sum(lap[1] for lap in laps) for laps in ends]
     return {
         "start-up": clock[0] - started,
-        "rounds": [after - before for before, after in zip(clock, clock[1:], strict=False)],
-        "cpu": [after - before for before, after in zip(cpu, cpu[1:], strict=False)],
+        "rounds": [after - before for before, after in pairwise(clock)],
+        "cpu": [after - before for before, after in pairwise(cpu)],
     }
 
 
@@ -177,7 +178,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "steps": work.steps,
         "repeats": options.repeats,
         "load before": round(load, 1),
-        "runs": {f"{s.name} {s.processes}x{s.threads}": r for s, r in zip(chosen, runs, strict=True)},
+        "seconds": {
+            f"{side.name}, {side.processes} x {side.threads}": [each["rounds"] for each in done]
+            for side, done in zip(chosen, runs, strict=True)
+        },
         "rows": rows,
     }
 
