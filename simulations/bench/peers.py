@@ -9,6 +9,9 @@ pfl-research needs an environment of its own, with pfl and torch, on the same ma
 
     python -m venv pfl-venv && pfl-venv/bin/pip install pfl torch
     python -m simulations.bench peers --pfl-python pfl-venv/bin/python
+
+Flower's simulation imports TensorFlow where it is installed, and with TensorFlow 2.21 in a process
+torch 2.14 crashes at its first optimizer (libtriton). Run this where there is none.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,7 @@ from simulations.local_run import run_app
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TIMEOUT = 3600.0
+RAY = "Flower with Ray, FedAvg"
 
 APP = """
 [project]
@@ -81,7 +86,19 @@ def sides(pfl_python: Path | None, cores: int) -> Iterator[Side]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cores}"]
         workers = [str(pfl_python), *torchrun, *single[1:]]
         yield Side("pfl-research, torchrun", cores, 1, program(workers, 1))
-    yield Side("Flower with Ray, FedAvg", cores, 1, in_ray)
+    yield Side(RAY, cores, 1, in_ray)
+
+
+def left_out(options: argparse.Namespace) -> dict[str, str]:
+    """Return the sides that cannot run, or need not, with the reason."""
+    reasons = {}
+    if not options.pfl_python:
+        reasons["pfl-research"] = "see --pfl-python"
+    if options.without_ray:
+        reasons[RAY] = "--without-ray"
+    elif find_spec("tensorflow"):
+        reasons[RAY] = "TensorFlow is installed, with which it crashes; see --help"
+    return reasons
 
 
 def program(command: list[str], threads: int, *last: str) -> Callable[[Work, Path], Any]:
@@ -162,7 +179,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     chosen = [
         side
         for side in sides(options.pfl_python, options.cores)
-        if side.run is not in_ray or not options.without_ray
+        if side.run is not in_ray or RAY not in left_out(options)
     ]
     load = os.getloadavg()[0]
     runs: list[list[dict[str, Any]]] = [[] for _ in chosen]
@@ -171,8 +188,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for index, side in enumerate(chosen):
                 runs[index].append(measure(side, work, Path(folder) / f"{repeat}-{index}"))
     rows = [row_of(side, work, each) for side, each in zip(chosen, runs, strict=True)]
-    if not options.pfl_python:
-        rows.append({"side": "pfl-research: not run, see --pfl-python"})
+    rows += [{"side": f"{name}: not run, {reason}"} for name, reason in left_out(options).items()]
     return {
         **work_config(work),
         "steps": work.steps,

@@ -17,7 +17,6 @@ from clients.client_app import make_client_app
 from clients.torch_trainer import TorchTrainer
 from flwr_colearn import CoLearn, InProcessGrid, LocalPlan
 from simulations.bench.users import SmallCnn, Stopwatch, Work, data, task
-from simulations.server_app import to_record
 
 client_app = ClientApp()
 server_app = ServerApp()
@@ -74,7 +73,7 @@ def measure(grid: Grid, work: Work, strategy: str, folder: Path) -> None:
         return MetricRecord()
 
     start: dict[str, Any] = {"num_rounds": work.rounds + 1, "evaluate_fn": lap}
-    initial = to_record(TorchTrainer(model(), TensorDataset(torch.zeros(1)), device="cpu"))
+    initial = ArrayRecord(model().state_dict())
     if strategy == "colearn":
         colearn = CoLearn(
             work.cohort, local_epochs=1, learning_rate=work.rate, fraction_evaluate=0.0

@@ -22,12 +22,13 @@ def test_the_model_is_the_one_whose_size_pfl_prints():
 
 def test_both_strategies_in_process_do_all_the_work(tmp_path):
     result = table(tmp_path)
-    fedavg, colearn, pfl = result["rows"]
+    fedavg, colearn, pfl, ray = result["rows"]
     assert result["steps"] == 2 * 2 * 5  # rounds with the warm-up, users, batches
     for row in (fedavg, colearn):
         assert row["users/s"] > 0
         assert row["CPU ms a user"] > 0
-    assert "not run" in pfl["side"]
+    assert "not run, see --pfl-python" in pfl["side"]
+    assert "not run, --without-ray" in ray["side"]
 
 
 def test_a_side_that_does_other_work_is_refused(tmp_path):
@@ -42,4 +43,4 @@ PFL_PYTHON = Path("pfl-venv/bin/python")
 @pytest.mark.skipif(not PFL_PYTHON.exists(), reason=f"no {PFL_PYTHON} with pfl and torch")
 def test_pfl_does_all_the_work(tmp_path):
     names = [row["side"] for row in table(tmp_path, "--pfl-python", str(PFL_PYTHON))["rows"]]
-    assert names[2:] == ["pfl-research", "pfl-research, torchrun"]
+    assert names[2:4] == ["pfl-research", "pfl-research, torchrun"]
