@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-NAMES = ("aggregation", "overhead", "communication", "scale")
+NAMES = ("aggregation", "overhead", "communication", "scale", "peers")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
