@@ -9,9 +9,6 @@ pfl-research needs an environment of its own, with pfl and torch, on the same ma
 
     python -m venv pfl-venv && pfl-venv/bin/pip install pfl torch
     python -m simulations.bench peers --pfl-python pfl-venv/bin/python
-
-Flower's simulation imports TensorFlow where it is installed, and with TensorFlow 2.21 in a process
-torch 2.14 crashes at its first optimizer (libtriton). Run this where there is none.
 """
 
 import argparse
@@ -25,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -96,8 +92,6 @@ def left_out(options: argparse.Namespace) -> dict[str, str]:
         reasons["pfl-research"] = "see --pfl-python"
     if options.without_ray:
         reasons[RAY] = "--without-ray"
-    elif find_spec("tensorflow"):
-        reasons[RAY] = "TensorFlow is installed, with which it crashes; see --help"
     return reasons
 
 
