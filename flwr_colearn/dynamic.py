@@ -337,7 +337,7 @@ class ModelAveraging(Strategy):
             random=random.Random(self.seed),
             timeout=None if math.isinf(timeout) else float(timeout),
         )
-        self.history.restore([])
+        self.history.clear()
         if saved is None:
             return 0
         if resume == "never":

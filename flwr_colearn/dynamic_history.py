@@ -1,16 +1,14 @@
 """DynamicRecord: what happened in every round of model averaging, and the history of a run."""
 
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from logging import INFO
-from pathlib import Path
 from typing import Any, Literal
 
 from flwr.common import log
 
 from .errors import ColearnError
-from .history import _spell, _unspell
+from .history import RecordFile, _spell, _unspell
 from .metering import Transfers
 
 
@@ -90,6 +88,40 @@ class DynamicRecord:
         """Return the record as one line of JSON; numbers that are not finite become strings."""
         return json.dumps(_spell(asdict(self)), allow_nan=False)
 
+    def log(self) -> None:
+        """Write the round as branches of Flower's log."""
+        moved = Transfers(**self.moved)
+        log(INFO, "Averaging: round %s complete in %.1f s", self.round, self.seconds)
+        log(INFO, "\t├── Mini-batches: %s each", self.mini_batches)
+        log(INFO, "\t├── Loss: %s, cumulative %s", self.loss, self.cumulative_loss)
+        log(
+            INFO,
+            "\t├── Distance: up to %.4g of %.4g; %s reported, %s fetched, synchronisation: %s",
+            self.largest_distance,
+            self.delta,
+            len(self.reporters),
+            len(self.fetched),
+            self.synchronised,
+        )
+        log(
+            INFO,
+            "\t├── Models: %s down, %s up; bytes %s down, %s up; control %s down, %s up",
+            moved.models_down,
+            moved.models_up,
+            f"{moved.bytes_down:,}",
+            f"{moved.bytes_up:,}",
+            f"{moved.control_down:,}",
+            f"{moved.control_up:,}",
+        )
+        log(
+            INFO,
+            "\t└── Learners: %s given anew, %s refused, %s restarted, %s absent",
+            len(self.lost),
+            len(self.refusals),
+            len(self.restarts),
+            len(self.absences),
+        )
+
     @classmethod
     def from_json(cls, line: str) -> "DynamicRecord":
         """Read a record back from `to_json`.
@@ -112,56 +144,10 @@ class DynamicRecord:
         return record
 
 
-class DynamicHistory:
-    """The records of a run, in memory and, if a path is given, as JSON lines on disk.
+class DynamicHistory(RecordFile[DynamicRecord]):
+    """The rounds of model averaging, in memory and, if a path is given, as JSON lines on disk."""
 
-    Parameters
-    ----------
-    path : str or Path, optional
-        Written line by line; the first record of a run replaces what an earlier run left there.
-    """
-
-    def __init__(self, path: str | Path | None = None) -> None:
-        self.path = None if path is None else Path(path)
-        self.records: list[DynamicRecord] = []
-
-    def __iter__(self) -> Iterator[DynamicRecord]:
-        """Yield the records in order."""
-        return iter(self.records)
-
-    def __len__(self) -> int:
-        """Return the number of rounds recorded."""
-        return len(self.records)
-
-    def append(self, record: DynamicRecord) -> None:
-        """Add a complete round: keep it, write it, log it."""
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a" if self.records else "w") as file:
-                file.write(record.to_json() + "\n")
-        self.records.append(record)
-        _log_record(record)
-
-    def restore(self, records: Iterable[DynamicRecord]) -> None:
-        """Go on from these records: what the file holds beyond them is dropped."""
-        self.records = list(records)
-        if self.path is not None and self.records:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(record.to_json() + "\n" for record in self.records))
-
-    @classmethod
-    def read(cls, path: str | Path) -> "DynamicHistory":
-        """Read a history written earlier.
-
-        Raises
-        ------
-        ColearnError
-            If a line is not a record.
-        """
-        history = cls()
-        lines = Path(path).read_text().splitlines()
-        history.records = [DynamicRecord.from_json(line) for line in lines if line]
-        return history
+    kind = DynamicRecord
 
     @property
     def transfers(self) -> Transfers:
@@ -177,37 +163,3 @@ class DynamicHistory:
     def cumulative_loss(self) -> float | None:
         """Of all rounds."""
         return self.records[-1].cumulative_loss if self.records else 0.0
-
-
-def _log_record(record: DynamicRecord) -> None:
-    moved = Transfers(**record.moved)
-    log(INFO, "Averaging: round %s complete in %.1f s", record.round, record.seconds)
-    log(INFO, "\t├── Mini-batches: %s each", record.mini_batches)
-    log(INFO, "\t├── Loss: %s, cumulative %s", record.loss, record.cumulative_loss)
-    log(
-        INFO,
-        "\t├── Distance: up to %.4g of %.4g; %s reported, %s fetched, synchronisation: %s",
-        record.largest_distance,
-        record.delta,
-        len(record.reporters),
-        len(record.fetched),
-        record.synchronised,
-    )
-    log(
-        INFO,
-        "\t├── Models: %s down, %s up; bytes %s down, %s up; control %s down, %s up",
-        moved.models_down,
-        moved.models_up,
-        f"{moved.bytes_down:,}",
-        f"{moved.bytes_up:,}",
-        f"{moved.control_down:,}",
-        f"{moved.control_up:,}",
-    )
-    log(
-        INFO,
-        "\t└── Learners: %s given anew, %s refused, %s restarted, %s absent",
-        len(record.lost),
-        len(record.refusals),
-        len(record.restarts),
-        len(record.absences),
-    )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from logging import INFO
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 from flwr.common import log
@@ -76,6 +76,23 @@ class RoundRecord:
         """Return the record as one line of JSON; numbers that are not finite become strings."""
         return json.dumps(_spell(asdict(self)), allow_nan=False)
 
+    def log(self) -> None:
+        """Write the round as branches of Flower's log."""
+        change = self.relative_change
+        log(INFO, "CoLearn: round %s complete in %.1f s", self.round, self.seconds)
+        log(INFO, "\t├── Local epochs: %s (%s in all)", self.local_epochs, self.epochs_done)
+        log(INFO, "\t├── Learning rate: from %g", self.learning_rate)
+        log(INFO, "\t├── Relative change: %s", "unknown" if change is None else f"{change:.4g}")
+        log(INFO, "\t├── Bytes: %s down, %s up", f"{self.bytes_down:,}", f"{self.bytes_up:,}")
+        log(
+            INFO,
+            "\t└── Participants: %s averaged, %s refused, %s restarted, %s absent",
+            len(self.participants),
+            len(self.refusals),
+            len(self.restarts),
+            len(self.absences),
+        )
+
     @classmethod
     def from_json(cls, line: str) -> "RoundRecord":
         """Read a record back from `to_json`.
@@ -100,7 +117,24 @@ class RoundRecord:
         return record
 
 
-class History:
+class Record(Protocol):
+    """What a `RecordFile` holds: one round."""
+
+    def to_json(self) -> str:
+        """Return the record as one line."""
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """Read a record back."""
+
+    def log(self) -> None:
+        """Write what happened to Flower's log."""
+
+
+R = TypeVar("R", bound=Record)
+
+
+class RecordFile(Generic[R]):
     """The records of a run, in memory and, if a path is given, as JSON lines on disk.
 
     Parameters
@@ -108,6 +142,59 @@ class History:
     path : str or Path, optional
         Written line by line, flushed with every round; the first record of a run replaces what an
         earlier run left there.
+    """
+
+    kind: type[R]
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.records: list[R] = []
+
+    def __iter__(self) -> Iterator[R]:
+        """Yield the records in order."""
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        """Return the number of rounds recorded."""
+        return len(self.records)
+
+    def append(self, record: R) -> None:
+        """Add a complete round: keep it, write it, log it."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a" if self.records else "w") as file:
+                file.write(record.to_json() + "\n")
+        self.records.append(record)
+        record.log()
+
+    def clear(self) -> None:
+        """Forget the records of an earlier run; its file stays until a new record is written."""
+        self.records = []
+
+    def restore(self, records: Iterable[R]) -> None:
+        """Go on from these records: what the file holds beyond them is dropped."""
+        self.records = list(records)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(record.to_json() + "\n" for record in self.records))
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read a history written earlier.
+
+        Raises
+        ------
+        ColearnError
+            If a line is not a record.
+        """
+        history = cls()
+        lines = Path(path).read_text().splitlines()
+        history.records = [cls.kind.from_json(line) for line in lines if line]
+        return history
+
+
+class History(RecordFile[RoundRecord]):
+    """The rounds of co-learning, in memory and, if a path is given, as JSON lines on disk.
 
     Examples
     --------
@@ -117,52 +204,7 @@ class History:
     [5]
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
-        self.path = None if path is None else Path(path)
-        self.records: list[RoundRecord] = []
-
-    def __iter__(self) -> Iterator[RoundRecord]:
-        """Yield the records in order."""
-        return iter(self.records)
-
-    def __len__(self) -> int:
-        """Return the number of rounds recorded."""
-        return len(self.records)
-
-    def append(self, record: RoundRecord) -> None:
-        """Add a complete round: keep it, write it, log it."""
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a" if self.records else "w") as file:
-                file.write(record.to_json() + "\n")
-        self.records.append(record)
-        _log_record(record)
-
-    def clear(self) -> None:
-        """Forget the records of an earlier run; its file stays until a new record is written."""
-        self.records = []
-
-    def restore(self, records: Iterable[RoundRecord]) -> None:
-        """Go on from these records: what the file holds beyond them is dropped."""
-        self.records = list(records)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(record.to_json() + "\n" for record in self.records))
-
-    @classmethod
-    def read(cls, path: str | Path) -> "History":
-        """Read a history written earlier.
-
-        Raises
-        ------
-        ColearnError
-            If a line is not a record.
-        """
-        history = cls()
-        history.records = [
-            RoundRecord.from_json(line) for line in Path(path).read_text().splitlines() if line
-        ]
-        return history
+    kind = RoundRecord
 
     @property
     def bytes_total(self) -> int:
@@ -173,23 +215,6 @@ class History:
     def epochs_path(self) -> list[int]:
         """T_i of every round."""
         return [record.local_epochs for record in self.records]
-
-
-def _log_record(record: RoundRecord) -> None:
-    change = record.relative_change
-    log(INFO, "CoLearn: round %s complete in %.1f s", record.round, record.seconds)
-    log(INFO, "\t├── Local epochs: %s (%s in all)", record.local_epochs, record.epochs_done)
-    log(INFO, "\t├── Learning rate: from %g", record.learning_rate)
-    log(INFO, "\t├── Relative change: %s", "unknown" if change is None else f"{change:.4g}")
-    log(INFO, "\t├── Bytes: %s down, %s up", f"{record.bytes_down:,}", f"{record.bytes_up:,}")
-    log(
-        INFO,
-        "\t└── Participants: %s averaged, %s refused, %s restarted, %s absent",
-        len(record.participants),
-        len(record.refusals),
-        len(record.restarts),
-        len(record.absences),
-    )
 
 
 def _unspell(value: Any) -> Any:

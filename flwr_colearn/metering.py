@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
-from ._flwr import data_bytes, nodes_of, records_of
+from ._flwr import data_bytes, records_of
 from .exchange import control_bytes
+from .grids import WrappingGrid
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Transfers:
         return self.bytes_down + self.bytes_up + self.control_down + self.control_up
 
 
-class MeteredGrid(Grid):
+class MeteredGrid(WrappingGrid):
     """A Grid around any Grid that counts what goes through it.
 
     Put inside a `RecoveringGrid`, it sees every restart and every refused reply.
@@ -54,34 +54,13 @@ class MeteredGrid(Grid):
     """
 
     def __init__(self, grid: Grid) -> None:
-        self.grid = grid
+        super().__init__(grid)
         self._moved = Transfers()
 
     def take(self) -> Transfers:
         """Return what moved since the last call."""
         moved, self._moved = self._moved, Transfers()
         return moved
-
-    def set_run(self, run: Any) -> None:
-        """Set the run of the grid inside."""
-        self.grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """The run of the grid inside."""
-        return self.grid.run
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Create a message as the grid inside does."""
-        return self.grid.create_message(*args, **kwargs)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the nodes that are connected."""
-        return self.grid.get_node_ids()
-
-    def get_nodes(self) -> Iterable[Any]:
-        """Return what is known of the nodes that are connected."""
-        return nodes_of(self.grid)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Push and count messages."""

@@ -3,14 +3,14 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from logging import WARNING
-from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ._flwr import data_bytes, nodes_of, records_of, view
+from ._flwr import data_bytes, records_of, view
 from .errors import ColearnError
+from .grids import WrappingGrid
 from .keeping import RECORD
 from .normalization import Normalization
 from .replies import failure_of
@@ -49,7 +49,7 @@ class _Model:
     positions: list[int]
 
 
-class NormalizationGrid(Grid):
+class NormalizationGrid(WrappingGrid):
     """A Grid around any Grid that leaves out of messages what stays with the participants.
 
     Outgoing models lose the arrays that the scheme keeps with the participants; replies get them
@@ -77,34 +77,13 @@ class NormalizationGrid(Grid):
     """
 
     def __init__(self, grid: Grid, scheme: Normalization, roles: Roles = None) -> None:
-        self.grid = grid
+        super().__init__(grid)
         self.scheme = scheme
         self._given_roles = roles
         self._model: _Model | None = None
         self._sent: dict[str, Message] = {}
         self._holders: set[int] = set()
         self._traffic = Traffic()
-
-    def set_run(self, run: Any) -> None:
-        """Set the run of the grid inside."""
-        self.grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """The run of the grid inside."""
-        return self.grid.run
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Create a message as the grid inside does."""
-        return self.grid.create_message(*args, **kwargs)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the nodes that are connected."""
-        return self.grid.get_node_ids()
-
-    def get_nodes(self) -> Iterable[Any]:
-        """Return what is known of the nodes that are connected."""
-        return nodes_of(self.grid)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Push the messages, less what stays with the participants."""

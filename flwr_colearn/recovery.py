@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
-from typing import Any, Literal
+from typing import Literal
 
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ._flwr import data_bytes, node_names, nodes_of, records_of
+from ._flwr import data_bytes, node_names, records_of
 from .errors import ColearnError, expected, real_number, whole_number
+from .grids import WrappingGrid
 from .replies import ECHO, check_train_reply, echo_of, failure_of
 
 LONGEST_PAUSE = 60.0
@@ -143,7 +144,7 @@ class _Directory:
         return self.name_of(node_id) or str(node_id)
 
 
-class RecoveringGrid(Grid):
+class RecoveringGrid(WrappingGrid):
     """A Grid around any Grid that restarts participants which fail, in the same round.
 
     ``CoLearn.start`` puts one around its grid by itself; any other Flower strategy can be given
@@ -188,7 +189,7 @@ class RecoveringGrid(Grid):
         recovery: Recovery | None = None,
         check: Callable[[Message, Message], None] = check_train_reply,
     ) -> None:
-        self.grid = grid
+        super().__init__(grid)
         self.recovery = recovery or Recovery()
         self.check = check
         self.node_ids: list[int] = []
@@ -196,35 +197,6 @@ class RecoveringGrid(Grid):
         self.sent = 0
         self._directory = _Directory()
         self._events: list[Event] = []
-
-    def set_run(self, run: Any) -> None:
-        """Set the run of the grid inside."""
-        self.grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """The run of the grid inside."""
-        return self.grid.run
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Create a message as the grid inside does."""
-        return self.grid.create_message(*args, **kwargs)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the nodes that are connected."""
-        return self.grid.get_node_ids()
-
-    def get_nodes(self) -> Iterable[Any]:
-        """Return what is known of the nodes that are connected."""
-        return nodes_of(self.grid)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Push messages without recovery."""
-        return self.grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pull replies without recovery."""
-        return self.grid.pull_messages(message_ids)
 
     def name_of(self, node_id: int) -> str:
         """Return a participant's name where known, else its node id."""
