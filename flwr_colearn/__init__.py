@@ -45,7 +45,7 @@ from .sidebyside import SideBySideGrid
 from .synchronous import SynchronousSGD
 from .wire import BFloat16, Float16, Float32, Int8, Wire, wire_mod
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Average",
