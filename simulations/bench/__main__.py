@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-NAMES = ("aggregation",)
+NAMES = ("aggregation", "peers")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

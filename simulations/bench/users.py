@@ -1,0 +1,122 @@
+"""The work of the ``peers`` benchmark, the same for all sides; imports torch and nothing else."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Work:
+    """A federated training of pfl-research's CIFAR-10 shape.
+
+    Attributes
+    ----------
+    users, cohort : int
+        How many there are, and how many of them train in every round.
+    examples, batch : int
+        Of every user; one local epoch has ``examples / batch`` steps.
+    rate : float
+        Local learning rate of SGD without momentum.
+    rounds : int
+        Rounds that are timed; one more goes before them to warm up.
+    """
+
+    users: int = 1000
+    cohort: int = 50
+    examples: int = 50
+    batch: int = 10
+    rate: float = 0.1
+    rounds: int = 5
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return (self.rounds + 1) * self.cohort * (self.examples // self.batch)
+
+
+class SmallCnn(nn.Sequential):
+    """pfl-research's small CNN for images [N, 32, 32, 3] (1,626,442 parameters).
+
+    Attributes
+    ----------
+    batches : Counter
+        How many batches of each size it was trained on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 32, 3),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Dropout(0.25),
+            nn.Flatten(),
+            nn.Linear(64 * 14 * 14, 128),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(128, 10),
+        )
+        for module in self:
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+        self.batches: Counter[int] = Counter()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [N, 32, 32, 3] to logits [N, 10]."""
+        if self.training:
+            self.batches[len(images)] += 1
+        return super().forward(images.permute(0, 3, 1, 2))
+
+
+@cache
+def data(users: int, examples: int) -> list[tuple[Tensor, Tensor]]:
+    """Return every user's images and labels: random ones, since only time counts."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(users, examples, 32, 32, 3, generator=generator)
+    labels = torch.randint(10, (users, examples), generator=generator)
+    return list(zip(images, labels, strict=True))
+
+
+def task() -> tuple[Work, Path]:
+    """Return the work and the folder for results that the command line of a side names."""
+    return Work(**json.loads(sys.argv[1])), Path(sys.argv[2])
+
+
+class Stopwatch:
+    """Notes the clock, and this process's CPU time, when training begins and when rounds end."""
+
+    def __init__(self) -> None:
+        self.laps: list[tuple[float, float]] = []
+
+    def lap(self) -> None:
+        """Note both."""
+        self.laps.append((time.time(), time.process_time()))
+
+    def write(self, folder: Path, part: int, steps: float) -> None:
+        """Leave what was measured where the benchmark looks for it.
+
+        Parameters
+        ----------
+        folder : Path
+            Of this side's run.
+        part : int
+            Number of this process among the side's.
+        steps : float
+            Optimizer steps on full batches, those of the warm-up included.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{part}.json").write_text(json.dumps({"laps": self.laps, "steps": steps}))
+
+
+def as_json(work: Work) -> str:
+    """Return the work as `task` reads it."""
+    return json.dumps(dataclasses.asdict(work))
