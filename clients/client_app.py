@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import cast
 
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.numpy_client import train_locally
 from clients.trainer import Trainer
 from flwr_colearn import LocalPlan, introduce, participant_mod
+from flwr_colearn._flwr import to_record, view
 
 
 def make_client_app(
@@ -36,8 +37,9 @@ def make_client_app(
         trainer = _load(build(context), message)
         plan = LocalPlan.from_config(message.content["config"])
         metrics = train_locally(trainer, plan, context, seed(context), keep_optimizer(context))
-        weights = {name: Array(array) for name, array in trainer.get_weights().items()}
-        content = RecordDict({"arrays": ArrayRecord(weights), "metrics": MetricRecord(metrics)})
+        content = RecordDict(
+            {"arrays": to_record(trainer.get_weights()), "metrics": MetricRecord(metrics)}
+        )
         return Message(content=content, reply_to=message)
 
     @app.evaluate()
@@ -51,5 +53,5 @@ def make_client_app(
 
 def _load(trainer: Trainer, message: Message) -> Trainer:
     arrays = cast(ArrayRecord, message.content["arrays"])
-    trainer.set_weights({name: array.numpy() for name, array in arrays.items()})
+    trainer.set_weights(view(arrays))
     return trainer
