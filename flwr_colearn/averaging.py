@@ -61,6 +61,19 @@ class RunningMean:
         self.weight: float = 0
         self.count = 0
 
+    def renew(self, like: Arrays) -> None:
+        """Begin a new mean, from another model of the same names, shapes and types.
+
+        The sums' memory is used again: to have the system find it anew costs as much as adding two
+        models.
+        """
+        self._like = dict(like)
+        self._sums = {
+            name: a for name, a in self._sums.items() if self._like[name].dtype.kind == "f"
+        }
+        self._bounds, self._means = {}, {}
+        self.weight, self.count = 0, 0
+
     def add(self, arrays: Arrays, weight: float = 1) -> None:
         """Add one participant's model; it may be dropped afterwards.
 
@@ -127,8 +140,9 @@ class RunningMean:
     def _add_floats(self, arrays: Arrays, weight: float) -> None:
         """Add weight * arrays to the float64 sums, block by block."""
         first = not self.count
-        if first:
-            self._sums.update({name: np.empty(a.shape, np.float64) for name, a in arrays.items()})
+        for name, array in arrays.items():
+            if first and (name not in self._sums or self._sums[name].shape != array.shape):
+                self._sums[name] = np.empty(array.shape, np.float64)
         sums, terms = flat({name: self._sums[name] for name in arrays}), flat(arrays)
 
         def add(parts: list[Part]) -> None:

@@ -110,6 +110,7 @@ class CoLearningRule:
         self._roles: dict[str, Role] = {}
         self._open_round: _OpenRound | None = None
         self._sent: Arrays = {}
+        self._mean: RunningMean | None = None
         self._measured: tuple[object, float] | None = None
         self._averaged = True
 
@@ -179,14 +180,13 @@ class CoLearningRule:
         record = RoundRecord(
             server_round, plan.local_epochs, plan.learning_rate, self.progress.epochs_done
         )
-        mean = RunningMean(arrays, self._roles)
-        self._open_round = _OpenRound(record, mean, time.perf_counter())
+        self._open_round = _OpenRound(record, self._new_mean(arrays), time.perf_counter())
         return plan
 
     def reset(self) -> None:
         """Forget an earlier run."""
         self.progress, self._open_round = Progress(), None
-        self._sent, self._measured, self._roles = {}, None, {}
+        self._sent, self._measured, self._roles, self._mean = {}, None, {}, None
         self.history.clear()
 
     def fold(
@@ -397,6 +397,13 @@ class CoLearningRule:
                 "round: expected configure_train (configure_fit) before the aggregation, found none"
             )
         return self._open_round
+
+    def _new_mean(self, arrays: Arrays) -> RunningMean:
+        if self._mean is None:
+            self._mean = RunningMean(arrays, self._roles)
+        else:
+            self._mean.renew(arrays)
+        return self._mean
 
     def _assign_roles(self, arrays: Arrays) -> dict[str, Role]:
         roles = assign_roles(arrays, self._given_roles)

@@ -78,3 +78,28 @@ def test_one_bad_number_is_found_in_any_block(where, threads, monkeypatch):
     check_model(like, like)
     with pytest.raises(ColearnError, match="array 'a': expected finite numbers"):
         check_model(bad, like)
+
+
+def test_a_renewed_mean_knows_nothing_of_the_last_one():
+    rng = np.random.default_rng(0)
+    model = {"w": np.zeros(5, np.float32), "n": np.array(0), "bn.running_mean": np.zeros(2)}
+    model["bn.running_var"] = np.ones(2)
+
+    def other():
+        return {name: np.asarray(rng.integers(1, 9, a.shape), a.dtype) for name, a in model.items()}
+
+    used = RunningMean(model)
+    for _ in range(3):
+        used.add(other(), 2)
+    like, second = other(), [other(), other()]
+    used.renew(like)
+    fresh = RunningMean(like)
+    for each in second:
+        used.add(each)
+        fresh.add(each)
+    for name, array in fresh.mean().items():
+        assert used.mean()[name].tobytes() == array.tobytes()
+    assert (used.count, used.weight) == (2, 2)
+    used.renew(like)
+    with pytest.raises(ColearnError, match="at least one model"):
+        used.mean()

@@ -1,7 +1,8 @@
 """Aggregating K models of ResNet-152: time against Flower's FedAvg, and memory.
 
-Both strategies get the same replies in turn. The floor is what any sum in float64 must move when
-models come one at a time: K x 20 bytes per parameter (read the reply, read and write the sum).
+Both strategies get the same replies in turn, round after round; the median round counts. The floor
+is what any sum in float64 must move when models come one at a time: K x 20 bytes per parameter
+(read the reply, read and write the sum).
 """
 
 import argparse
@@ -19,7 +20,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr_colearn import CoLearn, InProcessGrid
 from flwr_colearn._flwr import data_bytes, to_record
 
-REPEATS = 3
+REPEATS = 5
 DISTINCT = 5
 """Replies made; for larger K they come again and again, each a gigabyte after the last time."""
 
@@ -56,28 +57,30 @@ def reply_to(message: Message, arrays: ArrayRecord, node_id: int) -> Message:
     return reply
 
 
-def opened(k: int, model: ArrayRecord) -> tuple[CoLearn, list[Message]]:
-    """Return a co-learning strategy that waits for K replies, and the messages it sent."""
-    strategy = CoLearn(k, local_epochs=1, learning_rate=0.01)
-    grid = InProcessGrid(ClientApp(), k)
-    return strategy, list(strategy.configure_train(1, model, ConfigRecord(), grid))
+def asked(strategy: CoLearn, server_round: int, model: ArrayRecord) -> list[Message]:
+    """Return the messages with which a co-learning strategy opens a round."""
+    grid = InProcessGrid(ClientApp(), strategy.num_participants)
+    return list(strategy.configure_train(server_round, model, ConfigRecord(), grid))
 
 
-def time_once(k: int, model: ArrayRecord, models: list[ArrayRecord]) -> dict[str, float]:
-    """Return the seconds of one aggregation by each strategy."""
-    seconds = {}
-    colearn, messages = opened(k, model)
-    for name, strategy in (("fedavg", FedAvg()), ("colearn", colearn)):
-        replies = [
-            reply_to(message, models[index % len(models)], index + 1)
-            for index, message in enumerate(messages)
-        ]
-        gc.collect()
-        started = time.perf_counter()
-        arrays, _ = strategy.aggregate_train(1, replies)
-        seconds[name] = time.perf_counter() - started
-        assert arrays is not None
-        assert len(arrays) == len(model)
+def time_rounds(k: int, model: ArrayRecord, models: list[ArrayRecord]) -> dict[str, list[float]]:
+    """Return the seconds that each strategy takes to aggregate, round after round, in turns."""
+    colearn = CoLearn(k, local_epochs=1, learning_rate=0.01)
+    seconds: dict[str, list[float]] = {"fedavg": [], "colearn": []}
+    fedavg = FedAvg()
+    for server_round in range(1, REPEATS + 1):
+        messages = asked(colearn, server_round, model)
+        for name, strategy in (("fedavg", fedavg), ("colearn", colearn)):
+            replies = [
+                reply_to(message, models[index % len(models)], index + 1)
+                for index, message in enumerate(messages)
+            ]
+            gc.collect()
+            started = time.perf_counter()
+            arrays, _ = strategy.aggregate_train(server_round, replies)
+            seconds[name].append(time.perf_counter() - started)
+            assert arrays is not None
+            assert len(arrays) == len(model)
     return seconds
 
 
@@ -103,7 +106,8 @@ def peak_memory(strategy: str, k: int) -> float:
         return to_record({str(i): rng.random((512, 512), np.float32) for i in range(64)})
 
     model = fresh(0)
-    colearn, messages = opened(k, model)
+    colearn = CoLearn(k, local_epochs=1, learning_rate=0.01)
+    messages = asked(colearn, 1, model)
     replies = (
         reply_to(message, fresh(index + 1), index + 1) for index, message in enumerate(messages)
     )
@@ -126,8 +130,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     bandwidth = copy_bandwidth(parameters)
     rows: list[dict[str, Any]] = []
     for k in options.participants:
-        runs = [time_once(k, model, models) for _ in range(REPEATS)]
-        median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        seconds = time_rounds(k, model, models)
+        median = {name: statistics.median(each) for name, each in seconds.items()}
         rows.append(
             {
                 "participants": k,
