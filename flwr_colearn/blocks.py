@@ -13,8 +13,8 @@ BLOCK = 1 << 17
 """Elements of a block: a float32 block and its float64 copy fit into a core's second-level cache,
 and numpy works long enough on one that threads do not wait for the interpreter."""
 
-_THREADED = 1 << 21
-"""Elements of a model from which on threads are worth their start."""
+_THREADED = 1 << 24
+"""Elements of a model from which on threads pay: on smaller ones they wait for the interpreter."""
 
 _MOST_THREADS = 8  # a few cores saturate a machine's memory
 

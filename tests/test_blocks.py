@@ -56,8 +56,9 @@ def test_threads_change_no_bit(threads, monkeypatch):
     assert relative_change(models[1], models[0]) == pytest.approx(change, rel=1e-14)
 
 
-def test_a_large_model_is_averaged_in_threads_by_default(monkeypatch):
-    size = blocks._THREADED + blocks.BLOCK // 3
+def test_a_large_model_is_averaged_in_threads(monkeypatch):
+    monkeypatch.setattr(blocks, "_THREADED", 1 << 20)
+    size = (1 << 20) + blocks.BLOCK // 3
     rng = np.random.default_rng(0)
     models = [{"w": rng.standard_normal(size, dtype=np.float32)} for _ in range(2)]
     monkeypatch.setattr(blocks.os, "cpu_count", lambda: 2)
