@@ -1,12 +1,13 @@
 """Examples in memory, and the order in which a local epoch sees them: numpy only."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from clients.objective import CLASSES, Objective
 from flwr_colearn import ColearnError
 
 NDArray = npt.NDArray[Any]
@@ -20,8 +21,8 @@ class Examples:
     ----------
     inputs : array, [N, ...]
         Images are [N, height, width, channels].
-    labels : array of int64, [N]
-        Class of every example.
+    labels : array, [N] of int64 or [N, labels] of float32
+        Class of every example, or 0 or 1 for each of its labels.
     """
 
     inputs: NDArray
@@ -49,10 +50,24 @@ class Examples:
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned: its training examples, which are dealt to participants, and its test set."""
+    """What is learned.
+
+    Attributes
+    ----------
+    train_set : Examples
+        Dealt to the participants; in an order that is random, but always the same.
+    test_set : Examples
+        What the server evaluates on.
+    objective : Objective
+        How models are trained and judged.
+    model_options : mapping
+        Keyword arguments for the model: what it has to know of the data, such as ``num_classes``.
+    """
 
     train_set: Examples
     test_set: Examples
+    objective: Objective = CLASSES
+    model_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def shuffled_batches(num_examples: int, batch_size: int, seed: int) -> list[NDArray]:

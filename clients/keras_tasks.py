@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from clients.data import Examples
+from clients.data import Task
 from clients.keras_models import densenet40, resnet8, small_cnn
 from clients.keras_trainer import KerasTrainer
 from clients.settings import ParticipantSettings
@@ -16,7 +16,7 @@ KITS = {
 }
 
 
-def build_model(settings: ParticipantSettings) -> keras.Model:
+def build_model(settings: ParticipantSettings, task: Task) -> keras.Model:
     """Return the model, freshly initialised from the settings' seed.
 
     Raises
@@ -26,23 +26,23 @@ def build_model(settings: ParticipantSettings) -> keras.Model:
     """
     build = kit_for(KITS, settings).model(settings)
     keras.utils.set_random_seed(settings.seed)
-    return build()
+    return build(**task.model_options)
 
 
-def participant_trainer(settings: ParticipantSettings, shard: Examples) -> KerasTrainer:
+def participant_trainer(settings: ParticipantSettings, task: Task) -> KerasTrainer:
     """Return a participant's trainer, on the device that it names."""
-    options = {**_options(settings), "device": settings.devices or None}
-    return KerasTrainer(build_model(settings), shard, shard, **options)
+    return _trainer(settings, task, device=settings.devices or None)
 
 
-def server_trainer(settings: ParticipantSettings, test_set: Examples) -> KerasTrainer:
+def server_trainer(settings: ParticipantSettings, task: Task) -> KerasTrainer:
     """Return the server's trainer, on a device of its own choice."""
-    return KerasTrainer(build_model(settings), test_set, test_set, **_options(settings))
+    return _trainer(settings, task)
 
 
-def _options(settings: ParticipantSettings) -> dict[str, Any]:
+def _trainer(settings: ParticipantSettings, task: Task, device: str | None = None) -> KerasTrainer:
     settings.refuse("channels_last", "workers")
-    return {
+    options: dict[str, Any] = {
+        "objective": task.objective,
         "batch_size": settings.batch_size,
         "momentum": settings.momentum,
         "weight_decay": settings.weight_decay,
@@ -50,4 +50,7 @@ def _options(settings: ParticipantSettings) -> dict[str, Any]:
         "precision": settings.precision,
         "jit_compile": settings.jit_compile,
         "clip_norm": settings.clip_norm or None,
+        "device": device,
     }
+    model = build_model(settings, task)
+    return KerasTrainer(model, task.train_set, task.test_set, **options)

@@ -9,9 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from clients.data import Examples, shuffled_batches
+from clients.objective import CLASSES, Objective
 from clients.tf_setup import check_device, keras, tf
 from clients.tf_transforms import Transform, no_transform
-from clients.trainer import EpochResult, NDArray, accuracy, check_weights, derive_seed
+from clients.trainer import EpochResult, NDArray, check_weights, derive_seed
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.errors import whole_number
 
@@ -39,9 +40,11 @@ class KerasTrainer:
         cannot train on, is left out of that epoch.
     momentum, weight_decay : float, default 0.9 and 0
         Of SGD.
+    objective : Objective, default one class for every example
+        Says which loss and which metrics there are.
     loss : callable, optional
         ``(targets, outputs) -> scalar`` mean loss, such as a ``keras.losses.Loss``; by default
-        cross-entropy of labels and logits. The model's own losses (regularizers) are added in
+        the objective's. The model's own losses (regularizers) are added in
         training.
     transform : callable, optional
         ``(inputs, training, seed) -> inputs`` in TensorFlow: normalisation, augmentation. See
@@ -77,6 +80,7 @@ class KerasTrainer:
         batch_size: int = 32,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
+        objective: Objective = CLASSES,
         loss: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None,
         transform: Transform = no_transform,
         device: str | None = None,
@@ -100,7 +104,8 @@ class KerasTrainer:
         self.train_set, self.test_set = train_set, test_set
         self.batch_size = batch_size
         self.momentum, self.weight_decay, self.clip_norm = momentum, weight_decay, clip_norm
-        self.loss = loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        self.objective = objective
+        self.loss = loss or _loss_of(objective)
         self.transform = transform
         self.device = check_device(device) if device else None
         self.precision = precision
@@ -174,12 +179,12 @@ class KerasTrainer:
         return EpochResult(float(total) / count, count)
 
     def evaluate(self) -> dict[str, float]:
-        """Return ``num-examples``, mean ``loss`` and ``accuracy`` on the test set."""
+        """Return ``num-examples``, mean ``loss`` and the objective's metrics on the test set."""
         outputs, targets = self.predict()
         return {
             "num-examples": len(targets),
             "loss": float(self.loss(tf.constant(targets), tf.constant(outputs))),
-            "accuracy": accuracy(outputs, targets),
+            **self.objective.metrics(outputs, targets),
         }
 
     def predict(self) -> tuple[NDArray, NDArray]:
@@ -284,6 +289,12 @@ def roles_of(model: keras.Model) -> dict[str, Role]:
             is_float = tf.as_dtype(variable.dtype).is_floating
             roles[name] = Role.BUFFER if is_float else Role.COUNTER
     return roles
+
+
+def _loss_of(objective: Objective) -> keras.losses.Loss:
+    if objective.multi_label:
+        return keras.losses.BinaryCrossentropy(from_logits=True)
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def _walk(

@@ -79,7 +79,7 @@ class ParticipantSettings(FromConfig):
     precision : str
         "float32", or with torch and keras "bfloat16" or "float16".
     jit_compile : bool
-        With keras: compile the training step with XLA.
+        Compile the training step: with keras by XLA, with torch by ``torch.compile``.
     channels_last, workers
         With torch: see `clients.torch_trainer.TorchTrainer`.
     """

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from clients.data import Examples
+from clients.data import Task
 from clients.settings import ParticipantSettings
 from clients.slim_models import resnet8, resnet_152, small_cnn, vgg_19
 from clients.slim_trainer import SlimTrainer
@@ -17,22 +17,21 @@ KITS = {
 }
 
 
-def participant_trainer(settings: ParticipantSettings, shard: Examples) -> SlimTrainer:
+def participant_trainer(settings: ParticipantSettings, task: Task) -> SlimTrainer:
     """Return a participant's trainer, on the device that it names."""
-    return _trainer(settings, shard, device=settings.devices or None)
+    return _trainer(settings, task, device=settings.devices or None)
 
 
-def server_trainer(settings: ParticipantSettings, test_set: Examples) -> SlimTrainer:
+def server_trainer(settings: ParticipantSettings, task: Task) -> SlimTrainer:
     """Return the server's trainer, on a device of its own choice."""
-    return _trainer(settings, test_set)
+    return _trainer(settings, task)
 
 
-def _trainer(
-    settings: ParticipantSettings, examples: Examples, device: str | None = None
-) -> SlimTrainer:
+def _trainer(settings: ParticipantSettings, task: Task, device: str | None = None) -> SlimTrainer:
     settings.refuse("precision", "jit_compile", "channels_last", "workers")
     kit = kit_for(KITS, settings)
     options: dict[str, Any] = {
+        "objective": task.objective,
         "seed": settings.seed,
         "batch_size": settings.batch_size,
         "momentum": settings.momentum,
@@ -41,4 +40,4 @@ def _trainer(
         "clip_norm": settings.clip_norm or None,
         "device": device,
     }
-    return SlimTrainer(kit.model(settings), examples, examples, **options)
+    return SlimTrainer(kit.model(settings), task.train_set, task.test_set, **options)

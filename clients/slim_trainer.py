@@ -9,10 +9,11 @@ from flwr.common import log
 from tqdm import tqdm
 
 from clients.data import Examples, shuffled_batches
+from clients.objective import CLASSES, Objective
 from clients.slim_import import slim, tf
 from clients.tf_setup import check_device
 from clients.tf_transforms import Transform, no_transform
-from clients.trainer import EpochResult, NDArray, accuracy, check_weights, derive_seed
+from clients.trainer import EpochResult, NDArray, check_weights, derive_seed
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.errors import whole_number
 
@@ -52,9 +53,11 @@ class SlimTrainer:
         cannot train on, is left out of that epoch.
     momentum, weight_decay : float, default 0.9 and 0
         Of SGD. Regularizers of the model's arg_scopes come on top.
+    objective : Objective, default one class for every example
+        Says which loss and which metrics there are.
     loss : callable, optional
-        ``(targets, outputs) -> scalar`` mean loss in TensorFlow; by default cross-entropy of labels
-        and logits. The regularization losses are added in training.
+        ``(targets, outputs) -> scalar`` mean loss in TensorFlow; by default the objective's. The
+        regularization losses are added in training.
     transform : callable, optional
         ``(inputs, training, seed) -> inputs`` in TensorFlow: normalisation, augmentation. See
         `clients.tf_transforms`.
@@ -84,6 +87,7 @@ class SlimTrainer:
         batch_size: int = 32,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
+        objective: Objective = CLASSES,
         loss: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None,
         transform: Transform = no_transform,
         device: str | None = None,
@@ -93,13 +97,14 @@ class SlimTrainer:
             raise ColearnError("train_set: expected at least one example, found an empty shard")
         whole_number("batch_size", batch_size, least=1)
         self.train_set, self.test_set = train_set, test_set
+        self.objective = objective
         self.batch_size = batch_size
         self.weight_decay, self.clip_norm = weight_decay, clip_norm
         self.name = getattr(model, "__name__", "network")
         self.graph = tf.Graph()
         with self.graph.as_default(), tf.device(check_device(device) if device else None):
             tf1.set_random_seed(seed)
-            self._build(model, transform, loss or _cross_entropy, momentum)
+            self._build(model, transform, loss or _loss_of(objective), momentum)
             initialize = tf1.global_variables_initializer()
             self._forget = tf1.variables_initializer(self._optimizer.variables())
         options = tf1.ConfigProto(allow_soft_placement=True)  # some operations are for CPUs only
@@ -151,13 +156,13 @@ class SlimTrainer:
         return EpochResult(float(total) / count, count)
 
     def evaluate(self) -> dict[str, float]:
-        """Return ``num-examples``, mean ``loss`` and ``accuracy`` on the test set."""
+        """Return ``num-examples``, mean ``loss`` and the objective's metrics on the test set."""
         outputs, targets = self.predict()
         feed = {self._outputs: outputs, self._targets: targets}
         return {
             "num-examples": len(targets),
             "loss": float(self._session.run(self._loss, feed)),
-            "accuracy": accuracy(outputs, targets),
+            **self.objective.metrics(outputs, targets),
         }
 
     def predict(self) -> tuple[NDArray, NDArray]:
@@ -249,6 +254,14 @@ class SlimTrainer:
         if last in _STATISTICS and all(prefix + each in self._variables for each in _STATISTICS):
             return _STATISTICS[last]
         return Role.BUFFER
+
+
+def _loss_of(objective: Objective) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    return _binary_cross_entropy if objective.multi_label else _cross_entropy
+
+
+def _binary_cross_entropy(targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(labels=targets, logits=outputs))
 
 
 def _cross_entropy(targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:

@@ -146,7 +146,7 @@ class _Replica(TorchTrainer):
         super().__init__(model, *args, **options)
         self.rank, self.world = rank, world
         device_ids = [self.device] if self.device.type == "cuda" else None
-        self.network = DistributedDataParallel(self.model, device_ids=device_ids)
+        self.network = DistributedDataParallel(self.network, device_ids=device_ids)
 
     def own_part(self, batches: BatchSampler) -> Iterator[list[int]]:
         """Yield every world-th example of each batch, equally many on every device."""

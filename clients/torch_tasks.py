@@ -1,13 +1,14 @@
 """The tasks with PyTorch: models, augmentation on the device, and trainers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
-from clients.data import Examples
+from clients.data import Examples, Task
 from clients.models import densenet40, mnist_cnn, resnet8, small_cnn
 from clients.settings import ParticipantSettings
 from clients.tasks import cifar10
@@ -66,7 +67,7 @@ KITS = {
 }
 
 
-def build_model(settings: ParticipantSettings) -> nn.Module:
+def build_model(settings: ParticipantSettings, task: Task) -> nn.Module:
     """Return the model, freshly initialised from the settings' seed.
 
     Raises
@@ -76,42 +77,62 @@ def build_model(settings: ParticipantSettings) -> nn.Module:
     """
     build = kit_for(KITS, settings).model(settings)
     torch.manual_seed(settings.seed)
-    return build()  # type: ignore[no-any-return]
+    return build(**task.model_options)  # type: ignore[no-any-return]
 
 
 def participant_trainer(
-    settings: ParticipantSettings, shard: Examples
+    settings: ParticipantSettings, task: Task
 ) -> TorchTrainer | ParallelTrainer:
     """Return a participant's trainer, over all of its devices."""
-    data, options = as_dataset(shard), _options(settings)
     devices = settings.devices.split(",") if settings.devices else []
     if len(devices) > 1:
-        return ParallelTrainer(build_model(settings), data, data, devices=devices, **options)
+        return ParallelTrainer(*_parts(settings, task), devices=devices, **_options(settings, task))
     device = devices[0] if devices else None
-    return TorchTrainer(build_model(settings), data, data, device=device, **options)
+    return TorchTrainer(*_parts(settings, task), device=device, **_options(settings, task))
 
 
-def server_trainer(settings: ParticipantSettings, test_set: Examples) -> TorchTrainer:
+def server_trainer(settings: ParticipantSettings, task: Task) -> TorchTrainer:
     """Return the server's trainer, on a device of its own choice."""
-    data = as_dataset(test_set)
-    return TorchTrainer(build_model(settings), data, data, **_options(settings))
+    return TorchTrainer(*_parts(settings, task), **_options(settings, task))
 
 
-def as_dataset(examples: Examples) -> TensorDataset:
-    """Return images [N, H, W, C] as PyTorch has them, [N, C, H, W], with their labels."""
-    images = np.ascontiguousarray(examples.inputs.transpose(0, 3, 1, 2))
-    return TensorDataset(torch.from_numpy(images), torch.from_numpy(examples.labels))
+def _parts(
+    settings: ParticipantSettings, task: Task
+) -> tuple[nn.Module, Dataset[Any], Dataset[Any]]:
+    """Return the model, and the data sets to train and to evaluate on."""
+    as_dataset = DATASETS.get(settings.task, tensors_of)
+    return (
+        build_model(settings, task),
+        as_dataset(task.train_set, settings.augment),
+        as_dataset(task.test_set, False),
+    )
 
 
-def _options(settings: ParticipantSettings) -> dict[str, Any]:
-    settings.refuse("jit_compile")
+def tensors_of(examples: Examples, augment: bool = False) -> TensorDataset:
+    """Return examples in memory; images [N, H, W, C] as PyTorch has them, [N, C, H, W].
+
+    Whether to augment does not matter here: batches are augmented on the device.
+    """
+    inputs = examples.inputs
+    if inputs.ndim == 4:
+        inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
+    return TensorDataset(torch.from_numpy(inputs), torch.from_numpy(examples.labels))
+
+
+DATASETS: dict[str, Callable[[Examples, bool], Dataset[Any]]] = {}
+"""Data sets of the tasks whose examples are read from files while training."""
+
+
+def _options(settings: ParticipantSettings, task: Task) -> dict[str, Any]:
     return {
+        "objective": task.objective,
         "batch_size": settings.batch_size,
         "momentum": settings.momentum,
         "weight_decay": settings.weight_decay,
         "transform": kit_for(KITS, settings).transform(settings),
         "precision": settings.precision,
         "channels_last": settings.channels_last,
+        "jit_compile": settings.jit_compile,
         "clip_norm": settings.clip_norm or None,
         "workers": settings.workers,
     }

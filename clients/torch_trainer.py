@@ -1,8 +1,10 @@
 """TorchTrainer: any nn.Module as a participant."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -10,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 from tqdm import tqdm
 
+from clients.objective import CLASSES, Objective
 from clients.torch_normalization import normalised, recalibrated
-from clients.trainer import EpochResult, NDArray, accuracy, derive_seed
+from clients.trainer import EpochResult, NDArray, derive_seed
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.errors import whole_number
 
@@ -29,7 +32,8 @@ class TorchTrainer:
     model : nn.Module
         Any module that maps a batch of inputs to outputs for `loss`.
     train_set : Dataset
-        Yields (input, target). A ``TensorDataset`` is indexed a batch at a time, which is fast.
+        Yields (input, target). A ``TensorDataset`` is indexed a batch at a time, on the device if
+        it takes no more than half of the memory that is free there.
     test_set : Dataset, optional
         What `evaluate` uses.
     batch_size : int, default 32
@@ -37,8 +41,10 @@ class TorchTrainer:
         cannot train on, is left out of that epoch.
     momentum, weight_decay : float, default 0.9 and 0
         Of SGD.
+    objective : Objective, default one class for every example
+        Says which loss and which metrics there are.
     loss : callable, optional
-        ``(outputs, targets) -> scalar`` mean loss; by default cross-entropy.
+        ``(outputs, targets) -> scalar`` mean loss; by default the objective's.
     transform : callable, optional
         ``(inputs, training) -> inputs`` on the device: normalisation, augmentation.
     device : str or torch.device, optional
@@ -48,10 +54,12 @@ class TorchTrainer:
     channels_last : bool, default False
         Make the model and its 4-d inputs channels-last: faster convolutions on recent GPUs. By
         default inputs stay as `transform` returns them.
+    jit_compile : bool, default False
+        Train through ``torch.compile``.
     clip_norm : float, optional
         Clip the gradient to this L2 norm.
     workers : int, default 0
-        Processes that load data.
+        Processes that load data, where it does not lie in memory as a ``TensorDataset``.
 
     Raises
     ------
@@ -68,11 +76,13 @@ class TorchTrainer:
         batch_size: int = 32,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
+        objective: Objective = CLASSES,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         transform: Transform | None = None,
         device: str | torch.device | None = None,
         precision: str = "float32",
         channels_last: bool = False,
+        jit_compile: bool = False,
         clip_norm: float | None = None,
         workers: int = 0,
     ) -> None:
@@ -87,14 +97,20 @@ class TorchTrainer:
         self.channels_last = channels_last
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=memory_format)
-        self.network: nn.Module = self.model  # what training calls: a subclass may wrap the model
+        # What training calls: the model, perhaps wrapped.
+        self.network: nn.Module = torch.compile(self.model) if jit_compile else self.model
         self.train_set, self.test_set = train_set, test_set
         self.batch_size = batch_size
-        self.loss = loss or nn.CrossEntropyLoss()
+        self.objective = objective
+        self.loss = (
+            loss or (nn.BCEWithLogitsLoss if objective.multi_label else nn.CrossEntropyLoss)()
+        )
         self.transform = transform or (lambda inputs, training: inputs)
         self.precision = precision
         self.clip_norm = clip_norm
         self.workers = workers
+        self._resident: WeakKeyDictionary[TensorDataset, tuple[Tensor, ...] | None]
+        self._resident = WeakKeyDictionary()
         self._sgd = {"momentum": momentum, "weight_decay": weight_decay}
         self.optimizer = self._new_optimizer()
 
@@ -214,13 +230,13 @@ class TorchTrainer:
         return normalised(self.model, config)
 
     def evaluate(self) -> dict[str, float]:
-        """Return ``num-examples``, mean ``loss`` and ``accuracy`` on the test set."""
+        """Return ``num-examples``, mean ``loss`` and the objective's metrics on the test set."""
         outputs, targets = self.predict()
         loss = self.loss(torch.from_numpy(outputs), torch.from_numpy(targets))
         return {
             "num-examples": len(targets),
             "loss": float(loss),
-            "accuracy": accuracy(outputs, targets),
+            **self.objective.metrics(outputs, targets),
         }
 
     @torch.no_grad()
@@ -233,7 +249,7 @@ class TorchTrainer:
         for inputs, target in self._test_batches(self.test_set):
             with self._autocast():
                 outputs.append(self.model(self._prepare(inputs, training=False)).float().cpu())
-            targets.append(target)
+            targets.append(target.cpu())
         return torch.cat(outputs).numpy(), torch.cat(targets).numpy()
 
     def get_optimizer_state(self) -> dict[str, NDArray]:
@@ -279,7 +295,7 @@ class TorchTrainer:
         """Return the part of every batch that this trainer takes: all of it."""
         return batches
 
-    def _train_batches(self, seed: int) -> DataLoader[Any]:
+    def _train_batches(self, seed: int) -> Iterable[Any]:
         return self._loader(self.train_set, self.own_part(self._sampler(seed)))
 
     def _sampler(self, seed: int) -> BatchSampler:
@@ -296,18 +312,49 @@ class TorchTrainer:
         inputs, targets = batch
         return inputs, targets
 
-    def _test_batches(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+    def _test_batches(self, dataset: Dataset[Any]) -> Iterable[Any]:
         order = range(len(dataset))  # type: ignore[arg-type]
         return self._loader(dataset, BatchSampler(order, max(self.batch_size, 256), False))
 
-    def _loader(self, dataset: Dataset[Any], batches: Iterable[list[int]]) -> DataLoader[Any]:
+    def _loader(self, dataset: Dataset[Any], batches: Iterable[list[int]]) -> Iterable[Any]:
         common: dict[str, Any] = {
             "num_workers": self.workers,
             "pin_memory": self.device.type == "cuda",
         }
-        if isinstance(dataset, TensorDataset):  # a list of indices takes a whole batch at once
+        if isinstance(dataset, TensorDataset):
+            tensors = self._on_device(dataset)
+            if tensors is not None:
+                return IndexedBatches(tensors, list(batches))
+            # A list of indices takes a whole batch at once.
             return DataLoader(dataset, sampler=batches, batch_size=None, **common)
         return DataLoader(dataset, batch_sampler=batches, **common)  # type: ignore[arg-type]
+
+    def _on_device(self, dataset: TensorDataset) -> tuple[Tensor, ...] | None:
+        """Return the data set's tensors on the device, or None if they would fill it."""
+        if self.device.type != "cuda":
+            return dataset.tensors
+        if dataset not in self._resident:
+            size = sum(tensor.nbytes for tensor in dataset.tensors)
+            fits = size <= torch.cuda.mem_get_info(self.device)[0] // 2
+            moved = tuple(tensor.to(self.device) for tensor in dataset.tensors) if fits else None
+            self._resident[dataset] = moved
+        return self._resident[dataset]
+
+
+@dataclass(frozen=True)
+class IndexedBatches:
+    """Batches taken from tensors where these lie."""
+
+    tensors: tuple[Tensor, ...]
+    indices: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for batch in self.indices:
+            index = torch.tensor(batch).to(self.tensors[0].device, non_blocking=True)
+            yield [tensor[index] for tensor in self.tensors]
 
 
 def roles_of(model: nn.Module) -> dict[str, Role]:

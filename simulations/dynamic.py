@@ -27,7 +27,7 @@ from clients.online import dump, load, make_online_app
 from clients.partition import equal_shards
 from clients.streams import Drifting, Interleaved, Passes, Stream, random_drifts
 from clients.tasks import cifar10, mnist
-from clients.torch_tasks import as_dataset, normalise
+from clients.torch_tasks import normalise, tensors_of
 from clients.trainer import derive_seed
 from flwr_colearn import ColearnError, InProcessGrid, ModelAveraging
 from flwr_colearn.operators import (
@@ -342,7 +342,7 @@ def _row(runs: Sequence[DynamicUnit]) -> dict[str, object]:
 
 def _data(task: str, data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
     loaded = (mnist if task == "mnist" else cifar10).load(data_dir)
-    inputs, targets = as_dataset(loaded.train_set if train else loaded.test_set).tensors
+    inputs, targets = tensors_of(loaded.train_set if train else loaded.test_set).tensors
     return (inputs if task == "mnist" else normalise(inputs, False)), targets
 
 

@@ -1,10 +1,11 @@
 """From settings to tasks, shards and trainers of the framework that the run names."""
 
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from typing import Protocol, cast
 
-from clients.data import Examples, Task
+from clients.data import Task
 from clients.partition import Shards, class_shards, dirichlet_shards, equal_shards
 from clients.settings import ParticipantSettings
 from clients.trainer import Trainer
@@ -21,10 +22,10 @@ _FRAMEWORKS = {
 class Framework(Protocol):
     """What each framework's module offers: models, transforms and trainers for the tasks."""
 
-    def participant_trainer(self, settings: ParticipantSettings, shard: Examples) -> Trainer:
-        """Return a participant's trainer, which also evaluates on its shard."""
+    def participant_trainer(self, settings: ParticipantSettings, task: Task) -> Trainer:
+        """Return the trainer of a participant who has all of the task's examples."""
 
-    def server_trainer(self, settings: ParticipantSettings, test_set: Examples) -> Trainer:
+    def server_trainer(self, settings: ParticipantSettings, task: Task) -> Trainer:
         """Return the server's trainer: the initial model, and the judge of every shared one."""
 
 
@@ -81,14 +82,17 @@ def shards(settings: ParticipantSettings, num_partitions: int) -> Shards:
 def participant_trainer(
     settings: ParticipantSettings, partition_id: int, num_partitions: int
 ) -> Trainer:
-    """Return the trainer of one participant, who sees its own shard only."""
-    shard = load_task(settings).train_set.take(shards(settings, num_partitions)[partition_id])
-    return framework(settings).participant_trainer(settings, shard)
+    """Return the trainer of one participant, who trains and evaluates on its own shard only."""
+    task = load_task(settings)
+    shard = task.train_set.take(shards(settings, num_partitions)[partition_id])
+    own = replace(task, train_set=shard, test_set=shard)
+    return framework(settings).participant_trainer(settings, own)
 
 
 def server_trainer(settings: ParticipantSettings) -> Trainer:
     """Return a trainer that evaluates on the common test set; the server's own."""
-    return framework(settings).server_trainer(settings, load_task(settings).test_set)
+    task = load_task(settings)
+    return framework(settings).server_trainer(settings, replace(task, train_set=task.test_set))
 
 
 def framework(settings: ParticipantSettings) -> Framework:

@@ -9,12 +9,12 @@ from clients.tasks import digits
 from clients.tasks.registry import load_task, participant_trainer, server_trainer, shards
 from clients.torch_tasks import (
     KITS,
-    as_dataset,
     augment,
     build_model,
     normalise,
     random_crop,
     random_flip,
+    tensors_of,
 )
 from flwr_colearn import ColearnError
 
@@ -130,7 +130,7 @@ def test_the_seed_alone_decides_the_initial_model():
 
 def test_images_become_channels_first():
     inputs = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
-    images, labels = as_dataset(Examples(inputs, np.array([7, 8]))).tensors
+    images, labels = tensors_of(Examples(inputs, np.array([7, 8]))).tensors
     assert images.shape == (2, 5, 3, 4)
     assert images.is_contiguous()
     assert int(images[1, 4, 2, 3]) == inputs[1, 2, 3, 4]

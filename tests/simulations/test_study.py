@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score
 from clients.settings import ParticipantSettings
 from clients.tasks import digits
 from clients.tasks.registry import participant_trainer, server_trainer
-from clients.torch_tasks import as_dataset
+from clients.torch_tasks import tensors_of
 from clients.trainer import derive_seed, follow
 from flwr_colearn import ColearnError, LocalPlan
 from simulations import study
@@ -166,7 +166,7 @@ def test_vanilla_with_the_cyclical_rate_is_co_learning_of_one_participant_with_a
 
 def test_the_ensemble_is_the_mean_of_the_probabilities_of_models_trained_alone():
     test_set = digits.load().test_set
-    inputs, targets = as_dataset(test_set).tensors
+    inputs, targets = tensors_of(test_set).tensors
     trainers = [participant_trainer(PARTICIPANTS, k, 3) for k in range(3)]
     by_hand = {}
     for epoch in (1, 2, 3):
