@@ -1,9 +1,10 @@
 """From settings to tasks, shards and trainers of the framework that the run names."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from clients.data import Task
 from clients.partition import Shards, class_shards, dirichlet_shards, equal_shards
@@ -37,21 +38,23 @@ def load_task(settings: ParticipantSettings) -> Task:
     ColearnError
         If there is no such task.
     """
-    if settings.task == "digits":
-        from clients.tasks import digits
+    if settings.task not in _LOADERS:
+        raise ColearnError(
+            f"run config 'task': expected one of {', '.join(_LOADERS)}, found {settings.task!r}"
+        )
+    return _LOADERS[settings.task](settings)
 
-        return digits.load()
-    if settings.task == "cifar10":
-        from clients.tasks import cifar10
 
-        return cifar10.load(settings.data_dir or "data")
-    if settings.task == "mnist":
-        from clients.tasks import mnist
+def _loader(name: str) -> Any:
+    return import_module(f"clients.tasks.{name}").load
 
-        return mnist.load(settings.data_dir or "data")
-    raise ColearnError(
-        f"run config 'task': expected digits, mnist or cifar10, found {settings.task!r}"
-    )
+
+_LOADERS: dict[str, Callable[[ParticipantSettings], Task]] = {
+    "digits": lambda settings: _loader("digits")(),
+    "mnist": lambda settings: _loader("mnist")(settings.data_dir or "data"),
+    "cifar10": lambda settings: _loader("cifar10")(settings.data_dir or "data"),
+}
+"""For each task how it is loaded, by its module, which is imported when it is asked for."""
 
 
 @lru_cache(maxsize=8)
