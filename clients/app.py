@@ -29,6 +29,12 @@ def _settings(context: Context) -> ParticipantSettings:
 # start afresh with every set_weights, so nothing leaks from one round to the next.
 _trainer = lru_cache(maxsize=64)(participant_trainer)
 
+
+def forget_trainers() -> None:
+    """Free the models and data that this process keeps for its participants."""
+    _trainer.cache_clear()
+
+
 app = make_client_app(
     build,
     seed=lambda context: _settings(context).seed,

@@ -27,15 +27,16 @@ class Arm:
         ILE, else FLE.
     pooled_data : bool
         Vanilla: all data at one site.
-    averaged : bool
-        False for the ensemble, whose participants never exchange models.
+    alone : bool
+        Every participant trains by itself, models are never averaged: the ensemble, and vanilla
+        learning with its exponential rate.
     """
 
     title: str
     cyclical: bool = False
     increasing: bool = False
     pooled_data: bool = False
-    averaged: bool = True
+    alone: bool = False
 
 
 ARMS = {
@@ -43,9 +44,9 @@ ARMS = {
     "clr-fle": Arm("CLR+FLE", cyclical=True),
     "elr-ile": Arm("ELR+ILE", increasing=True),
     "elr-fle": Arm("ELR+FLE (federated averaging)"),
-    "vanilla-elr": Arm("vanilla (ELR)", pooled_data=True),
+    "vanilla-elr": Arm("vanilla (ELR)", pooled_data=True, alone=True),
     "vanilla-clr": Arm("vanilla (CLR+ILE)", cyclical=True, increasing=True, pooled_data=True),
-    "ensemble": Arm("ensemble (ELR)", averaged=False),
+    "ensemble": Arm("ensemble (ELR)", alone=True),
 }
 
 

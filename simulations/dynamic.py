@@ -8,12 +8,12 @@ its result is written as it ends, and a re-run skips what is there.
 """
 
 import argparse
-import json
 import logging
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ from flwr_colearn.operators import (
     Serial,
 )
 from simulations.dynamic_figures import save_over_time, save_tradeoff
+from simulations.units import kept
 
 FEATURES, HIDDEN = 100, 64
 TEST_EXAMPLES = 2000
@@ -134,7 +135,7 @@ class DynamicUnit:
     ----------
     operator : str
         As on the command line.
-    setting : dict
+    config : dict
         The `Setting`.
     steps : list of int
         Mini-batches of every learner after each round.
@@ -152,7 +153,7 @@ class DynamicUnit:
     """
 
     operator: str
-    setting: dict[str, object]
+    config: dict[str, object]
     steps: list[int]
     losses: list[float]
     bytes: list[int]
@@ -286,20 +287,8 @@ def run_study(
     for name, seed in tqdm(plan, desc="operators x seeds"):
         seeded = replace(setting, seed=seed)
         path = output / "units" / f"{name}-{seed}.json"
-        if path.exists():
-            unit = DynamicUnit(**json.loads(path.read_text()))
-            if unit.setting != asdict(seeded):
-                raise ColearnError(
-                    f"{path}: expected a result of {asdict(seeded)}, found one of {unit.setting}; "
-                    "use another --output or remove it"
-                )
-        else:
-            unit = run_unit(name, seeded, data_dir)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text(json.dumps(asdict(unit)) + "\n")
-            scratch.replace(path)
-        units.append(unit)
+        run = partial(run_unit, name, seeded, data_dir)
+        units.append(kept(path, DynamicUnit, asdict(seeded), run))
     return units
 
 
@@ -309,7 +298,7 @@ def write_report(units: Sequence[DynamicUnit], setting: Setting, output: Path, t
             dict.fromkeys(unit.operator for unit in units)]  # fmt: skip
     table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
     (output / "table.md").write_text(table + "\n")
-    first = [unit for unit in units if unit.setting["seed"] == units[0].setting["seed"]]
+    first = [unit for unit in units if unit.config["seed"] == units[0].config["seed"]]
     save_tradeoff(
         [(unit.operator, unit.bytes[-1], unit.losses[-1]) for unit in first],
         output / "tradeoff.png",

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,6 @@ from flwr_colearn import (
     Average,
     BatchRenorm,
     CoLearn,
-    ColearnError,
     ExponentialRate,
     Frozen,
     GroupNorm,
@@ -54,6 +53,7 @@ from flwr_colearn import (
 from simulations.arms import ARMS, schedules
 from simulations.server_app import to_record
 from simulations.settings import RunSettings, check_keys, read_config
+from simulations.units import kept, unit_config
 
 CONF = Path(__file__).parent / "conf"
 
@@ -194,7 +194,7 @@ def run_cell(cell: Cell) -> Unit:
         history.bytes_total,
         sum(record.normalization.get("bytes", 0) for record in history),
         round(time.perf_counter() - started, 1),
-        unit_config(cell),
+        config_of(cell),
     )
 
 
@@ -300,11 +300,9 @@ def _labels(participants: ParticipantSettings) -> NDArray:
     return load_task(participants).train_set.labels
 
 
-def unit_config(cell: Cell) -> dict[str, object]:
-    """Return the settings that a result depends on; not those of the machine it came from."""
-    config = {**cell.participants.to_config(), **cell.settings.to_config()}
-    for key in ("data-dir", "devices", "workers", "output-dir", "wait-for-participants", "arm"):
-        del config[key]
+def config_of(cell: Cell) -> dict[str, object]:
+    """Return the settings that a cell's result depends on."""
+    config = unit_config(cell.participants, cell.settings)
     scheme = str(cell.normalization())
     return {**config, "normalization": scheme, "test-examples": cell.test_examples}
 
@@ -335,36 +333,9 @@ def run_study(plan: Sequence[Cell], output: Path, minutes: float) -> list[Unit]:
     for cell in tqdm(plan, desc="cells"):
         name = f"{cell.training}-{cell.participants.partition}-{cell.scheme}"
         path = output / "units" / f"{name}-{cell.participants.seed}.json"
-        unit = read_unit(path, unit_config(cell))
-        if unit is None and time.monotonic() - started < 60 * minutes:
-            unit = run_cell(cell)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text(json.dumps(asdict(unit)) + "\n")
-            scratch.replace(path)
-        if unit is not None:
-            units.append(unit)
+        if path.exists() or time.monotonic() - started < 60 * minutes:
+            units.append(kept(path, Unit, config_of(cell), partial(run_cell, cell)))
     return units
-
-
-def read_unit(path: Path, config: dict[str, object]) -> Unit | None:
-    """Return the unit written earlier, or None if there is none.
-
-    Raises
-    ------
-    ColearnError
-        If it was written with another config.
-    """
-    if not path.exists():
-        return None
-    unit = Unit(**json.loads(path.read_text()))
-    different = {key for key in config if unit.config.get(key) != config[key]}
-    if different:
-        raise ColearnError(
-            f"{path}: expected a result of the same config, found another "
-            f"{', '.join(sorted(different))}; use another --output or remove it"
-        )
-    return unit
 
 
 def rows(units: Sequence[Unit], plan: Sequence[Cell]) -> Iterator[dict[str, str]]:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
 
 from clients.settings import ParticipantSettings
-from clients.tasks.registry import server_trainer
+from clients.tasks.registry import load_task, server_trainer
 from clients.trainer import Trainer
 from flwr_colearn import CoLearn, ColearnError, History
 from flwr_colearn.report import curve, save_figure
@@ -46,15 +46,19 @@ def main(grid: Grid, context: Context) -> None:
             log(INFO, "The model of the last completed round is in %s", output)
         raise
     save_model(result, output)
-    summarise(result, strategy.history, settings, output)
+    headline = load_task(participants).objective.headline
+    summarise(result, strategy.history, settings, output, headline)
 
 
 def make_strategy(
-    settings: RunSettings, trainer: Trainer, history: str | Path | History | None
+    settings: RunSettings,
+    trainer: Trainer,
+    history: str | Path | History | None,
+    checkpoints: str | Path | None = None,
 ) -> CoLearn:
     """Return the strategy of the arm that the settings name."""
     arm = arm_named(settings.arm)
-    if not arm.averaged:
+    if arm.alone:
         raise ColearnError(
             f"run config 'arm': expected one whose participants exchange models, found "
             f"{settings.arm!r}; python -m simulations.study runs it"
@@ -65,6 +69,7 @@ def make_strategy(
         weighting=settings.weighting,  # type: ignore[arg-type]  # CoLearn checks it
         roles=trainer.roles(),
         history=history,
+        checkpoints=checkpoints,
         wire=Wire(codec_named(settings.compression_up), codec_named(settings.compression_down)),
         fraction_evaluate=settings.fraction_evaluate,
         wait_for_participants=settings.wait_for_participants,
@@ -93,11 +98,13 @@ def save_model(result: Result, output: Path) -> None:
     np.savez(output / "model.npz", **arrays)
 
 
-def summarise(result: Result, history: History, settings: RunSettings, output: Path) -> None:
-    """Write ``summary.json`` and ``accuracy.png``, and log what was reached."""
+def summarise(
+    result: Result, history: History, settings: RunSettings, output: Path, headline: str
+) -> None:
+    """Write ``summary.json`` and a picture of the headline metric, and log what was reached."""
     last = history.records[-1]
     summary = {
-        "accuracy": last.server_metrics["accuracy"],
+        headline: last.server_metrics[headline],
         "rounds": len(history),
         "local-epochs": last.epochs_done,
         "epochs-path": history.epochs_path,
@@ -111,7 +118,7 @@ def summarise(result: Result, history: History, settings: RunSettings, output: P
         log(INFO, "%s: %s", key, value)
     title = arm_named(settings.arm).title
     try:
-        save_figure([curve(history, title)], output / "accuracy.png", title)
+        save_figure([curve(history, title, headline)], output / f"{headline}.png", title, headline)
     except ColearnError as error:
         log(INFO, "No picture: %s", error)
     log(INFO, "History, model and summary are in %s", output)

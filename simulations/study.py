@@ -1,10 +1,12 @@
 """Compare the paper's arms at the same number of local epochs per participant, in process.
 
     python -m simulations.study digits --seeds 3
+    python -m simulations.study cifar10-densenet40 --calibrate 10
 
 TASK names a config in simulations/conf (or is a path to one). Every (arm, seed) is a unit: its
-result is written as it ends, and a re-run skips what is there. Two studies have commands of their
-own: ``normalization`` compares normalization schemes, ``dynamic`` operators of model averaging.
+result is written as it ends, a re-run skips what is there, and an interrupted unit goes on from its
+last round. Other studies have commands of their own: ``paper`` makes the paper's tables and figure,
+``normalization`` compares normalization schemes, ``dynamic`` operators of model averaging.
 """
 
 import argparse
@@ -13,156 +15,30 @@ import json
 import logging
 import statistics
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from tabulate import tabulate
 from tqdm import tqdm
 
-from clients.app import app
 from clients.settings import ParticipantSettings
-from clients.tasks.registry import participant_trainer, server_trainer
-from clients.trainer import NDArray, accuracy, derive_seed, follow
-from flwr_colearn import ColearnError, ExponentialRate, History, InProcessGrid, LocalPlan
-from flwr_colearn.report import Curve, doublings, save_figure
-from simulations.arms import ARMS, Arm, arm_named, schedules
-from simulations.server_app import evaluate_with, make_strategy, to_record
+from flwr_colearn.report import Curve, save_figure
+from simulations.arms import ARMS
+from simulations.calibration import calibrate
 from simulations.settings import RunSettings, check_keys, read_config
+from simulations.training import ArmUnit, run_unit
+from simulations.units import digest, kept, unit_config
 
 CONF = Path(__file__).parent / "conf"
-STUDIES = {"dynamic": "simulations.dynamic", "normalization": "simulations.normalization"}
+STUDIES = {
+    "dynamic": "simulations.dynamic",
+    "normalization": "simulations.normalization",
+    "paper": "simulations.paper",
+}
 OVERRIDES = ("data_dir", "examples", "total_epochs", "compression_up", "compression_down")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """The result of one arm with one seed.
-
-    Attributes
-    ----------
-    arm : str
-        Key of `simulations.arms.ARMS`.
-    seed : int
-        Of partition, initial model and training.
-    epochs, accuracies : list
-        Test accuracy of the shared model (of the averaged outputs, for the ensemble) after so many
-        local epochs per participant.
-    doublings : list of int
-        Local epochs after which T was increased.
-    rounds : int
-        Communication rounds; 0 where nothing is exchanged.
-    bytes : int
-        Of arrays, up and down, over all participants.
-    seconds : float
-        Wall time.
-    config : dict
-        The settings that gave it.
-    """
-
-    arm: str
-    seed: int
-    epochs: list[int]
-    accuracies: list[float]
-    doublings: list[int]
-    rounds: int
-    bytes: int
-    seconds: float
-    config: dict[str, object]
-
-    @property
-    def accuracy(self) -> float:
-        """Test accuracy at the end, in percent."""
-        return 100 * self.accuracies[-1]
-
-
-def run_unit(name: str, participants: ParticipantSettings, settings: RunSettings) -> Unit:
-    """Train one arm with one seed."""
-    arm = arm_named(name)
-    started = time.perf_counter()
-    if not arm.averaged:
-        epochs, accuracies = train_ensemble(participants, settings)
-        rounds = moved = 0
-        grown: list[int] = []
-    else:
-        history = train_averaged(name, arm, participants, settings)
-        epochs = [record.epochs_done for record in history]
-        accuracies = [record.server_metrics["accuracy"] for record in history]
-        grown = doublings(history.records)
-        # Vanilla learning exchanges no models: its rounds are only where it is evaluated.
-        rounds, moved = (0, 0) if arm.pooled_data else (len(history), history.bytes_total)
-    seconds = round(time.perf_counter() - started, 1)
-    config = unit_config(participants, settings)
-    return Unit(name, participants.seed, epochs, accuracies, grown, rounds, moved, seconds, config)
-
-
-def train_averaged(
-    name: str, arm: Arm, participants: ParticipantSettings, settings: RunSettings
-) -> History:
-    """Train an arm whose participants exchange models, or vanilla: one participant with all data.
-
-    Vanilla with the exponential rate keeps its optimizer, so that its rounds of T0 epochs are one
-    uninterrupted training.
-    """
-    if arm.pooled_data:
-        settings = replace(settings, num_participants=1)
-        participants = replace(participants, keep_optimizer=not arm.cyclical)
-    trainer = server_trainer(participants)
-    strategy = make_strategy(replace(settings, arm=name), trainer, None)
-    grid = InProcessGrid(app, settings.num_participants, run_config=participants.to_config())
-    strategy.start(
-        grid,
-        to_record(trainer),
-        num_rounds=settings.num_server_rounds or None,
-        evaluate_fn=evaluate_with(trainer),
-    )
-    return strategy.history
-
-
-def train_ensemble(
-    participants: ParticipantSettings, settings: RunSettings
-) -> tuple[list[int], list[float]]:
-    """Train every participant alone and average their output probabilities (paper, 4.1).
-
-    Returns
-    -------
-    epochs, accuracies : list
-        The ensemble's test accuracy, every T0 local epochs.
-    """
-    k, total = settings.num_participants, settings.total_epochs
-    rate = schedules(ARMS["ensemble"], settings)["learning_rate"]
-    assert isinstance(rate, ExponentialRate)
-    judge = server_trainer(participants)
-    trainers = [participant_trainer(participants, index, k) for index in range(k)]
-    epochs, accuracies = [], []
-    for done in range(0, total, settings.initial_epochs):
-        plan = LocalPlan(
-            round=len(epochs) + 1,
-            local_epochs=min(settings.initial_epochs, total - done),
-            learning_rate=rate.start(len(epochs)),
-            schedule=rate.kind,
-            decay=rate.decay,
-            epochs_done=done,
-            total_epochs=total,
-        )
-        probabilities = []
-        for index, trainer in enumerate(trainers):
-            follow(plan, trainer, derive_seed(participants.seed, index))
-            judge.set_weights(trainer.get_weights())
-            outputs, targets = judge.predict()
-            probabilities.append(softmax(outputs))
-        epochs.append(done + plan.local_epochs)
-        accuracies.append(accuracy(np.mean(probabilities, axis=0), targets))
-    return epochs, accuracies
-
-
-def softmax(outputs: NDArray) -> NDArray:
-    """Return the probabilities of the classes, for outputs [N, classes]."""
-    exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def run_study(
@@ -171,71 +47,52 @@ def run_study(
     participants: ParticipantSettings,
     settings: RunSettings,
     output: Path,
-) -> list[Unit]:
+) -> list[ArmUnit]:
     """Run the units that `output` does not hold yet, and return all of them."""
     units = []
     plan = [(arm, seed) for seed in seeds for arm in arms]
     for arm, seed in tqdm(plan, desc="arms x seeds"):
         seeded = replace(participants, seed=seed)
-        path = output / "units" / f"{arm}-{seed}.json"
-        unit = read_unit(path, unit_config(seeded, settings))
-        if unit is None:
-            unit = run_unit(arm, seeded, settings)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text(json.dumps(asdict(unit)) + "\n")
-            scratch.replace(path)
-        units.append(unit)
+        path, config = output / "units" / f"{arm}-{seed}.json", unit_config(seeded, settings)
+        # Named after the config, so that what another config left is never gone on from.
+        scratch = path.with_suffix(f".{digest(config)}.checkpoint")
+        units.append(kept(path, ArmUnit, config, partial(run_unit, arm, seeded, settings, scratch)))
     return units
 
 
-def unit_config(participants: ParticipantSettings, settings: RunSettings) -> dict[str, object]:
-    """Return the settings that a result depends on; not those of the machine it came from."""
-    config = {**participants.to_config(), **settings.to_config()}
-    for key in ("data-dir", "devices", "workers", "output-dir", "wait-for-participants"):
-        del config[key]
-    return config
-
-
-def read_unit(path: Path, config: dict[str, object]) -> Unit | None:
-    """Return the unit written earlier, or None if there is none.
-
-    Raises
-    ------
-    ColearnError
-        If it was written with another config.
-    """
-    if not path.exists():
-        return None
-    unit = Unit(**json.loads(path.read_text()))
-    different = {key for key in config if unit.config.get(key) != config[key]}
-    if different:
-        raise ColearnError(
-            f"{path}: expected a result of the same config, found another "
-            f"{', '.join(sorted(different))}; use another --output or remove it"
-        )
-    return unit
-
-
-def rows(units: Sequence[Unit]) -> Iterator[dict[str, object]]:
+def rows(units: Sequence[ArmUnit]) -> Iterator[dict[str, object]]:
     """Yield one row of the table for each arm, mean and spread over its seeds."""
     for name in dict.fromkeys(unit.arm for unit in units):
         runs = [unit for unit in units if unit.arm == name]
-        accuracies = [run.accuracy for run in runs]
+        scores = [run.score for run in runs]
+        rates = [run.examples / max(run.seconds, 1e-9) for run in runs]
         yield {
             "arm": ARMS[name].title,
-            "accuracy %": f"{statistics.mean(accuracies):.2f}",
-            "spread": f"{statistics.stdev(accuracies):.2f}" if len(runs) > 1 else "",
+            f"{runs[0].headline} %": f"{statistics.mean(scores):.2f}",
+            "spread": f"{statistics.stdev(scores):.2f}" if len(runs) > 1 else "",
             "rounds": f"{statistics.mean(run.rounds for run in runs):.1f}",
             "MB up+down": f"{statistics.mean(run.bytes for run in runs) / 1e6:.1f}",
             "local epochs": runs[0].epochs[-1],
             "seeds": len(runs),
             "seconds": f"{statistics.mean(run.seconds for run in runs):.1f}",
+            "examples/s": f"{statistics.mean(rates):.0f}",
         }
 
 
-def write_report(units: Sequence[Unit], output: Path, title: str) -> str:
-    """Write results.json, results.csv, table.md and accuracy.png; return the table."""
+def curves(units: Sequence[ArmUnit]) -> list[Curve]:
+    """Return the headline metric's curve of every arm, of its first seed."""
+    first = {unit.arm: unit for unit in reversed(units)}
+    return [
+        Curve(ARMS[name].title, first[name].epochs, first[name].values, first[name].doublings)
+        for name in ARMS
+        if name in first
+    ]
+
+
+def write_report(units: Sequence[ArmUnit], output: Path, title: str) -> str:
+    """Write results.json, results.csv, table.md and a picture of the curves; return the table."""
+    from tabulate import tabulate
+
     table = list(rows(units))
     (output / "results.json").write_text(json.dumps([asdict(u) for u in units], indent=1) + "\n")
     with (output / "results.csv").open("w", newline="") as file:
@@ -244,13 +101,10 @@ def write_report(units: Sequence[Unit], output: Path, title: str) -> str:
         writer.writerows(table)
     markdown = tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
     (output / "table.md").write_text(markdown + "\n")
-    first = units[0].seed
-    curves = [
-        Curve(ARMS[u.arm].title, u.epochs, u.accuracies, u.doublings)
-        for u in units
-        if u.seed == first
-    ]
-    save_figure(curves, output / "accuracy.png", f"{title}, seed {first}", "test accuracy")
+    headline, seed = units[0].headline, units[0].seed
+    save_figure(
+        curves(units), output / f"{headline}.png", f"{title}: {headline}, seed {seed}", headline
+    )
     return markdown
 
 
@@ -262,10 +116,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", help="name of a config in simulations/conf, or a path to one")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1 (default 3)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    add_unit_arguments(parser)
     parser.add_argument("--output", type=Path, help="default outputs/study-TASK")
-    parser.add_argument("--data-dir", help="overrides the config's data-dir")
+    parser.add_argument(
+        "--calibrate",
+        type=int,
+        metavar="N",
+        help="train N rounds with T fixed, and print the epsilon that doubles T after each",
+    )
     parser.add_argument("--examples", type=int, help="overrides the config's examples")
     parser.add_argument("--total-epochs", type=int, help="overrides the config's total-epochs")
     for way in ("up", "down"):
@@ -273,6 +131,28 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             f"--compression-{way}", help=f"overrides the config's compression-{way}"
         )
     return parser.parse_args(arguments)
+
+
+def add_unit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare which units to run, and where the data is."""
+    parser.add_argument(
+        "--seeds", type=seeds, default=range(3), metavar="N|A:B",
+        help="seeds 0 .. N-1, or A .. B-1 (default 3)",
+    )  # fmt: skip
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    parser.add_argument("--data-dir", help="overrides the config's data-dir")
+
+
+def seeds(text: str) -> range:
+    """Read ``N`` or ``A:B``, so that a study can be shared between machines."""
+    first, colon, last = text.partition(":")
+    return range(int(first), int(last)) if colon else range(int(first))
+
+
+def settings_of(config: Mapping[str, Any], where: str) -> tuple[ParticipantSettings, RunSettings]:
+    """Return both sides' settings from a run config, whose keys are checked."""
+    check_keys(config, where)
+    return ParticipantSettings.from_config(config), RunSettings.from_config(config)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -288,16 +168,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in OVERRIDES:
         if getattr(options, name) is not None:
             config[name.replace("_", "-")] = getattr(options, name)
-    check_keys(config, str(path))
+    participants, settings = settings_of(config, str(path))
+    if options.calibrate:
+        print(calibrate(participants, settings, options.calibrate))
+        return
     output = options.output or Path("outputs") / f"study-{path.stem}"
-    units = run_study(
-        options.arms,
-        range(options.seeds),
-        ParticipantSettings.from_config(config),
-        RunSettings.from_config(config),
-        output,
-    )
-    print(write_report(units, output, f"{path.stem}: test accuracy"))
+    units = run_study(options.arms, options.seeds, participants, settings, output)
+    print(write_report(units, output, path.stem))
     print(f"\nResults, table and picture are in {output}")
 
 

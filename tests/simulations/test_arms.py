@@ -18,25 +18,25 @@ ILE, FLE = IncreasingEpochs(3, epsilon=0.01), FixedEpochs(3)
 
 
 @pytest.mark.parametrize(
-    ("name", "rate", "epochs", "pooled", "averaged"),
+    ("name", "rate", "epochs", "pooled", "alone"),
     [
-        ("clr-ile", CLR, ILE, False, True),
-        ("clr-fle", CLR, FLE, False, True),
-        ("elr-ile", ELR, ILE, False, True),
-        ("elr-fle", ELR, FLE, False, True),
+        ("clr-ile", CLR, ILE, False, False),
+        ("clr-fle", CLR, FLE, False, False),
+        ("elr-ile", ELR, ILE, False, False),
+        ("elr-fle", ELR, FLE, False, False),
         ("vanilla-elr", ELR, FLE, True, True),
-        ("vanilla-clr", CLR, ILE, True, True),
-        ("ensemble", ELR, FLE, False, False),
+        ("vanilla-clr", CLR, ILE, True, False),
+        ("ensemble", ELR, FLE, False, True),
     ],
 )
-def test_an_arm_is_a_pair_of_a_rate_and_an_epoch_rule(name, rate, epochs, pooled, averaged):
+def test_an_arm_is_a_pair_of_a_rate_and_an_epoch_rule(name, rate, epochs, pooled, alone):
     arm = arm_named(name)
     assert schedules(arm, SETTINGS) == {
         "learning_rate": rate,
         "local_epochs": epochs,
         "total_epochs": 40,
     }
-    assert (arm.pooled_data, arm.averaged) == (pooled, averaged)
+    assert (arm.pooled_data, arm.alone) == (pooled, alone)
 
 
 def test_these_are_all_the_arms_of_the_study_and_each_has_a_title_of_its_own():

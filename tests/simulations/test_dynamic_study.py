@@ -114,4 +114,4 @@ def test_a_study_writes_results_as_it_goes_and_skips_them_later(tmp_path, capsys
 def test_a_unit_is_the_same_whenever_it_runs(units):
     again = run_unit("dynamic-0.01", QUICK, "")
     assert replace(again, seconds=0.0) == replace(units["dynamic-0.01"], seconds=0.0)
-    json.dumps(again.setting)
+    json.dumps(again.config)

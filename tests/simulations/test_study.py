@@ -11,13 +11,14 @@ from clients.settings import ParticipantSettings
 from clients.tasks import digits
 from clients.tasks.registry import participant_trainer, server_trainer
 from clients.torch_tasks import tensors_of
+from clients.torch_trainer import TorchTrainer
 from clients.trainer import derive_seed, follow
 from flwr_colearn import ColearnError, LocalPlan
 from simulations import study
 from simulations.arms import ARMS
 from simulations.server_app import to_record
 from simulations.settings import RunSettings
-from simulations.study import Unit
+from simulations.training import ArmUnit, run_unit, train_averaged
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
@@ -72,7 +73,8 @@ def quick(tmp_path):
 
 def run_quick(quick, *options):
     path, output = quick
-    study.main([str(path), "--seeds", "1", "--output", str(output), *options])
+    seeds = () if "--seeds" in options else ("--seeds", "1")
+    study.main([str(path), *seeds, "--output", str(output), *options])
     return json.loads((output / "results.json").read_text())
 
 
@@ -87,7 +89,7 @@ def test_all_seven_arms_are_run_and_written(folder, units):
         table = list(csv.DictReader(file))
     assert [row["arm"] for row in table] == [arm.title for arm in ARMS.values()]
     assert [row["accuracy %"] for row in table] == [
-        f"{100 * unit['accuracies'][-1]:.2f}" for unit in units.values()
+        f"{100 * unit['metrics']['accuracy'][-1]:.2f}" for unit in units.values()
     ]
     markdown = (folder / "table.md").read_text()
     assert all(value in markdown for row in table for value in row.values())
@@ -97,8 +99,8 @@ def test_all_seven_arms_are_run_and_written(folder, units):
 def test_all_arms_have_the_same_local_epochs_and_learn(units):
     for unit in units.values():
         assert unit["epochs"][-1] == 4
-        assert len(unit["epochs"]) == len(unit["accuracies"])
-        assert unit["accuracies"][-1] > 0.5  # chance is 0.1
+        assert len(unit["epochs"]) == len(unit["metrics"]["accuracy"])
+        assert unit["metrics"]["accuracy"][-1] > 0.5  # chance is 0.1
         assert unit["seconds"] > 0
         assert unit["config"]["total-epochs"] == 4
 
@@ -117,10 +119,10 @@ def test_bytes_and_rounds_are_those_of_the_models_exchanged(units):
 
 def test_arms_differ_in_what_they_are_named_after_only(units):
     # The first round of both epoch rules is the same, and the rates differ from it onwards.
-    first = {arm: unit["accuracies"][0] for arm, unit in units.items()}
+    first = {arm: unit["metrics"]["accuracy"][0] for arm, unit in units.items()}
     assert first["clr-ile"] == first["clr-fle"]
     assert first["elr-ile"] == first["elr-fle"]
-    assert units["clr-fle"]["accuracies"] != units["elr-fle"]["accuracies"]
+    assert units["clr-fle"]["metrics"]["accuracy"] != units["elr-fle"]["metrics"]["accuracy"]
 
 
 def test_t_grows_where_the_arm_says_so(quick):
@@ -136,21 +138,18 @@ def test_vanilla_with_the_exponential_rate_is_one_uninterrupted_training(units):
     trainer = participant_trainer(ParticipantSettings(), 0, 1)
     judge = server_trainer(ParticipantSettings())
     assert len(trainer.train_set) == 1297
-    evaluations = []
+    accuracies = []
     for epoch in range(1, 5):
         trainer.train_epoch(0.05 * 0.25 ** (epoch / 4), derive_seed(derive_seed(0, 0), epoch))
         judge.set_weights(trainer.get_weights())
-        evaluations.append(judge.evaluate())
-    history = study.train_averaged(
-        "vanilla-elr", ARMS["vanilla-elr"], ParticipantSettings(), RunSettings(total_epochs=4)
-    )
-    assert [record.server_metrics for record in history] == evaluations
-    assert units["vanilla-elr"]["accuracies"] == [each["accuracy"] for each in evaluations]
+        accuracies.append(judge.evaluate()["accuracy"])
+    assert units["vanilla-elr"]["metrics"] == {"accuracy": accuracies}
+    assert units["vanilla-elr"]["examples"] == 4 * 1297
 
 
 def test_vanilla_with_the_cyclical_rate_is_co_learning_of_one_participant_with_all_data():
     settings = replace(SETTINGS, epsilon=1e9)  # T: 2, and the 1 that is left of 4
-    history = study.train_averaged("vanilla-clr", ARMS["vanilla-clr"], PARTICIPANTS, settings)
+    history = train_averaged("vanilla-clr", ARMS["vanilla-clr"], PARTICIPANTS, settings)
     trainer = participant_trainer(PARTICIPANTS, 0, 1)
     for plan in (
         LocalPlan(1, 2, 0.05, "cyclical", decay=0.25),
@@ -177,9 +176,9 @@ def test_the_ensemble_is_the_mean_of_the_probabilities_of_models_trained_alone()
             models = [trainer.model.eval() for trainer in trainers]
             probabilities = sum(torch.exp(m(inputs).log_softmax(1)).numpy() for m in models) / 3
         by_hand[epoch] = accuracy_score(targets, probabilities.argmax(1))
-    unit = study.run_unit("ensemble", PARTICIPANTS, SETTINGS)
+    unit = run_unit("ensemble", PARTICIPANTS, SETTINGS)
     assert unit.epochs == [2, 3]
-    assert unit.accuracies == [by_hand[2], by_hand[3]]
+    assert unit.values == [by_hand[2], by_hand[3]]
 
 
 # Running it again
@@ -209,10 +208,64 @@ def test_results_of_another_config_are_never_mixed_in(quick):
         run_quick(quick, "--arms", "clr-fle")
 
 
+def test_a_setting_that_did_not_exist_at_the_time_had_its_default(quick):
+    [unit] = run_quick(quick, "--arms", "clr-fle")
+    path = quick[1] / "units" / "clr-fle-0.json"
+    del unit["config"]["clip-norm"]
+    path.write_text(json.dumps({**unit, "seconds": 12345.0}))
+    [again] = run_quick(quick, "--arms", "clr-fle")
+    assert again["seconds"] == 12345.0
+    quick[0].write_text(QUICK + "clip-norm = 1.0\n")
+    with pytest.raises(ColearnError, match="another clip-norm;"):
+        run_quick(quick, "--arms", "clr-fle")
+
+
+@pytest.mark.parametrize("arm", ["clr-ile", "vanilla-elr", "vanilla-clr", "ensemble"])
+def test_an_interrupted_unit_goes_on_and_ends_as_if_it_had_not_been(quick, arm, monkeypatch):
+    quick[0].write_text(QUICK.replace("total-epochs = 3", "total-epochs = 6"))
+    [whole] = run_quick(quick, "--arms", arm)
+    (quick[1] / "units" / f"{arm}-0.json").unlink()
+    train, calls = TorchTrainer.train_epoch, []
+
+    def interrupted(self, learning_rate, seed):
+        calls.append(learning_rate)
+        if len(calls) == interrupt_at:
+            raise KeyboardInterrupt
+        return train(self, learning_rate, seed)
+
+    monkeypatch.setattr(TorchTrainer, "train_epoch", interrupted)
+    participants = 1 if arm.startswith("vanilla") else 3
+    interrupt_at = 4 * participants + 1  # in the third round
+    with pytest.raises(KeyboardInterrupt):
+        run_quick(quick, "--arms", arm)
+    [unit] = run_quick(quick, "--arms", arm)
+    unit_without, whole_without = ({**u, "seconds": 0, "round_seconds": 0} for u in (unit, whole))
+    assert unit_without == whole_without
+    assert len(calls) == 1 + 6 * participants  # two rounds were not trained again
+    assert [path.name for path in (quick[1] / "units").iterdir()] == [f"{arm}-0.json"]
+
+
+def test_seeds_can_be_shared_between_machines(quick):
+    assert study.seeds("3") == range(3)
+    units = run_quick(quick, "--arms", "clr-fle", "--seeds", "4:6", "--total-epochs", "1")
+    assert [unit["seed"] for unit in units] == [4, 5]
+
+
+def test_calibration_prints_the_relative_changes_of_rounds_with_t_fixed(quick, capsys):
+    quick[0].write_text(QUICK.replace("initial-epochs = 2", "initial-epochs = 1"))
+    study.main([str(quick[0]), "--calibrate", "3", "--output", str(quick[1])])
+    lines = capsys.readouterr().out.splitlines()[2:5]
+    settings = replace(SETTINGS, initial_epochs=1)
+    history = train_averaged("clr-fle", ARMS["clr-fle"], PARTICIPANTS, settings)
+    for line, record in zip(lines, history, strict=True):
+        assert f"{record.relative_change:.4g}" in line
+    assert not quick[1].exists()
+
+
 def test_every_seed_is_a_unit_of_its_own(quick):
     units = run_quick(quick, "--arms", "clr-fle", "--seeds", "2")
     assert [(unit["arm"], unit["seed"]) for unit in units] == [("clr-fle", 0), ("clr-fle", 1)]
-    assert units[0]["accuracies"] != units[1]["accuracies"]
+    assert units[0]["metrics"]["accuracy"] != units[1]["metrics"]["accuracy"]
     assert [unit["config"]["seed"] for unit in units] == [0, 1]
 
 
@@ -245,7 +298,20 @@ def test_an_unknown_task_is_refused(tmp_path):
 
 
 def unit_of(arm, seed, accuracy, seconds):
-    return Unit(arm, seed, [10, 20], [0.1, accuracy], [10], 2, 3_000_000, seconds, {})
+    metrics = {"top-5": [0.5, 1.0], "accuracy": [0.1, accuracy]}
+    cost = {"rounds": 2, "bytes": 3_000_000, "model_bytes": 400, "round_seconds": [3.0, 5.0]}
+    return ArmUnit(
+        arm,
+        seed,
+        [10, 20],
+        metrics,
+        "accuracy",
+        [10],
+        **cost,
+        examples=600,
+        seconds=seconds,
+        config={},
+    )
 
 
 def test_the_table_by_hand():
@@ -264,6 +330,7 @@ def test_the_table_by_hand():
             "local epochs": 20,
             "seeds": 2,
             "seconds": "11.0",
+            "examples/s": "55",  # 600 in 10 s, 600 in 12 s
         },
         {
             "arm": "ensemble (ELR)",
@@ -274,5 +341,6 @@ def test_the_table_by_hand():
             "local epochs": 20,
             "seeds": 1,
             "seconds": "7.0",
+            "examples/s": "86",
         },
     ]
