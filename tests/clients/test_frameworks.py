@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import clients
 from clients.client_app import make_client_app
-from clients.data import Examples
+from clients.data import Examples, Task
 from clients.numpy_client import TrainerClient
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import framework, participant_trainer, server_trainer
@@ -143,7 +143,8 @@ def test_what_a_framework_lacks_is_refused(settings, message):
 def test_cifar10_is_normalised_and_augmented_if_asked_for(name, augment):
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     settings = ParticipantSettings(framework=name, task="cifar10", augment=augment)
-    trainer = framework(settings).participant_trainer(settings, Examples(images, np.arange(8)))
+    data = Examples(images, np.arange(8))
+    trainer = framework(settings).participant_trainer(settings, Task(data, data))
     first, again, other = ([], [], [])
     start = trainer.get_weights()
     for seed, weights in ((1, first), (1, again), (2, other)):

@@ -1,9 +1,11 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import functional as reference
 
-from clients.data import Examples
+from clients.data import Examples, Task
 from clients.settings import ParticipantSettings
 from clients.tasks import digits
 from clients.tasks.registry import load_task, participant_trainer, server_trainer, shards
@@ -16,7 +18,6 @@ from clients.torch_tasks import (
     random_flip,
     tensors_of,
 )
-from flwr_colearn import ColearnError
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
@@ -30,7 +31,9 @@ def _cpu():
 
 
 def weights(settings):
-    return torch.cat([p.detach().flatten() for p in build_model(settings).parameters()])
+    return torch.cat(
+        [p.detach().flatten() for p in build_model(settings, load_task(settings)).parameters()]
+    )
 
 
 def images(n, channels=3, size=32):
@@ -173,11 +176,19 @@ def test_settings_reach_the_trainer():
     assert participant_trainer(ParticipantSettings(), 0, 5).clip_norm is None
 
 
-def test_xla_is_not_torchs():
-    with pytest.raises(
-        ColearnError, match="'jit-compile': expected False, since framework 'torch'"
-    ):
-        server_trainer(ParticipantSettings(jit_compile=True))
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_trains_as_without_and_has_the_same_names():
+    plain, compiled = (
+        participant_trainer(ParticipantSettings(examples=160, jit_compile=flag), 0, 5)
+        for flag in (False, True)
+    )
+    assert compiled.network is not compiled.model
+    for trainer in (plain, compiled):
+        trainer.train_epoch(0.05, seed=1)
+    expected, found = plain.get_weights(), compiled.get_weights()
+    assert list(expected) == list(found)
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -192,4 +203,4 @@ def test_augmentation_is_the_tasks_and_only_if_asked_for(settings, transform):
 
     data = Examples(np.zeros((4, 32, 32, 3), np.uint8), np.arange(4))
     for build in (torch_tasks.participant_trainer, torch_tasks.server_trainer):
-        assert build(settings, data).transform is transform
+        assert build(settings, Task(data, data)).transform is transform

@@ -71,7 +71,7 @@ def test_units_are_written_skipped_and_refused_with_another_config(tmp_path, mon
 
     def fake(each):
         calls.append(each.scheme)
-        return unit(scheme=each.scheme, config=normalization.unit_config(each))
+        return unit(scheme=each.scheme, config=normalization.config_of(each))
 
     monkeypatch.setattr(normalization, "run_cell", fake)
     assert len(run_study(plan, tmp_path, minutes=0)) == 0  # no time: nothing is begun

@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,10 @@ from flwr_colearn import ColearnError
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (ParticipantSettings(task="emnist"), "'task': expected digits, mnist or cifar10, found"),
+        (
+            ParticipantSettings(task="emnist"),
+            "'task': expected one of digits, mnist, cifar10.*, found 'emnist'",
+        ),
         (
             ParticipantSettings(model="vgg"),
             "'model': expected one of cnn for task digits with torch, found 'vgg'",
@@ -36,7 +41,9 @@ def test_unknown_names_are_refused_with_the_known_ones(settings, message):
 )
 def test_a_framework_that_is_not_installed_is_named_with_its_extra(name, extra, monkeypatch):
     def missing(module):
-        raise ModuleNotFoundError("No module named 'framework'", name="framework")
+        if module.endswith("_tasks"):
+            raise ModuleNotFoundError("No module named 'framework'", name="framework")
+        return import_module(module)
 
     monkeypatch.setattr(registry, "import_module", missing)
     with pytest.raises(ColearnError, match=rf"no module 'framework'; .*\[{extra}\]"):
@@ -75,24 +82,33 @@ class Recorder:
     """A framework that returns what it is given in place of a trainer."""
 
     @staticmethod
-    def participant_trainer(settings, shard):
-        return settings, shard
+    def participant_trainer(settings, task):
+        return settings, task
 
     @staticmethod
-    def server_trainer(settings, test_set):
-        return settings, test_set
+    def server_trainer(settings, task):
+        return settings, task
 
 
 @pytest.mark.parametrize("name", ["torch", "keras", "slim"])
 def test_every_framework_gets_the_settings_and_the_same_shards_and_test_set(name, monkeypatch):
     asked = []
-    monkeypatch.setattr(registry, "import_module", lambda name: asked.append(name) or Recorder)
+
+    def importing(module):
+        if not module.endswith("_tasks"):
+            return import_module(module)
+        asked.append(module)
+        return Recorder
+
+    monkeypatch.setattr(registry, "import_module", importing)
     settings = ParticipantSettings(framework=name, partition="classes")
-    given, shard = participant_trainer(settings, 3, 5)
+    given, task = participant_trainer(settings, 3, 5)
     assert given is settings
     indices = shards(ParticipantSettings(partition="classes"), 5)[3]
     data = digits.load()
-    np.testing.assert_array_equal(shard.inputs, data.train_set.inputs[indices])
-    np.testing.assert_array_equal(shard.labels, data.train_set.labels[indices])
-    assert server_trainer(settings) == (settings, data.test_set)
+    for examples in (task.train_set, task.test_set):
+        np.testing.assert_array_equal(examples.inputs, data.train_set.inputs[indices])
+        np.testing.assert_array_equal(examples.labels, data.train_set.labels[indices])
+    _, task = server_trainer(settings)
+    assert task.train_set is task.test_set is data.test_set
     assert asked == [f"clients.{name}_tasks"] * 2
