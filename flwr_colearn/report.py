@@ -1,9 +1,10 @@
 """Curves and figures from a history; matplotlib is imported only here (extra ``[report]``)."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .errors import ColearnError
 from .history import RoundRecord
@@ -82,6 +83,63 @@ def save_figure(
     Path
         Where the figure is.
     """
+    return save_panels({title: curves}, path, ylabel)
+
+
+def save_panels(
+    panels: Mapping[str, Sequence[Curve]],
+    path: str | Path,
+    ylabel: str = "accuracy",
+    empty: str = "",
+) -> Path:
+    """Draw several figures of curves side by side, one a model, as in the paper's Figure 2.
+
+    Parameters
+    ----------
+    panels : mapping
+        Curves by the panel's title.
+    path : str or Path
+        Its ending decides the format (.png, .svg, .pdf).
+    ylabel : str
+        Of the axes.
+    empty : str
+        What a panel without curves says.
+
+    Returns
+    -------
+    Path
+        Where the figure is.
+
+    Raises
+    ------
+    ColearnError
+        If matplotlib is not installed.
+    """
+    plt = _pyplot()
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    size = (8, 5) if len(panels) == 1 else (5.2 * columns, 3.8 * lines)
+    figure, grid = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
+        axes.set(xlabel="local epochs per participant", ylabel=ylabel, title=title)
+        if curves:
+            _draw(curves, axes)
+        else:
+            axes.text(0.5, 0.5, empty, ha="center", va="center", transform=axes.transAxes)
+            axes.set(xticks=[], yticks=[])
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without its date and with a fixed salt a figure of the same curves is the same file.
+    with plt.rc_context({"svg.hashsalt": "flwr-colearn"}):
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, dpi=150, metadata=metadata)
+    plt.close(figure)
+    return path
+
+
+def _pyplot() -> Any:
     try:
         import matplotlib as mpl
 
@@ -91,7 +149,11 @@ def save_figure(
         raise ColearnError(
             "figure: expected matplotlib, found none; pip install 'flwr-colearn[report]'"
         ) from error
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    return plt
+
+
+def _draw(curves: Sequence[Curve], axes: Any) -> None:
+    """Draw the curves, with a triangle where T was increased."""
     for each in curves:
         (line,) = axes.plot(each.epochs, each.values, label=each.label, linewidth=1.5)
         marked = [each.epochs.index(epoch) for epoch in each.doublings]
@@ -105,11 +167,5 @@ def save_figure(
         )
     if any(each.doublings for each in curves):
         axes.plot([], [], linestyle="none", marker="^", color="grey", label="T increased")
-    axes.set(xlabel="local epochs per participant", ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    axes.legend(fontsize="small")
