@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
+from simulations.arms import ARMS
 from simulations.training import ArmUnit
 
 Units = Sequence[ArmUnit]
@@ -72,7 +73,7 @@ def best_of_four(units: Units) -> Finding | None:
         return None
     findings = {arm: compare(runs["clr-ile"], runs[arm]) for arm in FOUR_ARMS[1:]}
     verdicts = [finding.verdict for finding in findings.values()]
-    evidence = ", ".join(f"{_short(arm)} {each.evidence}" for arm, each in findings.items())
+    evidence = ", ".join(f"{ARMS[arm].title} {each.evidence}" for arm, each in findings.items())
     return Finding(_all_of(verdicts), f"CLR+ILE against {evidence}")
 
 
@@ -133,7 +134,7 @@ def at_least_vanilla(units: Units) -> Finding | None:
     findings = {arm: compare(ours, runs) for arm, runs in others.items() if ours and runs}
     if "vanilla-elr" not in findings:
         return None
-    evidence = ", ".join(f"{_short(arm)} {each.evidence}" for arm, each in findings.items())
+    evidence = ", ".join(f"{ARMS[arm].title} {each.evidence}" for arm, each in findings.items())
     return Finding(findings["vanilla-elr"].verdict, f"against {evidence}")
 
 
@@ -154,12 +155,6 @@ def intervals_stretch(units: Units) -> Finding | None:
         return None
     ratio = statistics.mean(ratios)
     return Finding("yes" if ratio > 1.5 else "no", f"rounds of 2 T0 take {ratio:.2f} times as long")
-
-
-def _short(arm: str) -> str:
-    return (
-        arm.replace("elr", "ELR").replace("clr", "CLR").replace("ile", "ILE").replace("fle", "FLE")
-    )
 
 
 CLAIMS: dict[str, Callable[[Units], Finding | None]] = {
