@@ -190,7 +190,9 @@ def read_clip(path: Path) -> NDArray:
             warnings.filterwarnings("error", "Reached EOF", wavfile.WavFileWarning)
             rate, samples = wavfile.read(path)
     except Exception as error:  # scipy raises whatever a damaged header leads to
-        raise ColearnError(f"{path}: expected a WAV file, found {error}") from error
+        raise ColearnError(
+            f"{path}: expected a WAV file that scipy reads, found {error!r}"
+        ) from error
     if (rate, samples.dtype, samples.ndim) != (spectrogram.RATE, np.int16, 1) or not len(samples):
         raise ColearnError(
             f"{path}: expected 16000 Hz, int16, one channel, found {rate} Hz, {samples.dtype}, "
