@@ -72,7 +72,7 @@ def _write(place: Path, key: str, arrays: dict[str, NDArray]) -> None:
     scratch = place.with_name(f".{place.name}.{uuid4().hex}")
     try:
         with scratch.open("wb") as file:
-            np.savez(file, **{_KEY: np.array(key)}, **arrays)
+            np.savez(file, **{_KEY: np.array(key)}, **arrays)  # type: ignore[arg-type]
         scratch.replace(place)
     finally:
         scratch.unlink(missing_ok=True)

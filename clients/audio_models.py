@@ -163,7 +163,8 @@ class MultiAttentionHead(nn.Module):
 
     def forward(self, shallow: Tensor, deep: Tensor) -> Tensor:
         """Return logits [N, classes]."""
-        return self.classes(torch.cat([self.shallow(shallow), self.deep(deep)], 1))  # type: ignore[no-any-return]
+        both = torch.cat([self.shallow(shallow), self.deep(deep)], 1)
+        return self.classes(both)  # type: ignore[no-any-return]
 
 
 def to_logits(probabilities: Tensor) -> Tensor:

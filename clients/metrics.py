@@ -1,5 +1,7 @@
 """Metrics of tasks that accuracy over the whole evaluation set does not judge."""
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy.stats import norm
 
@@ -28,7 +30,9 @@ def audio_tagging(outputs: NDArray, targets: NDArray) -> dict[str, float]:
     return {"map": mean_precision, "auc": area, "d-prime": float(np.sqrt(2) * norm.ppf(area))}
 
 
-def _mean_over(classes: NDArray, score, outputs: NDArray, targets: NDArray) -> float:  # type: ignore[no-untyped-def]
+def _mean_over(
+    classes: NDArray, score: Callable[..., float], outputs: NDArray, targets: NDArray
+) -> float:
     if not classes.any():
         return float("nan")
     pairs = zip(targets.T[classes], outputs.T[classes], strict=True)

@@ -67,4 +67,4 @@ def mel_bank(bins: int, spectrum_bins: int, rate: int, lowest: float, highest: f
 
 
 def _mel(frequency: float | NDArray) -> NDArray:
-    return 1127.0 * np.log1p(np.asarray(frequency) / 700.0)  # type: ignore[no-any-return]
+    return 1127.0 * np.log1p(np.asarray(frequency) / 700.0)

@@ -125,16 +125,9 @@ def _checked(path: Path, x: Any, y: NDArray) -> Examples:
     examples = Examples(inputs, y.astype(np.float32))
     if finite.all():
         return examples
-    bad = np.flatnonzero(~finite)
-    rows = ", ".join(map(str, bad))
-    log(
-        WARNING,
-        "%s: %d of %d rows are left out, their x is not finite: %s",
-        path,
-        len(bad),
-        len(x),
-        rows,
-    )
+    bad = np.flatnonzero(~finite).tolist()
+    message = "%s: %d of %d rows are left out, their x is not finite: %s"
+    log(WARNING, message, path, len(bad), len(x), ", ".join(map(str, bad)))
     if not finite.any():
         raise ColearnError(f"{path}: expected rows of finite x, found none")
     return examples.take(np.flatnonzero(finite))

@@ -60,16 +60,7 @@ def load(data_dir: str, split: str) -> Task:
         raise ColearnError(f"run config 'split': expected {' or '.join(SPLITS)}, found {split!r}")
     folder, names = _listing(data_dir)
     arrays = _prepared(folder, names)
-    faults = arrays["faults"].tolist()
-    if faults:
-        log(
-            WARNING,
-            "%s: %d of %d clips are left out:\n%s",
-            folder,
-            len(faults),
-            len(names),
-            "\n".join(faults),
-        )
+    _warn(folder, arrays["faults"].tolist(), len(names))
     words = sorted({name.partition("/")[0] for name in names})
     kept = arrays["names"].tolist()
     labels = np.array([words.index(name.partition("/")[0]) for name in kept], np.int64)
@@ -77,14 +68,22 @@ def load(data_dir: str, split: str) -> Task:
     order = np.random.default_rng(0).permutation(places["training"])
     held_out = np.concatenate([places["validation"], places["testing"]])
     clips = Examples(arrays["inputs"], labels)
-    sizes = {"validation": len(places["validation"]), "test": len(places["testing"])}
+    metrics = partial(
+        validation_and_test, validation=len(places["validation"]), test=len(places["testing"])
+    )
     return Task(
         clips.take(order),
         clips.take(held_out),
-        Objective(metrics=partial(validation_and_test, **sizes)),
+        Objective(metrics=metrics),
         {"num_classes": len(words)},
         own_objective=CLASSES,
     )
+
+
+def _warn(folder: Path, faults: list[str], total: int) -> None:
+    if faults:
+        shown = "\n".join(faults)
+        log(WARNING, "%s: %d of %d clips are left out:\n%s", folder, len(faults), total, shown)
 
 
 def which_set(name: str) -> str:
@@ -134,7 +133,7 @@ def _listing(data_dir: str) -> tuple[Path, dict[str, tuple[int, int]]]:
         folder = Path(data_dir)
     names = {}
     for path in sorted(folder.glob("[!_.]*/*.wav")):
-        stat = path.stat()
+        stat = path.stat() if path.exists() else path.lstat()  # a link may lead nowhere
         names[f"{path.parent.name}/{path.name}"] = (stat.st_size, stat.st_mtime_ns)
     if not names:
         raise ColearnError(

@@ -178,14 +178,15 @@ def test_bad_files_are_named_counted_and_left_out_every_time(data, flower_log):
     whole = (folder / f"{name}_0.wav").read_bytes()
     (folder / f"{name}_16.wav").write_bytes(whole[:20000])
     (folder / f"{name}_17.wav").write_bytes(whole.replace(b"data", b"atad"))
+    (folder / f"{name}_18.wav").symlink_to(folder / "nowhere")
     assert not flower_log.text
     for _ in range(2):  # the second time from what was kept
         flower_log.clear()
         task = load(data)
         np.testing.assert_array_equal(task.train_set.inputs, good.train_set.inputs)
         assert len(task.test_set) == len(good.test_set)
-        assert "8 of 88 clips are left out" in flower_log.text
-        for index in range(10, 18):
+        assert "9 of 89 clips are left out" in flower_log.text
+        for index in range(10, 19):
             assert flower_log.text.count(f"{name}_{index}.wav") == 1
     for reason in (
         "found 8000 Hz",
