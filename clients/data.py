@@ -62,12 +62,16 @@ class Task:
         How models are trained and judged.
     model_options : mapping
         Keyword arguments for the model: what it has to know of the data, such as ``num_classes``.
+    own_objective : Objective, optional
+        The objective of participants, who evaluate on their own shard, where `objective` judges
+        nothing but `test_set`; by default `objective`.
     """
 
     train_set: Examples
     test_set: Examples
     objective: Objective = CLASSES
     model_options: Mapping[str, Any] = field(default_factory=dict)
+    own_objective: Objective | None = None
 
 
 def shuffled_batches(num_examples: int, batch_size: int, seed: int) -> list[NDArray]:

@@ -51,11 +51,14 @@ class ParticipantSettings(FromConfig):
         "torch", "keras" (Keras 3 on TensorFlow) or "slim" (TF-slim, in graph mode). All sites of a
         run use the same one; only that one is imported.
     task : str
-        "digits", "mnist" (PyTorch only) or "cifar10".
+        "digits", "cifar10", or with PyTorch only "mnist", "speech", "audioset".
     model : str
         One of the models that the framework has for the task; empty for its default.
     data_dir : str
         Where the data lies, for tasks that read it from disk; empty for ``data``.
+    split : str
+        Of task "speech": "official" for the data set's own training, validation and test parts,
+        or "speaker" for parts by another hash of the speaker, which fit subsets of the data.
     examples : int
         Use only so many training examples; 0 for all.
     partition : str
@@ -88,6 +91,7 @@ class ParticipantSettings(FromConfig):
     task: str = "digits"
     model: str = ""
     data_dir: str = ""
+    split: str = "official"
     examples: int = 0
     partition: str = "iid"
     dirichlet_alpha: float = 0.5

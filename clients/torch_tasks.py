@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from clients import audio_models
 from clients.data import Examples, Task
 from clients.models import densenet40, mnist_cnn, resnet8, small_cnn
 from clients.settings import ParticipantSettings
@@ -64,6 +65,8 @@ KITS = {
     "digits": Kit({"cnn": small_cnn}, no_transform, no_transform),
     "mnist": Kit({"cnn": mnist_cnn}, no_transform, no_transform),
     "cifar10": Kit({"resnet8": resnet8, "densenet40": densenet40}, normalise, augment),
+    "speech": Kit(audio_models.SPEECH, no_transform, no_transform),
+    "audioset": Kit(audio_models.AUDIOSET, no_transform, no_transform),
 }
 
 

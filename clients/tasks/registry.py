@@ -53,6 +53,8 @@ _LOADERS: dict[str, Callable[[ParticipantSettings], Task]] = {
     "digits": lambda settings: _loader("digits")(),
     "mnist": lambda settings: _loader("mnist")(settings.data_dir or "data"),
     "cifar10": lambda settings: _loader("cifar10")(settings.data_dir or "data"),
+    "speech": lambda settings: _loader("speech")(settings.data_dir or "data", settings.split),
+    "audioset": lambda settings: _loader("audioset")(settings.data_dir or "data"),
 }
 """For each task how it is loaded, by its module, which is imported when it is asked for."""
 
@@ -88,7 +90,8 @@ def participant_trainer(
     """Return the trainer of one participant, who trains and evaluates on its own shard only."""
     task = load_task(settings)
     shard = task.train_set.take(shards(settings, num_partitions)[partition_id])
-    own = replace(task, train_set=shard, test_set=shard)
+    objective = task.own_objective or task.objective
+    own = replace(task, train_set=shard, test_set=shard, objective=objective)
     return framework(settings).participant_trainer(settings, own)
 
 

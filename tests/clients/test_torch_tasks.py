@@ -121,6 +121,8 @@ def test_the_models_of_each_task():
         "digits": ["cnn"],
         "mnist": ["cnn"],
         "cifar10": ["resnet8", "densenet40"],
+        "speech": ["cnn-trad-fpool3", "cnn-small"],
+        "audioset": ["crnn-average", "crnn-max", "crnn-attention", "crnn-multi-attention"],
     }
 
 

@@ -1,0 +1,72 @@
+"""Metrics of tasks that accuracy over the whole evaluation set does not judge."""
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.stats import norm
+
+from clients.trainer import NDArray, accuracy
+from flwr_colearn import ColearnError
+
+
+def audio_tagging(outputs: NDArray, targets: NDArray) -> dict[str, float]:
+    """Return AudioSet's three metrics, of logits and 0 or 1 for every class, both [N, C].
+
+    Returns
+    -------
+    dict
+        ``map``: mean over the classes with positives of the average precision. ``auc``: mean over
+        the classes with positives and negatives of the area under the ROC curve. ``d-prime``:
+        ``sqrt(2)`` times the inverse normal distribution function at ``auc``. NaN where no class
+        has what its metric needs.
+    """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    positives = targets.sum(axis=0)
+    some = positives > 0
+    both = some & (positives < len(targets))
+    mean_precision = _mean_over(some, average_precision_score, outputs, targets)
+    area = _mean_over(both, roc_auc_score, outputs, targets)
+    return {"map": mean_precision, "auc": area, "d-prime": float(np.sqrt(2) * norm.ppf(area))}
+
+
+def _mean_over(
+    classes: NDArray, score: Callable[..., float], outputs: NDArray, targets: NDArray
+) -> float:
+    if not classes.any():
+        return float("nan")
+    pairs = zip(targets.T[classes], outputs.T[classes], strict=True)
+    return float(np.mean([score(target, output) for target, output in pairs]))
+
+
+def validation_and_test(
+    outputs: NDArray, targets: NDArray, *, validation: int, test: int
+) -> dict[str, float]:
+    """Return the accuracies on an evaluation set that is a validation set followed by a test set.
+
+    Parameters
+    ----------
+    outputs, targets : array, [validation + test, classes] and [validation + test]
+        Logits and classes.
+    validation, test : int
+        Examples of each part.
+
+    Returns
+    -------
+    dict
+        ``accuracy`` on the test set, and ``validation-accuracy``.
+
+    Raises
+    ------
+    ColearnError
+        If there are more or fewer examples than the two parts have.
+    """
+    if len(targets) != validation + test:
+        raise ColearnError(
+            f"metrics: expected {validation} validation and {test} test examples, found "
+            f"{len(targets)}; other data is judged by Task.own_objective"
+        )
+    return {
+        "accuracy": accuracy(outputs[validation:], targets[validation:]),
+        "validation-accuracy": accuracy(outputs[:validation], targets[:validation]),
+    }

@@ -1,0 +1,133 @@
+"""AudioSet: ten-second clips with any of 527 tags, as log-mel features prepared beforehand.
+
+The folder holds ``train.h5`` and ``eval.h5``, or ``train.npz`` and ``eval.npz``, each with
+
+* ``x`` [N, 240, 64], float16 or float32: log-mel features, frames x mel bins;
+* ``y`` [N, classes], bool or integers 0 and 1: the tags.
+
+Other names, as ``video_id_list``, are ignored. The names are those of the files of Kong et al.
+(2018), whose ``x``, though, are embeddings [N, 10, 128], which these networks do not take.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import cache
+from logging import WARNING
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from flwr.common import log
+from tqdm import tqdm
+
+from clients.data import Examples, Task
+from clients.metrics import audio_tagging
+from clients.objective import Objective
+from clients.trainer import NDArray
+from flwr_colearn import ColearnError
+
+SHAPE = (240, 64)
+"""Frames and mel bins."""
+ROWS = 1024
+"""Read at a time."""
+
+
+@cache
+def load(data_dir: str) -> Task:
+    """Return the task, inputs as float32 [240, 64], 60 KiB a clip in memory.
+
+    Clips whose features are not finite are named in the log and left out.
+
+    Parameters
+    ----------
+    data_dir : str
+        Holds the two files that the module describes.
+
+    Raises
+    ------
+    ColearnError
+        If a file is missing or not as the module describes, or the two differ in their classes.
+    """
+    train, test = (_read(_path(Path(data_dir), part)) for part in ("train", "eval"))
+    classes = train.labels.shape[1]
+    if test.labels.shape[1] != classes:
+        raise ColearnError(
+            f"run config 'data-dir': expected as many columns of y in both files of {data_dir!r}, "
+            f"found {classes} in train and {test.labels.shape[1]} in eval"
+        )
+    if not test.labels.any():
+        raise ColearnError(
+            f"run config 'data-dir': expected tags in y of the eval file of {data_dir!r}, found "
+            "none: no metric can be computed"
+        )
+    order = np.random.default_rng(0).permutation(len(train))
+    objective = Objective(audio_tagging, headline="map", multi_label=True)
+    return Task(train.take(order), test, objective, {"num_classes": classes})
+
+
+def _path(folder: Path, part: str) -> Path:
+    for suffix in ("h5", "npz"):
+        path = folder / f"{part}.{suffix}"
+        if path.is_file():
+            return path
+    raise ColearnError(
+        f"run config 'data-dir': expected a folder that holds {part}.h5 or {part}.npz with x "
+        f"[N, 240, 64] and y [N, classes], found neither in {str(folder)!r}"
+    )
+
+
+def _read(path: Path) -> Examples:
+    """Return a file's clips, those with features that are not finite left out."""
+    try:
+        with _opened(path) as arrays:
+            missing = [name for name in ("x", "y") if name not in arrays]
+            if missing:
+                raise ColearnError(
+                    f"{path}: expected arrays x and y, found no {' and '.join(missing)} among "
+                    f"{', '.join(arrays) or 'none'}"
+                )
+            return _checked(path, arrays["x"], arrays["y"][:])
+    except (OSError, EOFError, ValueError, BadZipFile) as error:
+        raise ColearnError(f"{path}: expected a readable file, found {error}") from error
+
+
+def _opened(path: Path) -> AbstractContextManager[Mapping[str, Any]]:
+    if path.suffix == ".npz":
+        return np.load(path, allow_pickle=False)  # type: ignore[no-any-return]
+    try:
+        import h5py
+    except ModuleNotFoundError as error:
+        raise ColearnError(
+            f"{path}: expected h5py to be installed to read it, found no module 'h5py'; "
+            "pip install 'flwr-colearn[study]', or use npz files"
+        ) from error
+    return h5py.File(path, "r")  # type: ignore[no-any-return]
+
+
+def _checked(path: Path, x: Any, y: NDArray) -> Examples:
+    """Return features, an array or an HDF5 data set, and tags as examples."""
+    if x.dtype not in (np.float16, np.float32) or tuple(x.shape[1:]) != SHAPE or not len(x):
+        raise ColearnError(
+            f"{path}: expected x [N, 240, 64] of float16 or float32, found "
+            f"{list(x.shape)} of {x.dtype}"
+        )
+    if y.ndim != 2 or len(y) != len(x) or not (y.size and np.isin(y, (0, 1)).all()):
+        raise ColearnError(
+            f"{path}: expected y [{len(x)}, classes] of 0 and 1, found {list(y.shape)} of "
+            f"{y.dtype}, values {np.unique(y)[:5].tolist()}"
+        )
+    inputs = np.empty(x.shape, np.float32)
+    # disable=None: no bar where no terminal watches.
+    for start in tqdm(range(0, len(x), ROWS), desc=path.name, disable=None, leave=False):
+        inputs[start : start + ROWS] = x[start : start + ROWS]
+    finite = np.array([np.isfinite(row).all() for row in inputs])
+    examples = Examples(inputs, y.astype(np.float32))
+    if finite.all():
+        return examples
+    bad = np.flatnonzero(~finite).tolist()
+    message = "%s: %d of %d rows are left out, their x is not finite: %s"
+    log(WARNING, message, path, len(bad), len(x), ", ".join(map(str, bad)))
+    if not finite.any():
+        raise ColearnError(f"{path}: expected rows of finite x, found none")
+    return examples.take(np.flatnonzero(finite))

@@ -1,0 +1,202 @@
+"""Speech Commands: one-second clips of single words, as log-mel spectrograms.
+
+The folder is ``SpeechCommands/<word>/<speaker>_nohash_<n>.wav``, as the archive unpacks; version 1
+has 30 words and 65,000 clips. Folders whose name begins with ``_`` (background noise) are no words.
+"""
+
+import hashlib
+import json
+import re
+import warnings
+from functools import cache, partial
+from logging import WARNING
+from pathlib import Path
+
+import numpy as np
+from flwr.common import log
+from scipy.io import wavfile
+from tqdm import tqdm
+
+from clients import spectrogram
+from clients.array_cache import cache_places, cached_arrays
+from clients.data import Examples, Task
+from clients.metrics import validation_and_test
+from clients.objective import CLASSES, Objective
+from clients.trainer import NDArray
+from flwr_colearn import ColearnError
+
+FOLDER = "SpeechCommands"
+MEAN, STD = -6.1, 4.5
+"""Of log-mel values of the data set: inputs have about zero mean and unit variance. Constants, so
+that no site needs another's statistics."""
+
+MAX_NUM_WAVS_PER_CLASS = 2**27 - 1
+"""Of the data set's own splitting function."""
+
+
+@cache
+def load(data_dir: str, split: str) -> Task:
+    """Return the task; inputs are log-mel spectrograms [98, 40, 1] of `clients.spectrogram`.
+
+    The server's test set is the validation set followed by the test set; ``accuracy`` is of the
+    latter, ``validation-accuracy`` of the former. Files that are no 16 kHz, mono, 16-bit WAV are
+    named in the log and left out. Spectrograms are kept in ``log-mel.npz`` in the folder, or in
+    the user's cache where that cannot be written, until a file changes.
+
+    Parameters
+    ----------
+    data_dir : str
+        Holds ``SpeechCommands``, or is that folder.
+    split : {"official", "speaker"}
+        The data set's own parts (`which_set`), or parts of our own (`speaker_set`) for subsets of
+        the data whose words do not have all official parts.
+
+    Raises
+    ------
+    ColearnError
+        If `split` is unknown, there are no clips, or a part has none.
+    """
+    if split not in SPLITS:
+        raise ColearnError(f"run config 'split': expected {' or '.join(SPLITS)}, found {split!r}")
+    folder, names = _listing(data_dir)
+    arrays = _prepared(folder, names)
+    _warn(folder, arrays["faults"].tolist(), len(names))
+    words = sorted({name.partition("/")[0] for name in names})
+    kept = arrays["names"].tolist()
+    labels = np.array([words.index(name.partition("/")[0]) for name in kept], np.int64)
+    places = _parts(kept, split, folder)
+    order = np.random.default_rng(0).permutation(places["training"])
+    held_out = np.concatenate([places["validation"], places["testing"]])
+    clips = Examples(arrays["inputs"], labels)
+    metrics = partial(
+        validation_and_test, validation=len(places["validation"]), test=len(places["testing"])
+    )
+    return Task(
+        clips.take(order),
+        clips.take(held_out),
+        Objective(metrics=metrics),
+        {"num_classes": len(words)},
+        own_objective=CLASSES,
+    )
+
+
+def _warn(folder: Path, faults: list[str], total: int) -> None:
+    if faults:
+        shown = "\n".join(faults)
+        log(WARNING, "%s: %d of %d clips are left out:\n%s", folder, len(faults), total, shown)
+
+
+def which_set(name: str) -> str:
+    """Return the official part of a clip by its file name: "training", "validation" or "testing".
+
+    By the SHA-1 of the name up to ``_nohash_``, so that a speaker's clips stay together: 10 %
+    validation, 10 % testing.
+    """
+    digest = int(hashlib.sha1(speaker(name).encode(), usedforsecurity=False).hexdigest(), 16)
+    percentage = (digest % (MAX_NUM_WAVS_PER_CLASS + 1)) * (100.0 / MAX_NUM_WAVS_PER_CLASS)
+    if percentage < 10:
+        return "validation"
+    return "testing" if percentage < 20 else "training"
+
+
+def speaker_set(name: str) -> str:
+    """Return our own part of a clip: also by speaker, 10 % validation, 10 % testing."""
+    remainder = int(hashlib.sha256(speaker(name).encode()).hexdigest(), 16) % 10
+    return {0: "validation", 1: "testing"}.get(remainder, "training")
+
+
+def speaker(name: str) -> str:
+    """Return the speaker of a clip: its file name up to ``_nohash_``."""
+    return re.sub(r"_nohash_.*$", "", name)
+
+
+SPLITS = {"official": which_set, "speaker": speaker_set}
+
+
+def _parts(names: list[str], split: str, folder: Path) -> dict[str, NDArray]:
+    """Return the places of each part's clips."""
+    parts = np.array([SPLITS[split](name.partition("/")[2]) for name in names])
+    places = {part: np.flatnonzero(parts == part) for part in ("training", "validation", "testing")}
+    if not all(map(len, places.values())):
+        found = ", ".join(f"{len(indices)} {part}" for part, indices in places.items())
+        raise ColearnError(
+            f"{folder}: expected clips in every part of split '{split}', found {found}; set run "
+            f"config 'split' to another of {', '.join(SPLITS)}, or add clips"
+        )
+    return places
+
+
+def _listing(data_dir: str) -> tuple[Path, dict[str, tuple[int, int]]]:
+    """Return the folder, and size and modification time of its clips by ``word/file``."""
+    folder = Path(data_dir) / FOLDER
+    if not folder.is_dir():
+        folder = Path(data_dir)
+    names = {}
+    for path in sorted(folder.glob("[!_.]*/*.wav")):
+        stat = path.stat() if path.exists() else path.lstat()  # a link may lead nowhere
+        names[f"{path.parent.name}/{path.name}"] = (stat.st_size, stat.st_mtime_ns)
+    if not names:
+        raise ColearnError(
+            f"run config 'data-dir': expected a folder that holds {FOLDER}/<word>/*.wav, found no "
+            f"such file in {data_dir!r}; unpack speech_commands_v0.01.tar.gz there"
+        )
+    return folder, names
+
+
+def _prepared(folder: Path, names: dict[str, tuple[int, int]]) -> dict[str, NDArray]:
+    """Return the arrays inputs [N, 98, 40, 1] and names [N], and the faults of the others."""
+    parameters = {name: value for name, value in vars(spectrogram).items() if name.isupper()} | {
+        "mean": MEAN,
+        "std": STD,
+    }
+    key = hashlib.sha256(json.dumps([parameters, names]).encode()).hexdigest()
+    return cached_arrays(
+        cache_places(folder, "log-mel"), key, lambda: _prepare(folder, list(names))
+    )
+
+
+def _prepare(folder: Path, names: list[str]) -> dict[str, NDArray]:
+    inputs = np.empty((len(names), spectrogram.FRAMES, spectrogram.BINS, 1), np.float32)
+    kept: list[str] = []
+    faults = []
+    # disable=None: no bar where no terminal watches.
+    for name in tqdm(names, desc="log-mel", disable=None, leave=False):
+        try:
+            clip = read_clip(folder / name)
+        except ColearnError as error:
+            faults.append(str(error))
+            continue
+        inputs[len(kept)] = (spectrogram.log_mel(clip) - np.float32(MEAN)) / np.float32(STD)
+        kept.append(name)
+    return {
+        "inputs": inputs[: len(kept)],
+        "names": np.array(kept, str),
+        "faults": np.array(faults, str),
+    }
+
+
+def read_clip(path: Path) -> NDArray:
+    """Return a WAV file as int16 [16000]: cut to one second, or padded with zeros.
+
+    Raises
+    ------
+    ColearnError
+        If it cannot be read, is empty, or is not 16 kHz, mono, 16 bits.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of chunks that hold no sound
+            warnings.filterwarnings("error", "Reached EOF", wavfile.WavFileWarning)
+            rate, samples = wavfile.read(path)
+    except Exception as error:  # scipy raises whatever a damaged header leads to
+        raise ColearnError(
+            f"{path}: expected a WAV file that scipy reads, found {error!r}"
+        ) from error
+    if (rate, samples.dtype, samples.ndim) != (spectrogram.RATE, np.int16, 1) or not len(samples):
+        raise ColearnError(
+            f"{path}: expected 16000 Hz, int16, one channel, found {rate} Hz, {samples.dtype}, "
+            f"samples {list(samples.shape)}"
+        )
+    clip = np.zeros(spectrogram.RATE, np.int16)
+    clip[: len(samples)] = samples[: spectrogram.RATE]
+    return clip
