@@ -54,10 +54,10 @@ class RunningMean:
         self._like = dict(like)
         self.roles = assign_roles(like, roles)
         self._pairs = pair_statistics(like, self.roles)
-        self._blocks = Blocks(_floats(like))
         self._sums: dict[str, NDArray] = {}
         self._bounds: dict[str, float] = {}
         self._means: dict[str, list[tuple[float, NDArray]]] = {}
+        self._averages: dict[str, NDArray] = {}
         self.weight: float = 0
         self.count = 0
 
@@ -71,7 +71,7 @@ class RunningMean:
         self._sums = {
             name: a for name, a in self._sums.items() if self._like[name].dtype.kind == "f"
         }
-        self._bounds, self._means = {}, {}
+        self._bounds, self._means, self._averages = {}, {}, {}
         self.weight, self.count = 0, 0
 
     def add(self, arrays: Arrays, weight: float = 1) -> None:
@@ -101,13 +101,52 @@ class RunningMean:
         ColearnError
             As `add`, if the weight is not positive or an array is too large to be summed.
         """
-        if not (weight > 0 and math.isfinite(weight)):
-            raise expected("weight of a model", "a positive finite number", weight)
-        if weight > _LARGEST_WEIGHT:
-            raise expected("weight of a model", f"at most {_LARGEST_WEIGHT}", weight)
-        weight = int(weight) if float(weight).is_integer() else float(weight)
+        if self._averages:
+            raise ColearnError("mean: expected none added after add_all, found another model")
+        weight = _check_weight(weight)
         self._bounds.update(self._new_bounds(arrays, weight))
         self._add_floats(_floats(arrays), weight)
+        self._add_rest(arrays, weight)
+
+    def add_all(self, models: Sequence[tuple[Arrays, float]]) -> None:
+        """Add all models of the mean at once, where they are at hand together.
+
+        The same bits as one after the other, in a fraction of the time: a block of all models is
+        summed, checked and divided while it is in the cache, so no float64 sum of the whole model
+        goes through memory.
+
+        Parameters
+        ----------
+        models : sequence of (arrays, weight)
+            As for `add`; at least one.
+
+        Raises
+        ------
+        ColearnError
+            As `add`, or if models were added before; it may not say which model is at fault. The
+            mean is then empty.
+        """
+        if self.count:
+            raise ColearnError(f"mean: expected an empty one, found {self.count} models added")
+        for arrays, _ in models:
+            check_structure(arrays, self._like)
+        weighted = [(arrays, _check_weight(weight)) for arrays, weight in models]
+        paired = {name for pair in self._pairs for name in pair}
+        apart = {n: a for n, a in self._like.items() if n in paired or a.dtype.kind != "f"}
+        try:
+            for arrays, weight in weighted:
+                self._bounds.update(self._new_bounds(arrays, weight))
+                few = {name: arrays[name] for name in apart}
+                _check_finite(_floats(few))
+                self._add_floats(_floats(few), weight)
+                self._add_rest(few, weight)
+            self._averages = self._average_floats(weighted, set(self._like) - set(apart))
+        except ColearnError:
+            self.renew(self._like)
+            raise
+
+    def _add_rest(self, arrays: Arrays, weight: float) -> None:
+        """Add what is not in the float sums, and count the model."""
         for name, array in arrays.items():
             if array.dtype.kind != "f":  # float64 from here on if the weight is a fraction
                 scaled = array.astype(np.int64) * weight
@@ -128,7 +167,8 @@ class RunningMean:
         """
         if not self.count:
             raise ColearnError("mean: expected at least one model added, found none")
-        averages = self._divide_floats(_floats(self._like))
+        summed = {n: a for n, a in _floats(self._like).items() if n not in self._averages}
+        averages = {**self._averages, **self._divide_floats(summed)}
         result = {
             name: averages[name] if name in averages else self._divide_whole(name)
             for name in self._like
@@ -149,16 +189,38 @@ class RunningMean:
             scratch = np.empty(BLOCK)
             for name, block in parts:
                 total, term = sums[name][block], terms[name][block]
-                scaled = total if first else scratch[: term.size]
-                if weight == 1:
-                    # Faster than np.add, which converts a few elements at a time.
-                    np.copyto(scaled, term)
+                if first:
+                    _scale(term, weight, out=total)
                 else:
-                    np.multiply(term, weight, out=scaled, dtype=np.float64)
-                if not first:
-                    total += scaled
+                    total += _scale(term, weight, out=scratch[: term.size])
 
-        self._blocks.map(add)
+        Blocks(arrays).map(add)
+
+    def _average_floats(
+        self, models: Sequence[tuple[Arrays, float]], names: set[str]
+    ) -> dict[str, NDArray]:
+        """Return the averages of some float arrays of all models, block by block."""
+        like = {name: array for name, array in self._like.items() if name in names}
+        averages = {name: np.empty(array.shape, array.dtype) for name, array in like.items()}
+        outs = flat(averages)
+        terms = [(flat({n: arrays[n] for n in like}), weight) for arrays, weight in models]
+
+        def average(parts: list[Part]) -> str | None:
+            room, scratch = np.empty(BLOCK), np.empty(BLOCK)
+            with np.errstate(over="ignore", invalid="ignore"):
+                for name, block in parts:
+                    total = room[: block.stop - block.start]
+                    _add_block(total, terms, name, block, scratch)
+                    # Not finite wherever one of the terms is not.
+                    if not math.isfinite(total.sum()):
+                        return name
+                    outs[name][block] = np.divide(total, self.weight, out=total)
+            return None
+
+        for name in Blocks(like).map(average):
+            if name is not None:
+                raise ColearnError(f"array '{name}': expected finite numbers, found NaN or Inf")
+        return averages
 
     def _new_bounds(self, arrays: Arrays, weight: float) -> dict[str, float]:
         """Return bounds of the magnitudes that the sums would have with a model; check them."""
@@ -188,7 +250,7 @@ class RunningMean:
                 total = sums[name][block]
                 outs[name][block] = np.divide(total, self.weight, out=scratch[: total.size])
 
-        self._blocks.map(divide)
+        Blocks(like).map(divide)
         return averages
 
     def _divide_whole(self, name: str) -> NDArray:
@@ -210,8 +272,46 @@ class RunningMean:
         return np.asarray(np.minimum(pooled, np.finfo(dtype).max), dtype)
 
 
+def _check_weight(weight: float) -> float:
+    """Return the weight of a model, as an int if it is whole."""
+    if not (weight > 0 and math.isfinite(weight)):
+        raise expected("weight of a model", "a positive finite number", weight)
+    if weight > _LARGEST_WEIGHT:
+        raise expected("weight of a model", f"at most {_LARGEST_WEIGHT}", weight)
+    return int(weight) if float(weight).is_integer() else float(weight)
+
+
+def _add_block(
+    total: NDArray,
+    models: Sequence[tuple[Mapping[str, NDArray], float]],
+    name: str,
+    block: slice,
+    scratch: NDArray,
+) -> None:
+    """Write the weighted sum of one block of all models to `total`."""
+    first, *others = models
+    _scale(first[0][name][block], first[1], out=total)
+    for terms, weight in others:
+        total += _scale(terms[name][block], weight, out=scratch[: total.size])
+
+
+def _scale(term: NDArray, weight: float, out: NDArray) -> NDArray:
+    """Return weight * term, written to `out` in float64."""
+    if weight == 1:
+        # Faster than np.multiply or np.add, which convert a few elements at a time.
+        np.copyto(out, term)
+        return out
+    return np.multiply(term, weight, out=out, dtype=np.float64)
+
+
 def check_model(arrays: Arrays, like: Arrays) -> None:
     """Raise a ColearnError unless `arrays` is finite and has the names, shapes, types of `like`."""
+    check_structure(arrays, like)
+    _check_finite(_floats(arrays))
+
+
+def check_structure(arrays: Arrays, like: Arrays) -> None:
+    """Raise a ColearnError unless `arrays` has the names, shapes and types of `like`."""
     missing = [name for name in like if name not in arrays]
     extra = [name for name in arrays if name not in like]
     if missing or extra:
@@ -226,7 +326,6 @@ def check_model(arrays: Arrays, like: Arrays) -> None:
                 f"array '{name}': expected {wanted.dtype} of shape {wanted.shape}, found "
                 f"{array.dtype} of shape {array.shape}"
             )
-    _check_finite(_floats(arrays))
 
 
 def relative_change(

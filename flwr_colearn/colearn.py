@@ -22,7 +22,7 @@ from flwr.common import DEFAULT_TTL, log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ._flwr import data_bytes, records_of, to_record, view
+from ._flwr import data_bytes, to_record, view
 from .checkpoint import CheckpointFolder
 from .errors import ColearnError, expected, real_number, whole_number
 from .history import History
@@ -31,7 +31,7 @@ from .normalization import PARTIAL, Average, Normalization, Pooled
 from .normalization_grid import NormalizationGrid
 from .recalibration import recalibrate
 from .recovery import Event, Quorum, RecoveringGrid, Recovery
-from .replies import arrays_of, check_train_reply, checked_model, examples_of, model_of
+from .replies import arrays_of, check_train_reply, checked_model, examples_of, metrics_of, model_of
 from .roles import Arrays, Roles
 from .rule import CoLearningRule, Weighting
 from .sampling import participant_arguments, wait_for_nodes
@@ -278,8 +278,7 @@ class CoLearn(FedAvg):
         """
         if not self.rule.under_way:
             return None, None
-        # Not a loop, whose variable would hold a reply while the next one arrives.
-        folded = [each for each in map(self._fold, self._in_order(replies)) if each is not None]
+        folded = self._fold_all(self._in_order(replies))
         if isinstance(self._grid, RecoveringGrid):
             self._note_recovery(self._grid)
         average = to_record(self.rule.average())
@@ -550,8 +549,32 @@ class CoLearn(FedAvg):
         model = checked_model(sent, reply, self.weighted_by_key, self._broadcast)
         self._checked = reply, model
 
+    def _fold_all(self, replies: Iterable[Message]) -> list[tuple[str, RecordDict]]:
+        """Add the replies' models to the mean; return participants and metrics of those that fit.
+
+        A list holds all models anyway, so they are folded at once. Compressed ones would all have
+        to be decoded for that.
+        """
+        if isinstance(replies, list) and isinstance(self.wire.up, Float32):
+            read = [(reply, model) for reply in replies if (model := self._read(reply)) is not None]
+            fits = self.rule.fold_all([model[:4] for _, model in read])
+            pairs = zip(read, fits, strict=True)
+            return [(model[0], metrics_of(reply)) for (reply, model), fit in pairs if fit]
+        # Not a loop, whose variable would hold a reply while the next one arrives.
+        return [each for each in map(self._fold, replies) if each is not None]
+
     def _fold(self, reply: Message) -> tuple[str, RecordDict] | None:
         """Add a reply's model to the mean; return the participant and its metrics, if it fits."""
+        model = self._read(reply)
+        if model is None or not self.rule.fold(*model):
+            return None
+        return model[0], metrics_of(reply)
+
+    def _read(self, reply: Message) -> tuple[str, Arrays, float, int, bool] | None:
+        """Return participant, model, examples, bytes, and whether the model was checked.
+
+        None if the reply holds no model: it is refused.
+        """
         assert self._broadcast is not None
         name = self._name_of(reply.metadata.src_node_id)
         known, self._checked = self._checked, None
@@ -563,9 +586,7 @@ class CoLearn(FedAvg):
         except ColearnError as error:
             self.rule.refuse(name, str(error))
             return None
-        if not self.rule.fold(name, model, examples, size, checked):
-            return None
-        return name, RecordDict({**records_of(reply.content, MetricRecord)})
+        return name, model, examples, size, checked
 
     def _note_recovery(self, grid: RecoveringGrid) -> None:
         """Take over what the grid had to do in this round."""

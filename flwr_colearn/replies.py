@@ -2,7 +2,7 @@
 
 import math
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
 from ._flwr import records_of
 from .averaging import check_model
@@ -68,6 +68,11 @@ def model_of(reply: Message, broadcast: Broadcast) -> Arrays:
     """
     said = records_of(reply.content, ConfigRecord).get(WIRE)
     return broadcast.decode(arrays_of(reply), said)
+
+
+def metrics_of(reply: Message) -> RecordDict:
+    """Return the metrics in a reply, as Flower's aggregation of metrics takes them."""
+    return RecordDict({**records_of(reply.content, MetricRecord)})
 
 
 def check_train_reply(sent: Message, reply: Message, weighted_by_key: str = "num-examples") -> None:

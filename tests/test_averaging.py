@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from flwr_colearn import ColearnError, Role, RunningMean, relative_change
 from flwr_colearn.averaging import trainable
+from flwr_colearn.blocks import BLOCK
 
 shapes = hnp.array_shapes(min_dims=0, max_dims=3, max_side=4)
 
@@ -58,6 +59,85 @@ def model_of_every_kind():
         "small": np.array([3, 250], np.uint8),
         "flag": np.array([True, False]),
     }
+
+
+# All models at once -----------------------------------------------------------------------------
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    weights=st.lists(st.sampled_from([1, 2, 31, 0.5, 1 / 3]), min_size=1, max_size=5),
+)
+def test_models_added_at_once_give_the_bits_of_models_added_one_by_one(seed, weights):
+    rng = np.random.default_rng(seed)
+    models = [
+        {
+            name: (array + rng.integers(0, 2, array.shape)).astype(array.dtype)
+            if array.dtype.kind != "f"
+            else np.asarray(array * rng.uniform(0.5, 2, array.shape), array.dtype)
+            for name, array in model_of_every_kind().items()
+        }
+        for _ in weights
+    ]
+    at_once = RunningMean(models[0])
+    at_once.add_all(list(zip(models, weights, strict=True)))
+    assert (at_once.count, at_once.weight) == (len(models), sum(weights))
+    result = at_once.mean()
+    assert bits(result) == bits(average(models, weights))
+    assert list(result) == list(models[0])
+
+
+def test_models_larger_than_a_block_are_added_at_once_with_threads_too(monkeypatch):
+    monkeypatch.setattr("flwr_colearn.blocks._THREADED", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    rng = np.random.default_rng(0)
+    models = [{"w": rng.normal(size=(3, BLOCK)).astype(np.float32)} for _ in range(3)]
+    at_once = RunningMean(models[0])
+    at_once.add_all([(model, 1) for model in models])
+    expected = np.mean([model["w"].astype(np.float64) for model in models], axis=0)
+    assert np.array_equal(at_once.mean()["w"], expected.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [("weight", np.nan, 1)],
+        [("weight", np.inf, 0), ("weight", -np.inf, 1)],  # which cancel in the sum, but to NaN
+        [("double", np.inf, 2)],
+        [("half", -np.inf, 0)],
+        [("bn.running_mean", np.nan, 2)],
+    ],
+)
+def test_models_at_once_with_one_that_is_not_finite_leave_the_mean_empty(faults):
+    models = [model_of_every_kind() for _ in range(3)]
+    for name, value, index in faults:
+        models[index][name].flat[0] = value
+    mean = RunningMean(model_of_every_kind())
+    with pytest.raises(ColearnError, match=faults[0][0]):
+        mean.add_all([(model, 1) for model in models])
+    assert (mean.count, mean.weight) == (0, 0)
+    mean.add(model_of_every_kind())
+    assert bits(mean.mean()) == bits(model_of_every_kind())
+
+
+def test_models_at_once_are_all_there_are():
+    mean = RunningMean(model_of_every_kind())
+    mean.add_all([(model_of_every_kind(), 1)])
+    for add in (mean.add, lambda model: mean.add_all([(model, 1)])):
+        with pytest.raises(ColearnError, match="mean: expected"):
+            add(model_of_every_kind())
+    mean.renew(model_of_every_kind())
+    mean.add(model_of_every_kind(), 2)
+    assert mean.weight == 2
+
+
+def test_doubles_whose_block_sums_to_more_than_float64_holds_are_still_averaged():
+    model = {"w": np.full(3, 0.5 * np.finfo(np.float64).max)}
+    mean = RunningMean(model)
+    with pytest.raises(ColearnError):  # the mean of one by one takes over
+        mean.add_all([(model, 1)])
+    mean.add(model)
+    assert np.array_equal(mean.mean()["w"], model["w"])
 
 
 # The mean ---------------------------------------------------------------------------------------
