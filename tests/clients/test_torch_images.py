@@ -13,6 +13,7 @@ from clients.settings import ParticipantSettings
 from clients.tasks import imagefolder
 from clients.tasks.registry import load_task, participant_trainer, server_trainer
 from clients.torch_images import ImageFiles, image_files
+from clients.torch_parallel import ParallelTrainer
 from clients.torch_tasks import normalise_imagenet
 from clients.torch_trainer import TorchTrainer
 from flwr_colearn import ColearnError
@@ -114,10 +115,13 @@ def test_normalisation_by_hand():
 # In training
 
 
-def trainer_of(examples, workers=0, augment=True):
+def linear_model():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(3))
-    model(torch.zeros(1, 3, 16, 16))
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
+
+
+def trainer_of(examples, workers=0, augment=True):
+    model = linear_model()
     files = ImageFiles(examples, 16, augment)
     return TorchTrainer(
         model, files, files, batch_size=5, transform=normalise_imagenet, workers=workers
@@ -164,6 +168,25 @@ def test_recalibration_and_evaluation_see_plain_images(examples, monkeypatch):
     assert set(seeds) == {None}
     trainer.train_epoch(0.01, 8)
     assert seeds[-12:] == [8] * 12
+
+
+def test_a_site_with_two_devices_augments_as_one_device_does(examples):
+    files = ImageFiles(examples, 16, augment=True)
+    two = ParallelTrainer(
+        linear_model(),
+        files,
+        files,
+        devices=["cpu", "cpu"],
+        batch_size=6,
+        transform=normalise_imagenet,
+        workers=1,
+    )
+    one = trainer_of(examples)
+    one.batch_size = 6
+    for trainer in (one, two):
+        trainer.train_epoch(0.01, 1)
+    weights = (trainer.get_weights()["1.weight"] for trainer in (one, two))
+    np.testing.assert_allclose(*weights, rtol=1e-4, atol=1e-5)
 
 
 # From the settings
