@@ -3,7 +3,7 @@
 from typing import Any
 
 from clients.data import Task
-from clients.keras_models import densenet40, resnet8, small_cnn
+from clients.keras_models import densenet40, resnet8, resnet152, small_cnn, vgg19
 from clients.keras_trainer import KerasTrainer
 from clients.settings import ParticipantSettings
 from clients.tasks.kit import Kit, kit_for
@@ -12,7 +12,11 @@ from clients.tf_transforms import augment, no_transform, normalise
 
 KITS = {
     "digits": Kit({"cnn": small_cnn}, no_transform, no_transform),
-    "cifar10": Kit({"resnet8": resnet8, "densenet40": densenet40}, normalise, augment),
+    "cifar10": Kit(
+        {"resnet8": resnet8, "densenet40": densenet40, "vgg19": vgg19, "resnet152": resnet152},
+        normalise,
+        augment,
+    ),
 }
 
 
@@ -40,7 +44,7 @@ def server_trainer(settings: ParticipantSettings, task: Task) -> KerasTrainer:
 
 
 def _trainer(settings: ParticipantSettings, task: Task, device: str | None = None) -> KerasTrainer:
-    settings.refuse("channels_last", "workers")
+    settings.refuse("channels_last", "workers", "image_size")
     options: dict[str, Any] = {
         "objective": task.objective,
         "batch_size": settings.batch_size,

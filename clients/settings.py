@@ -51,7 +51,7 @@ class ParticipantSettings(FromConfig):
         "torch", "keras" (Keras 3 on TensorFlow) or "slim" (TF-slim, in graph mode). All sites of a
         run use the same one; only that one is imported.
     task : str
-        "digits", "cifar10", or with PyTorch only "mnist", "speech", "audioset".
+        "digits", "cifar10", or with PyTorch only "mnist", "imagefolder", "speech", "audioset".
     model : str
         One of the models that the framework has for the task; empty for its default.
     data_dir : str
@@ -85,6 +85,8 @@ class ParticipantSettings(FromConfig):
         Compile the training step: with keras by XLA, with torch by ``torch.compile``.
     channels_last, workers
         With torch: see `clients.torch_trainer.TorchTrainer`.
+    image_size : int
+        Height and width in pixels to which the task "imagefolder" brings its images; 0 for 224.
     """
 
     framework: str = "torch"
@@ -108,6 +110,7 @@ class ParticipantSettings(FromConfig):
     jit_compile: bool = False
     channels_last: bool = False
     workers: int = 0
+    image_size: int = 0
 
     def refuse(self, *names: str) -> None:
         """Raise a ColearnError if one of these settings, which the framework lacks, is set."""

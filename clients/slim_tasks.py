@@ -28,7 +28,7 @@ def server_trainer(settings: ParticipantSettings, task: Task) -> SlimTrainer:
 
 
 def _trainer(settings: ParticipantSettings, task: Task, device: str | None = None) -> SlimTrainer:
-    settings.refuse("precision", "jit_compile", "channels_last", "workers")
+    settings.refuse("precision", "jit_compile", "channels_last", "workers", "image_size")
     kit = kit_for(KITS, settings)
     options: dict[str, Any] = {
         "objective": task.objective,

@@ -78,7 +78,9 @@ class ParallelTrainer:
             ours, theirs = context.Pipe()
             job = (model, train_set, test_set, {**options, "batch_size": batch_size})
             process = context.Process(
-                target=_serve, args=(theirs, rank, world, device, meeting_point, job), daemon=True
+                target=_serve,
+                args=(theirs, rank, world, device, meeting_point, mp.get_start_method(), job),
+                daemon=True,
             )
             process.start()
             theirs.close()  # so that the end of the process is seen at once
@@ -157,9 +159,19 @@ class _Replica(TorchTrainer):
 
 
 def _serve(
-    pipe: Connection, rank: int, world: int, device: str, meeting_point: str, job: tuple[Any, ...]
+    pipe: Connection,
+    rank: int,
+    world: int,
+    device: str,
+    meeting_point: str,
+    start_method: str,
+    job: tuple[Any, ...],
 ) -> None:
     """Answer calls in a device's process until the other end of the pipe is gone."""
+    # The processes that load data start as they do for a single device: daemons may not start any,
+    # and by default a spawned process spawns its own, which import everything anew in every epoch.
+    mp.current_process().daemon = False
+    mp.set_start_method(start_method, force=True)
     backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(device)

@@ -1,6 +1,6 @@
 """The tasks with PyTorch: models, augmentation on the device, and trainers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from clients import audio_models
+from clients import audio_models, image_models
 from clients.data import Examples, Task
 from clients.models import densenet40, mnist_cnn, resnet8, small_cnn
 from clients.settings import ParticipantSettings
-from clients.tasks import cifar10
+from clients.tasks import cifar10, imagefolder
 from clients.tasks.kit import Kit, kit_for
+from clients.torch_images import image_files
 from clients.torch_parallel import ParallelTrainer
 from clients.torch_trainer import TorchTrainer
+from flwr_colearn import ColearnError
 
 
 def no_transform(inputs: Tensor, training: bool) -> Tensor:
@@ -25,10 +27,19 @@ def no_transform(inputs: Tensor, training: bool) -> Tensor:
 
 def normalise(inputs: Tensor, training: bool) -> Tensor:
     """Scale CIFAR-10's uint8 images [N, 3, 32, 32] to zero mean, unit variance per channel."""
+    return _standardised(inputs, cifar10.MEAN, cifar10.STD)
+
+
+def normalise_imagenet(inputs: Tensor, training: bool) -> Tensor:
+    """Scale uint8 images [N, 3, H, W] by the mean and deviation of ImageNet's channels."""
+    return _standardised(inputs, imagefolder.MEAN, imagefolder.STD)
+
+
+def _standardised(images: Tensor, means: Sequence[float], stds: Sequence[float]) -> Tensor:
     shape = (1, 3, 1, 1)
-    mean = torch.tensor(cifar10.MEAN, device=inputs.device).view(shape)
-    std = torch.tensor(cifar10.STD, device=inputs.device).view(shape)
-    return (inputs.float() / 255 - mean) / std
+    mean = torch.tensor(means, device=images.device).view(shape)
+    std = torch.tensor(stds, device=images.device).view(shape)
+    return (images.float() / 255 - mean) / std
 
 
 def augment(inputs: Tensor, training: bool) -> Tensor:
@@ -64,7 +75,28 @@ def random_flip(images: Tensor) -> Tensor:
 KITS = {
     "digits": Kit({"cnn": small_cnn}, no_transform, no_transform),
     "mnist": Kit({"cnn": mnist_cnn}, no_transform, no_transform),
-    "cifar10": Kit({"resnet8": resnet8, "densenet40": densenet40}, normalise, augment),
+    "cifar10": Kit(
+        {
+            "resnet8": resnet8,
+            "densenet40": densenet40,
+            "vgg19": image_models.vgg19_bn,
+            "resnet152": image_models.resnet152,
+            "inception_v4": image_models.inception_v4,
+            "inception_resnet_v2": image_models.inception_resnet_v2,
+        },
+        normalise,
+        augment,
+    ),
+    "imagefolder": Kit(
+        {
+            "resnet8": resnet8,
+            "vgg19": image_models.vgg19,
+            "inception_v4": image_models.inception_v4,
+            "resnetv2_101": image_models.resnetv2_101,
+        },
+        normalise_imagenet,
+        normalise_imagenet,  # the files are augmented as they are read
+    ),
     "speech": Kit(audio_models.SPEECH, no_transform, no_transform),
     "audioset": Kit(audio_models.AUDIOSET, no_transform, no_transform),
 }
@@ -103,27 +135,36 @@ def _parts(
     settings: ParticipantSettings, task: Task
 ) -> tuple[nn.Module, Dataset[Any], Dataset[Any]]:
     """Return the model, and the data sets to train and to evaluate on."""
-    as_dataset = DATASETS.get(settings.task, tensors_of)
-    return (
-        build_model(settings, task),
-        as_dataset(task.train_set, settings.augment),
-        as_dataset(task.test_set, False),
-    )
+    sets = (_dataset(settings, examples) for examples in (task.train_set, task.test_set))
+    return build_model(settings, task), *sets
 
 
-def tensors_of(examples: Examples, augment: bool = False) -> TensorDataset:
-    """Return examples in memory; images [N, H, W, C] as PyTorch has them, [N, C, H, W].
+def _dataset(settings: ParticipantSettings, examples: Examples) -> Dataset[Any]:
+    if settings.task in DATASETS:
+        return DATASETS[settings.task](examples, settings)
+    if settings.image_size:
+        raise ColearnError(
+            f"run config 'image-size': expected 0, since the examples of task {settings.task!r} "
+            f"are of one size, found {settings.image_size}"
+        )
+    return tensors_of(examples)
 
-    Whether to augment does not matter here: batches are augmented on the device.
-    """
+
+def tensors_of(examples: Examples) -> TensorDataset:
+    """Return examples in memory; images [N, H, W, C] as PyTorch has them, [N, C, H, W]."""
     inputs = examples.inputs
     if inputs.ndim == 4:
         inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
     return TensorDataset(torch.from_numpy(inputs), torch.from_numpy(examples.labels))
 
 
-DATASETS: dict[str, Callable[[Examples, bool], Dataset[Any]]] = {}
-"""Data sets of the tasks whose examples are read from files while training."""
+DATASETS: dict[str, Callable[[Examples, ParticipantSettings], Dataset[Any]]] = {
+    "imagefolder": image_files
+}
+"""Data sets of the tasks whose examples are read from files while training.
+
+Those that augment do so only once they are ``seeded`` (see `TorchTrainer`), never in evaluation.
+"""
 
 
 def _options(settings: ParticipantSettings, task: Task) -> dict[str, Any]:

@@ -33,7 +33,8 @@ class TorchTrainer:
         Any module that maps a batch of inputs to outputs for `loss`.
     train_set : Dataset
         Yields (input, target). A ``TensorDataset`` is indexed a batch at a time, on the device if
-        it takes no more than half of the memory that is free there.
+        it takes no more than half of the memory that is free there. One that draws random numbers
+        has a method ``seeded(seed)``, which returns it as it is for one epoch.
     test_set : Dataset, optional
         What `evaluate` uses.
     batch_size : int, default 32
@@ -296,7 +297,14 @@ class TorchTrainer:
         return batches
 
     def _train_batches(self, seed: int) -> Iterable[Any]:
-        return self._loader(self.train_set, self.own_part(self._sampler(seed)))
+        return self._loader(self._train_set(seed), self.own_part(self._sampler(seed)))
+
+    def _train_set(self, seed: int) -> Dataset[Any]:
+        """Return the training set as an epoch's seed has it.
+
+        Seeded by itself, since the processes that load data have random states of their own.
+        """
+        return self.train_set.seeded(seed) if hasattr(self.train_set, "seeded") else self.train_set
 
     def _sampler(self, seed: int) -> BatchSampler:
         generator = torch.Generator().manual_seed(seed)
@@ -307,8 +315,9 @@ class TorchTrainer:
     def _batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
         """Return the batch of a step: the same order within a pass as `train_epoch` has it."""
         done, place = divmod(step - 1, len(self._sampler(seed)))
-        batches = list(self._sampler(derive_seed(seed, done + 1)))
-        (batch,) = self._loader(self.train_set, [batches[place]])
+        pass_seed = derive_seed(seed, done + 1)
+        batches = list(self._sampler(pass_seed))
+        (batch,) = self._loader(self._train_set(pass_seed), [batches[place]])
         inputs, targets = batch
         return inputs, targets
 

@@ -53,6 +53,7 @@ _LOADERS: dict[str, Callable[[ParticipantSettings], Task]] = {
     "digits": lambda settings: _loader("digits")(),
     "mnist": lambda settings: _loader("mnist")(settings.data_dir or "data"),
     "cifar10": lambda settings: _loader("cifar10")(settings.data_dir or "data"),
+    "imagefolder": lambda settings: _loader("imagefolder")(settings.data_dir or "data"),
     "speech": lambda settings: _loader("speech")(settings.data_dir or "data", settings.split),
     "audioset": lambda settings: _loader("audioset")(settings.data_dir or "data"),
 }

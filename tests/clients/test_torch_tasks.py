@@ -120,7 +120,15 @@ def test_the_models_of_each_task():
     assert {task: list(each.models) for task, each in KITS.items()} == {
         "digits": ["cnn"],
         "mnist": ["cnn"],
-        "cifar10": ["resnet8", "densenet40"],
+        "cifar10": [
+            "resnet8",
+            "densenet40",
+            "vgg19",
+            "resnet152",
+            "inception_v4",
+            "inception_resnet_v2",
+        ],
+        "imagefolder": ["resnet8", "vgg19", "inception_v4", "resnetv2_101"],
         "speech": ["cnn-trad-fpool3", "cnn-small"],
         "audioset": ["crnn-average", "crnn-max", "crnn-attention", "crnn-multi-attention"],
     }

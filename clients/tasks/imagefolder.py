@@ -1,0 +1,119 @@
+"""Images in ImageNet's folder layout: DATA_DIR/{train,val}/CLASS/*.JPEG, read while training."""
+
+from functools import cache
+from logging import WARNING
+from pathlib import Path
+
+import numpy as np
+from flwr.common import log
+
+from clients.data import Examples, Task
+from clients.objective import Objective
+from clients.tasks.image_scan import unreadable_images
+from clients.trainer import NDArray, accuracy
+from flwr_colearn import ColearnError
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+IMAGE_SIZE = 224
+"""Height and width in pixels, unless the settings say otherwise."""
+
+PARTS = ("train", "val")
+_NAMED = 5  # files in the log
+
+
+def top_metrics(outputs: NDArray, targets: NDArray) -> dict[str, float]:
+    """Return ``accuracy`` and ``top-5``: the class is the largest, is among the five largest.
+
+    With up to five classes ``top-5`` is 1.
+    """
+    largest = np.argsort(-outputs, axis=1, kind="stable")[:, :5]
+    top5 = float((largest == targets[:, None]).any(axis=1).mean())
+    return {"accuracy": accuracy(outputs, targets), "top-5": top5}
+
+
+@cache
+def load(data_dir: str) -> Task:
+    """Return the task: paths of images as inputs, numbers of their class folders as labels.
+
+    Every file is read once, to leave out those that are not images; what was found is kept in
+    ``DATA_DIR/colearn-scan.json`` (see `clients.tasks.image_scan`).
+
+    Parameters
+    ----------
+    data_dir : str
+        Holds ``train`` and ``val``, each with one folder a class. Folders within these count too.
+
+    Raises
+    ------
+    ColearnError
+        If a part is missing, has no image, or its classes are not those of the other part.
+    """
+    root = Path(data_dir)
+    classes = _common_classes(root)
+    samples = {part: _samples(root / part) for part in PARTS}
+    paths = [path for part in PARTS for path, _ in samples[part]]
+    bad = unreadable_images(root, paths)
+    if bad:
+        _report(root, bad, len(paths))
+    train, val = (_examples(root / part, samples[part], bad) for part in PARTS)
+    order = np.random.default_rng(0).permutation(len(train))
+    return Task(
+        train.take(order), val, Objective(top_metrics), model_options={"num_classes": len(classes)}
+    )
+
+
+def _common_classes(root: Path) -> list[str]:
+    """Return the names of the class folders, which both parts must have."""
+    train, val = (_classes(root / part) for part in PARTS)
+    if train != val:
+        only = [sorted(set(train) - set(val)), sorted(set(val) - set(train))]
+        raise ColearnError(
+            f"{root}: expected the same class folders in train and val, found only in train: "
+            f"{_named(only[0])}; only in val: {_named(only[1])}"
+        )
+    return train
+
+
+def _classes(folder: Path) -> list[str]:
+    from torchvision.datasets.folder import find_classes
+
+    try:
+        return find_classes(str(folder))[0]
+    except FileNotFoundError as error:
+        raise ColearnError(
+            f"run config 'data-dir': expected a folder that holds train and val, each with a "
+            f"folder for every class, found in {folder.parent}: {error}"
+        ) from error
+
+
+def _samples(folder: Path) -> list[tuple[str, int]]:
+    """Return (path, class) of every file, whatever its name: the scan says which are images."""
+    from torchvision.datasets import ImageFolder
+
+    return ImageFolder(str(folder), is_valid_file=lambda path: True, allow_empty=True).samples
+
+
+def _report(root: Path, bad: dict[str, str], total: int) -> None:
+    found = [f"{Path(path).relative_to(root)} ({reason})" for path, reason in bad.items()]
+    log(
+        WARNING,
+        "%s: %d of %d files are not readable images and are left out: %s",
+        root,
+        len(bad),
+        total,
+        _named(found),
+    )
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more if names else "none"
+
+
+def _examples(folder: Path, samples: list[tuple[str, int]], bad: dict[str, str]) -> Examples:
+    good = [(path, label) for path, label in samples if path not in bad]
+    if not good:
+        raise ColearnError(f"{folder}: expected images in its class folders, found none readable")
+    paths, labels = zip(*good, strict=True)
+    return Examples(np.array(paths), np.array(labels, dtype=np.int64))
