@@ -110,8 +110,8 @@ def test_a_folder_of_images_as_a_study(tmp_path):
     assert list(units) == ["clr-ile", "vanilla-elr"]
     for unit in units.values():
         assert unit["epochs"] == [1]
-        assert len(unit["accuracies"]) == 1
-        assert unit["accuracies"][0] * 12 == pytest.approx(round(unit["accuracies"][0] * 12))
+        assert len(unit["metrics"]["accuracy"]) == 1
+        assert unit["metrics"]["accuracy"][0] * 12 == pytest.approx(round(unit["accuracies"][0] * 12))
         assert unit["config"]["image-size"] == 16
     assert units["clr-ile"]["bytes"] > units["vanilla-elr"]["bytes"] == 0
     assert (tmp_path / "colearn-scan.json").is_file()
@@ -129,4 +129,4 @@ def test_real_images_as_a_study(tmp_path):
     )
     unit = run(tmp_path, config, "clr-ile")["clr-ile"]
     assert unit["epochs"] == [1, 2]
-    assert unit["accuracies"][-1] > 0.065  # chance is 0.05, of 1,000 images
+    assert unit["metrics"]["accuracy"][-1] > 0.065  # chance is 0.05, of 1,000 images
