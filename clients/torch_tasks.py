@@ -13,6 +13,7 @@ from clients.models import densenet40, mnist_cnn, resnet8, small_cnn
 from clients.settings import ParticipantSettings
 from clients.tasks import cifar10
 from clients.tasks.kit import Kit, kit_for
+from clients.text_models import BiGRU, Capsules, bigru_small
 from clients.torch_parallel import ParallelTrainer
 from clients.torch_trainer import TorchTrainer
 
@@ -64,6 +65,11 @@ KITS = {
     "digits": Kit({"cnn": small_cnn}, no_transform, no_transform),
     "mnist": Kit({"cnn": mnist_cnn}, no_transform, no_transform),
     "cifar10": Kit({"resnet8": resnet8, "densenet40": densenet40}, normalise, augment),
+    "toxic": Kit(
+        {"bigru": BiGRU, "capsule": Capsules, "bigru-small": bigru_small},
+        no_transform,
+        no_transform,
+    ),
 }
 
 
