@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from clients.app import app
 from clients.settings import ParticipantSettings
-from clients.tasks.registry import participant_trainer, server_trainer
-from clients.trainer import NDArray, accuracy, derive_seed, follow
+from clients.tasks.registry import load_task, participant_trainer, server_trainer
+from clients.trainer import derive_seed, follow
 from flwr_colearn import ColearnError, ExponentialRate, History, InProcessGrid, LocalPlan
 from flwr_colearn.report import Curve, doublings, save_figure
 from simulations.arms import ARMS, Arm, arm_named, schedules
@@ -49,8 +49,8 @@ class Unit:
     seed : int
         Of partition, initial model and training.
     epochs, accuracies : list
-        Test accuracy of the shared model (of the averaged outputs, for the ensemble) after so many
-        local epochs per participant.
+        The task's headline metric, such as accuracy, of the shared model on the test set (of the
+        averaged outputs, for the ensemble) after so many local epochs per participant.
     doublings : list of int
         Local epochs after which T was increased.
     rounds : int
@@ -75,7 +75,7 @@ class Unit:
 
     @property
     def accuracy(self) -> float:
-        """Test accuracy at the end, in percent."""
+        """The headline metric at the end, in percent."""
         return 100 * self.accuracies[-1]
 
 
@@ -90,7 +90,8 @@ def run_unit(name: str, participants: ParticipantSettings, settings: RunSettings
     else:
         history = train_averaged(name, arm, participants, settings)
         epochs = [record.epochs_done for record in history]
-        accuracies = [record.server_metrics["accuracy"] for record in history]
+        headline = load_task(participants).objective.headline
+        accuracies = [record.server_metrics[headline] for record in history]
         grown = doublings(history.records)
         # Vanilla learning exchanges no models: its rounds are only where it is evaluated.
         rounds, moved = (0, 0) if arm.pooled_data else (len(history), history.bytes_total)
@@ -130,8 +131,9 @@ def train_ensemble(
     Returns
     -------
     epochs, accuracies : list
-        The ensemble's test accuracy, every T0 local epochs.
+        The ensemble's headline metric on the test set, every T0 local epochs.
     """
+    objective = load_task(participants).objective
     k, total = settings.num_participants, settings.total_epochs
     rate = schedules(ARMS["ensemble"], settings)["learning_rate"]
     assert isinstance(rate, ExponentialRate)
@@ -153,16 +155,11 @@ def train_ensemble(
             follow(plan, trainer, derive_seed(participants.seed, index))
             judge.set_weights(trainer.get_weights())
             outputs, targets = judge.predict()
-            probabilities.append(softmax(outputs))
+            probabilities.append(objective.probabilities(outputs))
         epochs.append(done + plan.local_epochs)
-        accuracies.append(accuracy(np.mean(probabilities, axis=0), targets))
+        metrics = objective.metrics(np.mean(probabilities, axis=0), targets)
+        accuracies.append(metrics[objective.headline])
     return epochs, accuracies
-
-
-def softmax(outputs: NDArray) -> NDArray:
-    """Return the probabilities of the classes, for outputs [N, classes]."""
-    exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def run_study(
