@@ -118,6 +118,7 @@ def test_the_models_of_each_task():
         "digits": ["cnn"],
         "mnist": ["cnn"],
         "cifar10": ["resnet8", "densenet40"],
+        "toxic": ["bigru", "capsule", "bigru-small"],
     }
 
 
