@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
 
 from clients.settings import ParticipantSettings
-from clients.tasks.registry import server_trainer
+from clients.tasks.registry import load_task, server_trainer
 from clients.trainer import Trainer
 from flwr_colearn import CoLearn, ColearnError, History
 from flwr_colearn.report import curve, save_figure
@@ -46,7 +46,8 @@ def main(grid: Grid, context: Context) -> None:
             log(INFO, "The model of the last completed round is in %s", output)
         raise
     save_model(result, output)
-    summarise(result, strategy.history, settings, output)
+    headline = load_task(participants).objective.headline
+    summarise(strategy.history, headline, settings, output)
 
 
 def make_strategy(
@@ -93,11 +94,21 @@ def save_model(result: Result, output: Path) -> None:
     np.savez(output / "model.npz", **arrays)
 
 
-def summarise(result: Result, history: History, settings: RunSettings, output: Path) -> None:
-    """Write ``summary.json`` and ``accuracy.png``, and log what was reached."""
+def summarise(history: History, headline: str, settings: RunSettings, output: Path) -> None:
+    """Write ``summary.json`` and ``accuracy.png``, and log what was reached.
+
+    Parameters
+    ----------
+    history : History
+    headline : str
+        The metric that stands for the model.
+    settings : RunSettings
+    output : Path
+        The folder to write to.
+    """
     last = history.records[-1]
     summary = {
-        "accuracy": last.server_metrics["accuracy"],
+        headline: last.server_metrics[headline],
         "rounds": len(history),
         "local-epochs": last.epochs_done,
         "epochs-path": history.epochs_path,
@@ -111,7 +122,8 @@ def summarise(result: Result, history: History, settings: RunSettings, output: P
         log(INFO, "%s: %s", key, value)
     title = arm_named(settings.arm).title
     try:
-        save_figure([curve(history, title)], output / "accuracy.png", title)
+        curves = [curve(history, title, headline)]
+        save_figure(curves, output / "accuracy.png", title, ylabel=headline)
     except ColearnError as error:
         log(INFO, "No picture: %s", error)
     log(INFO, "History, model and summary are in %s", output)

@@ -5,6 +5,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from clients.metrics import mean_roc_auc
+from flwr_colearn import ColearnError
 
 
 def test_the_area_is_the_share_of_pairs_in_the_right_order():
@@ -42,3 +43,10 @@ def test_without_any_label_to_judge_it_is_no_number():
     found = mean_roc_auc(np.zeros((3, 2)), np.zeros((3, 2)))
     assert math.isnan(found["roc-auc"])
     assert found["labels-judged"] == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_outputs_of_a_model_that_has_diverged_are_refused(value):
+    outputs = np.array([[0.0], [value]])
+    with pytest.raises(ColearnError, match="outputs: expected finite numbers, found others"):
+        mean_roc_auc(outputs, np.array([[0], [1]]))
