@@ -70,6 +70,15 @@ def test_a_comment_without_words_has_finite_logits_and_gradients(build):
 
 
 @every
+def test_half_precision_gives_nearly_the_same_logits(build):
+    torch.manual_seed(0)
+    model = build(vocabulary=50).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model(words())
+    torch.testing.assert_close(half.float(), model(words()), rtol=0.05, atol=0.05)
+
+
+@every
 def test_vectors_that_were_read_neither_travel_nor_train(build):
     model = build(vocabulary=50, vectors=VECTORS)
     assert not [name for name in model.state_dict() if name.startswith("embedding")]
