@@ -45,6 +45,7 @@ class BiGRU(nn.Module):
     """Embedding, spatial dropout, bidirectional GRU, average and maximum over words, linear.
 
     Padding takes no part in any of them; a comment without words counts as one word of padding.
+    333,318 parameters, and those of a learned embedding.
 
     Parameters
     ----------
@@ -100,7 +101,8 @@ class Capsules(nn.Module):
     capsules these are; the paper cites EM routing, which has matrices in their place. Ours are:
     primary capsules come from a convolution over the embedding's whole width and three words, one
     window for each word, so a comment of 150 words has 4,800; they share the prediction weights
-    of their type; windows centred on padding take no part.
+    of their type; windows centred on padding take no part. 255,232 parameters, and those of a
+    learned embedding.
 
     The logit of a label is ``log(|s|**2)``, s being its capsule before squashing: that is the logit
     of the squashed capsule's length, ``|s|**2 / (1 + |s|**2)``, taken as a probability.
@@ -186,5 +188,8 @@ def _sums(capsules: Tensor, weights: Tensor, inputs: Tensor) -> Tensor:
 
 
 def bigru_small(**options: Any) -> BiGRU:
-    """Return a compact `BiGRU` for CPUs: 64 dimensions, learned, and 32 units a direction."""
+    """Return a compact `BiGRU` for CPUs: 64 dimensions, learned, and 32 units a direction.
+
+    19,590 parameters, and those of the embedding.
+    """
     return BiGRU(dimension=64, units=32, **options)
