@@ -51,7 +51,8 @@ class ParticipantSettings(FromConfig):
         "torch", "keras" (Keras 3 on TensorFlow) or "slim" (TF-slim, in graph mode). All sites of a
         run use the same one; only that one is imported.
     task : str
-        "digits", "cifar10", or with PyTorch only "mnist", "imagefolder", "speech", "audioset".
+        "digits", "cifar10", or with PyTorch only "mnist", "imagefolder", "toxic", "speech",
+        "audioset".
     model : str
         One of the models that the framework has for the task; empty for its default.
     data_dir : str
@@ -62,11 +63,16 @@ class ParticipantSettings(FromConfig):
     examples : int
         Use only so many training examples; 0 for all.
     partition : str
-        "iid", "dirichlet" or "classes".
+        "iid", "dirichlet" or "classes"; "iid" where examples have several labels each.
     dirichlet_alpha : float
         Concentration of the "dirichlet" partition.
     classes_each : int
         Classes of each participant in the "classes" partition.
+    vectors : str
+        Of tasks with text: a fastText ``.vec`` file, the same at every site, which gives the
+        vocabulary and the vectors; empty to learn them.
+    vocabulary : int
+        Of tasks with text: how many words are known.
     seed : int
         Of the partition, the initial model, and the participants' training.
     batch_size, momentum, weight_decay, clip_norm
@@ -98,6 +104,8 @@ class ParticipantSettings(FromConfig):
     partition: str = "iid"
     dirichlet_alpha: float = 0.5
     classes_each: int = 2
+    vectors: str = ""
+    vocabulary: int = 20_000
     seed: int = 0
     batch_size: int = 32
     momentum: float = 0.9

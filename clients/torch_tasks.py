@@ -14,6 +14,7 @@ from clients.models import densenet40, mnist_cnn, resnet8, small_cnn
 from clients.settings import ParticipantSettings
 from clients.tasks import cifar10, imagefolder
 from clients.tasks.kit import Kit, kit_for
+from clients.text_models import BiGRU, Capsules, bigru_small
 from clients.torch_images import image_files
 from clients.torch_parallel import ParallelTrainer
 from clients.torch_trainer import TorchTrainer
@@ -96,6 +97,11 @@ KITS = {
         },
         normalise_imagenet,
         normalise_imagenet,  # the files are augmented as they are read
+    ),
+    "toxic": Kit(
+        {"bigru": BiGRU, "capsule": Capsules, "bigru-small": bigru_small},
+        no_transform,
+        no_transform,
     ),
     "speech": Kit(audio_models.SPEECH, no_transform, no_transform),
     "audioset": Kit(audio_models.AUDIOSET, no_transform, no_transform),

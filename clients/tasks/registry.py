@@ -54,6 +54,9 @@ _LOADERS: dict[str, Callable[[ParticipantSettings], Task]] = {
     "mnist": lambda settings: _loader("mnist")(settings.data_dir or "data"),
     "cifar10": lambda settings: _loader("cifar10")(settings.data_dir or "data"),
     "imagefolder": lambda settings: _loader("imagefolder")(settings.data_dir or "data"),
+    "toxic": lambda settings: _loader("toxic")(
+        settings.data_dir or "data", settings.vectors, settings.vocabulary
+    ),
     "speech": lambda settings: _loader("speech")(settings.data_dir or "data", settings.split),
     "audioset": lambda settings: _loader("audioset")(settings.data_dir or "data"),
 }
@@ -67,14 +70,21 @@ def shards(settings: ParticipantSettings, num_partitions: int) -> Shards:
     Raises
     ------
     ColearnError
-        If the partition is unknown or leaves a participant without examples.
+        If the partition is unknown, leaves a participant without examples, or is one by class
+        where examples have several labels.
     """
-    labels = load_task(settings).train_set.labels
+    task = load_task(settings)
+    labels = task.train_set.labels
     if settings.examples:
-        # Both tasks come in random order, so the first ones are a random subset.
+        # All tasks come in random order, so the first ones are a random subset.
         labels = labels[: settings.examples]
     if settings.partition == "iid":
         return equal_shards(len(labels), num_partitions, settings.seed)
+    if settings.partition in ("dirichlet", "classes") and task.objective.multi_label:
+        raise ColearnError(
+            f"run config 'partition': expected 'iid' for task {settings.task}, whose examples have "
+            f"several labels in place of a class, found {settings.partition!r}"
+        )
     if settings.partition == "dirichlet":
         alpha = settings.dirichlet_alpha
         return dirichlet_shards(labels, num_partitions, alpha, settings.seed)

@@ -129,6 +129,7 @@ def test_the_models_of_each_task():
             "inception_resnet_v2",
         ],
         "imagefolder": ["resnet8", "vgg19", "inception_v4", "resnetv2_101"],
+        "toxic": ["bigru", "capsule", "bigru-small"],
         "speech": ["cnn-trad-fpool3", "cnn-small"],
         "audioset": ["crnn-average", "crnn-max", "crnn-attention", "crnn-multi-attention"],
     }

@@ -111,7 +111,8 @@ def test_a_folder_of_images_as_a_study(tmp_path):
     for unit in units.values():
         assert unit["epochs"] == [1]
         assert len(unit["metrics"]["accuracy"]) == 1
-        assert unit["metrics"]["accuracy"][0] * 12 == pytest.approx(round(unit["accuracies"][0] * 12))
+        [accuracy] = unit["metrics"]["accuracy"]
+        assert accuracy * 12 == pytest.approx(round(accuracy * 12))
         assert unit["config"]["image-size"] == 16
     assert units["clr-ile"]["bytes"] > units["vanilla-elr"]["bytes"] == 0
     assert (tmp_path / "colearn-scan.json").is_file()

@@ -90,6 +90,13 @@ def test_the_papers_densenet_run_has_the_papers_values():
     assert config["num-participants"] == 5
 
 
+@pytest.mark.parametrize("name", ["toxic-bigru", "toxic-capsule"])
+def test_the_papers_text_runs_have_the_papers_values(name):
+    config = read_config(ROOT / "simulations" / "conf" / f"{name}.toml")
+    paper = {"num-participants": 5, "learning-rate": 0.01, "decay": 0.25, "batch-size": 128}
+    assert {key: config[key] for key in paper} == paper
+
+
 def test_a_config_with_an_unknown_key_is_refused_by_file_and_key(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("epsilom = 0.05\n")

@@ -1,0 +1,49 @@
+"""From text to whole numbers: tokens, a vocabulary, and sequences of equal length."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from clients.data import NDArray
+
+PAD, UNKNOWN = 0, 1
+FIRST_WORD = 2
+
+_TOKEN = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
+
+
+def tokens(text: str) -> list[str]:
+    """Return the words, lower-case, with apostrophes inside them, and every punctuation mark.
+
+    Examples
+    --------
+    >>> tokens("D'aww! He's 21, 'really'.")
+    ["d'aww", '!', "he's", '21', ',', "'", 'really', "'", '.']
+    """
+    return _TOKEN.findall(text.lower())
+
+
+def most_frequent(texts: Iterable[str], size: int) -> list[str]:
+    """Return the `size` most frequent tokens, those of equal frequency in alphabetical order."""
+    counts: Counter[str] = Counter()
+    for text in tqdm(texts, desc="counting words", disable=None, leave=False):
+        counts.update(tokens(text))
+    return sorted(counts, key=lambda word: (-counts[word], word))[:size]
+
+
+def numbered(words: Sequence[str]) -> dict[str, int]:
+    """Return every word's number; 0 is padding and 1 any word that is not among them."""
+    return {word: number for number, word in enumerate(words, FIRST_WORD)}
+
+
+def sequences(texts: Sequence[str], numbers: Mapping[str, int], length: int) -> NDArray:
+    """Return the texts as numbers, int64 [N, length], cut or padded with 0 at the end."""
+    result = np.full((len(texts), length), PAD, np.int64)
+    progress = tqdm(texts, "numbering words", disable=None, leave=False)
+    for row, text in zip(result, progress, strict=True):
+        found = [numbers.get(token, UNKNOWN) for token in tokens(text)[:length]]
+        row[: len(found)] = found
+    return result
