@@ -59,8 +59,8 @@ def test_the_arms_learn_and_are_judged_by_roc_auc(config, tmp_path):
     assert list(units) == ARMS
     for unit in units.values():
         assert unit["epochs"] == [1, 2]
-        assert all(0.0 <= area <= 1.0 for area in unit["accuracies"])
-    assert units["vanilla-elr"]["accuracies"][-1] > 0.6  # chance is 0.5
+        assert all(0.0 <= area <= 1.0 for area in unit["metrics"]["roc-auc"])
+    assert units["vanilla-elr"]["metrics"]["roc-auc"][-1] > 0.6  # chance is 0.5
     model = to_record(
         server_trainer(
             ParticipantSettings(task="toxic", model="bigru-small", data_dir=str(tmp_path))
