@@ -6,8 +6,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tabulate import tabulate
-
 from simulations.arms import ARMS
 from simulations.training import ArmUnit
 
@@ -27,6 +25,8 @@ class Finding:
 
 def claims_table(studies: Mapping[str, Units]) -> str:
     """Return the Markdown table of claims and findings; "not run" where no study has the arms."""
+    from tabulate import tabulate
+
     table = []
     for claim, judge in CLAIMS.items():
         findings = {name: judge(units) for name, units in studies.items()}

@@ -19,14 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from flwr_colearn import ColearnError
 from flwr_colearn.report import Curve, save_panels
 from simulations.arms import ARMS
 from simulations.claims import claims_table
 from simulations.settings import read_config
-from simulations.study import CONF, add_unit_arguments, curves, run_study, settings_of
+from simulations.study import CONF, add_unit_arguments, curves, rows, run_study, settings_of
 from simulations.training import ArmUnit
 from simulations.units import read_unit, unit_config
 
@@ -183,6 +181,8 @@ def ours(column: Column, units: Sequence[ArmUnit]) -> str:
 
 def write_exhibit(exhibit: Exhibit, results: Path) -> str:
     """Write a table as CSV or a figure as PNG and SVG; return what the page shows of it."""
+    from tabulate import tabulate
+
     lines = [f"## {exhibit.title}", "", exhibit.note, ""]
     if exhibit.columns:
         table = table_of(exhibit, results)
@@ -224,7 +224,7 @@ def write_page(results: Path) -> Path:
 
 def study_section(name: str, units: Sequence[ArmUnit], results: Path) -> list[str]:
     """Return the lines about one run config: the table of its arms, and their curves."""
-    from simulations.study import rows
+    from tabulate import tabulate
 
     headline = units[0].headline
     save_panels({name: curves(units)}, results / f"{name}.png", headline, NOT_RUN)
@@ -287,4 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.data_dir,
             options.results,
         )
-    print(f"Written: {write_page(options.results)}")
+    try:
+        print(f"Written: {write_page(options.results)}")
+    except ModuleNotFoundError as error:  # a machine that only trains needs no page
+        print(f"No page ({error}); pip install 'flwr-colearn[report]'")

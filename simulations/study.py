@@ -25,6 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from clients.settings import ParticipantSettings
+from flwr_colearn import ColearnError
 from flwr_colearn.report import Curve, save_figure
 from simulations.arms import ARMS
 from simulations.calibration import calibrate
@@ -174,8 +175,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     output = options.output or Path("outputs") / f"study-{path.stem}"
     units = run_study(options.arms, options.seeds, participants, settings, output)
-    print(write_report(units, output, path.stem))
-    print(f"\nResults, table and picture are in {output}")
+    try:
+        print(write_report(units, output, path.stem))
+    except (ModuleNotFoundError, ColearnError) as error:  # a machine that only trains needs neither
+        print(f"No table or no picture ({error}); pip install 'flwr-colearn[report]'")
+    print(f"\nResults are in {output}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
 import csv
+import itertools
 import json
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import accuracy_score
 
 from clients.settings import ParticipantSettings
@@ -292,6 +297,38 @@ def test_a_config_with_an_unknown_key_is_refused(quick):
 def test_an_unknown_task_is_refused(tmp_path):
     with pytest.raises(ColearnError, match="expected a readable TOML file"):
         study.main(["imagenet", "--output", str(tmp_path)])
+
+
+# A machine that only trains
+
+WITHOUT = """
+import sys
+for name in ("ray", "tensorflow", "sklearn", "scipy", "matplotlib", "tabulate", "timm", "h5py"):
+    sys.modules[name] = None
+from simulations import study
+study.main(sys.argv[1:])
+"""
+
+
+def test_training_needs_flwr_numpy_and_torch_only(tmp_path):
+    for part, label in itertools.product(("train", "val"), ("cat", "dog")):
+        folder = tmp_path / "data" / part / label
+        folder.mkdir(parents=True)
+        for index in range(4):
+            pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f'task = "imagefolder"\nimage-size = 16\ndata-dir = "{tmp_path}/data"\n'
+        "num-participants = 2\nbatch-size = 4\ntotal-epochs = 1\n"
+    )
+    words = [config, "--seeds", "1", "--arms", "clr-ile", "ensemble", "--output", tmp_path / "out"]
+    command = [sys.executable, "-c", WITHOUT, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "No table or no picture" in done.stdout
+    written = sorted(path.name for path in (tmp_path / "out" / "units").iterdir())
+    assert written == ["clr-ile-0.json", "ensemble-0.json"]
 
 
 # The table
