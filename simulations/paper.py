@@ -171,7 +171,7 @@ def ours(column: Column, units: Sequence[ArmUnit]) -> str:
     values = [column.of(unit) for unit in units if unit.arm == column.arm]
     known = [value for value in values if value is not None]
     if not known:
-        return NOT_RUN
+        return "not measured" if values else NOT_RUN
     digits = 3 if column.scale == 1 else 2
     mean = f"{statistics.mean(known):.{digits}f}"
     if len(known) == 1:

@@ -104,8 +104,9 @@ def test_cells_are_means_with_the_sample_s_standard_deviation():
     assert ours(Column("", "clr-ile", "accuracy"), [UNIT, other]) == "92.34 ± 1.41 (2 seeds)"
 
 
-def test_an_interval_that_was_not_measured_is_not_run():
-    assert ours(Column("", "clr-ile", "interval"), [replace(UNIT, round_seconds=[])]) == "not run"
+def test_an_interval_that_a_run_did_not_measure_is_said_to_be():
+    interval = Column("", "clr-ile", "interval")
+    assert ours(interval, [replace(UNIT, round_seconds=[])]) == "not measured"
 
 
 def test_a_table_has_the_papers_figures_beside_ours(tmp_path):
