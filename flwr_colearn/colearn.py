@@ -22,7 +22,7 @@ from flwr.common import DEFAULT_TTL, log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ._flwr import data_bytes, to_record, view
+from ._flwr import data_bytes, into_record, view
 from .checkpoint import CheckpointFolder
 from .errors import ColearnError, expected, real_number, whole_number
 from .history import History
@@ -281,7 +281,7 @@ class CoLearn(FedAvg):
         folded = self._fold_all(self._in_order(replies))
         if isinstance(self._grid, RecoveringGrid):
             self._note_recovery(self._grid)
-        average = to_record(self.rule.average())
+        average = into_record(self.rule.average())
         self._note_traffic()
         # By participant: the same bits in whatever order the replies arrived.
         metrics = [content for _, content in sorted(folded, key=itemgetter(0))]

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ._flwr import records_of, to_record, view
+from ._flwr import into_record, records_of, view
 from .averaging import RunningMean, check_model, trainable
 from .balancing import Balance, squared_distance, squared_norm
 from .dynamic_history import DynamicRecord
@@ -201,7 +201,7 @@ class Coordinator:
         self._mean = RunningMean(self.reference.arrays, self.reference.roles)
         self._ask([self._question(FETCH, node) for node in self.present], weigh=lambda report: 1)
         self.record.collected = asdict(self._meter.take())
-        return to_record(self._mean.mean())
+        return into_record(self._mean.mean())
 
     def close(self) -> DynamicRecord:
         """End the round; return its record."""
@@ -264,7 +264,7 @@ class Coordinator:
 
     def _settle(self, members: list[int], full: bool) -> None:
         """Make the members' mean pending; where they are all, it is the new reference."""
-        record = to_record(self._mean.mean())
+        record = into_record(self._mean.mean())
         self.pending = Pending(members, record)
         self.record.synchronised = "full" if full else "partial"
         if full:

@@ -11,7 +11,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ._flwr import data_bytes, records_of, to_record, view
+from ._flwr import data_bytes, into_record, records_of, view
 from .averaging import RunningMean
 from .errors import ColearnError, expected
 from .history import History, RoundRecord
@@ -146,7 +146,7 @@ class NormalizedFedAvg(FedAvg):
                 self._refuse(reply, str(error))
         if not mean.count:
             return self._sent
-        average = to_record(mean.mean())
+        average = into_record(mean.mean())
         if not self.normalization.due(server_round) or self._grid is None:
             return average
         nodes = [reply.metadata.src_node_id for reply in replies]

@@ -126,6 +126,9 @@ def test_models_at_once_are_all_there_are():
     for add in (mean.add, lambda model: mean.add_all([(model, 1)])):
         with pytest.raises(ColearnError, match="mean: expected"):
             add(model_of_every_kind())
+    mean.mean()
+    with pytest.raises(ColearnError, match="asked once after add_all"):
+        mean.mean()
     mean.renew(model_of_every_kind())
     mean.add(model_of_every_kind(), 2)
     assert mean.weight == 2
