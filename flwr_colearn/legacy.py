@@ -13,12 +13,11 @@ from flwr.common import (
     Parameters,
     Scalar,
     log,
-    ndarrays_to_parameters,
 )
 from flwr.server import ClientManager
 from flwr.server.strategy import FedAvg
 
-from ._flwr import ClientProxy, fit_clients, view_bytes
+from ._flwr import ClientProxy, fit_clients, into_record, view_bytes
 from .errors import ColearnError, expected
 from .history import History
 from .recovery import LONGEST_PAUSE, Event, Quorum, Recovery
@@ -162,7 +161,8 @@ class CoLearn(FedAvg):
             )
         metrics = self._fold_all(results)
         metrics += self._restart_missing(server_round, failures)
-        average = ndarrays_to_parameters(list(self._rule.average().values()))
+        record = into_record(self._rule.average())
+        average = Parameters([array.data for array in record.values()], "numpy.ndarray")
         aggregated: dict[str, Scalar] = {}
         if self.fit_metrics_aggregation_fn is not None:
             aggregated = self.fit_metrics_aggregation_fn(metrics)
@@ -240,19 +240,28 @@ class CoLearn(FedAvg):
 
     def _fold_all(self, results: list[tuple[ClientProxy, FitRes]]) -> Metrics:
         """Fold results into the mean by participant; return the metrics of those accepted."""
-        return [
-            (result.num_examples, result.metrics)
-            for client, result in sorted(results, key=lambda item: item[0].cid)
-            if self._fold(client.cid, result)
+        ordered = sorted(results, key=lambda item: item[0].cid)
+        read = [
+            (result, model)
+            for client, result in ordered
+            if (model := self._read(client.cid, result)) is not None
         ]
+        models = [model for _, model in read]
+        if len(models) == len(self._asked):  # nobody will be restarted and folded later
+            fits = self._rule.fold_all(models)
+        else:
+            fits = [self._rule.fold(*model) for model in models]
+        pairs = zip(read, fits, strict=True)
+        return [(result.num_examples, result.metrics) for (result, _), fit in pairs if fit]
 
-    def _fold(self, participant: str, result: FitRes) -> bool:
+    def _read(self, participant: str, result: FitRes) -> tuple[str, Arrays, float, int] | None:
+        """Return participant, model, examples and bytes; None if there is no model to read."""
         try:
             arrays = _named(result.parameters)
         except ColearnError as error:
             self._rule.refuse(participant, str(error))
-            return False
-        return self._rule.fold(participant, arrays, result.num_examples, _size(result.parameters))
+            return None
+        return participant, arrays, result.num_examples, _size(result.parameters)
 
 
 def _named(parameters: Parameters) -> Arrays:
