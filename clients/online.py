@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from clients.streams import Stream
-from flwr_colearn import introduce, learner, participant_mod
+from flwr_colearn import introduce, learner, participant_mod, wire_mod
 
 
 def make_online_app(
@@ -25,7 +25,7 @@ def make_online_app(
     learning_rate : float
         Of plain SGD.
     """
-    app = ClientApp(mods=[participant_mod])
+    app = ClientApp(mods=[participant_mod, wire_mod])
     app.query("colearn")(introduce)
 
     @learner(app)

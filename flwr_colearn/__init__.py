@@ -43,7 +43,8 @@ from .schedules import (
 )
 from .sidebyside import SideBySideGrid
 from .synchronous import SynchronousSGD
-from .wire import BFloat16, Float16, Float32, Int8, Wire, wire_mod
+from .wire import BFloat16, Float16, Float32, Int8, Wire
+from .wire_participant import wire_mod
 
 __version__ = "0.2.0"
 

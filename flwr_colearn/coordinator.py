@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from logging import WARNING
 from random import Random
 
@@ -17,13 +18,25 @@ from .averaging import RunningMean, check_model, trainable
 from .balancing import Balance, squared_distance, squared_norm
 from .dynamic_history import DynamicRecord
 from .errors import ColearnError
-from .exchange import ARRAYS, CONFIG, FETCH, METRICS, SET, TRAIN, Ask, Report, report_of
+from .exchange import (
+    ARRAYS,
+    CONFIG,
+    FETCH,
+    METRICS,
+    SET,
+    TRAIN,
+    Ask,
+    Report,
+    checksum,
+    report_of,
+)
 from .loop import REPORT_WITHIN
 from .metering import MeteredGrid, Transfers
 from .operators import Operator
 from .recovery import RecoveringGrid, Recovery
 from .replies import arrays_of, echo_of
 from .roles import Arrays, Role
+from .wire import WIRE, Wire, check_agreed
 
 _LISTS = {"restart": "restarts", "refusal": "refusals", "absence": "absences"}
 
@@ -51,6 +64,11 @@ class Reference:
     def __post_init__(self) -> None:
         object.__setattr__(self, "arrays", view(self.record))
         object.__setattr__(self, "square", squared_norm(trainable(self.arrays, self.roles)))
+
+    @cached_property
+    def check(self) -> int:
+        """By which a learner knows whether its own is this one to the last bit."""
+        return checksum(self.arrays)
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -98,6 +116,8 @@ class Coordinator:
         For choices among learners.
     violations : int
         v.
+    wire : Wire
+        How models travel. Reference and averages are held as learners decode them.
     timeout : float or None
         Seconds that one attempt of one learner may take.
     nodes : list of int
@@ -115,6 +135,7 @@ class Coordinator:
     session: str
     random: Random
     violations: int = 0
+    wire: Wire = field(default_factory=Wire)
     timeout: float | None = None
     nodes: list[int] = field(default_factory=list)
     present: list[int] = field(default_factory=list)
@@ -125,6 +146,7 @@ class Coordinator:
         self._opened = time.monotonic()
         self._bounds: dict[int, float] = {}
         self._config = ConfigRecord()
+        self._collecting = False
 
     def connect(self, grid: Grid, recovery: Recovery | None) -> Grid:
         """Return a grid around `grid` that counts, checks and restarts."""
@@ -152,7 +174,8 @@ class Coordinator:
         self._mean = RunningMean(self.reference.arrays, self.reference.roles)
         self._opened = time.monotonic()
         self._meter.take()
-        return [self._train_question(node, anew=server_round == 1) for node in nodes]
+        anew = self._travelling(self.reference.record) if server_round == 1 else None
+        return [self._train_question(node, anew) for node in nodes]
 
     def balance(self, replies: Iterable[Message]) -> None:
         """Take the learners' replies, and fetch what the operator needs for an average.
@@ -184,7 +207,7 @@ class Coordinator:
         """Send the pending average to its members; to do so twice changes nothing."""
         if self.pending is None:
             return
-        members, record = self.pending.members, self.pending.record
+        members, record = self.pending.members, self._travelling(self.pending.record)
         full = self.record.synchronised == "full"
         self._ask([self._question(SET, node, record, anew=full) for node in members])
         self.pending = None
@@ -199,7 +222,9 @@ class Coordinator:
             If no learner sent its model.
         """
         self._mean = RunningMean(self.reference.arrays, self.reference.roles)
+        self._collecting = True
         self._ask([self._question(FETCH, node) for node in self.present], weigh=lambda report: 1)
+        self._collecting = False
         self.record.collected = asdict(self._meter.take())
         return into_record(self._mean.mean())
 
@@ -228,7 +253,8 @@ class Coordinator:
             name, reason = self.name(node), answers[node].report.lost
             self.record.lost.append({"participant": name, "reason": reason})
             log(WARNING, "Averaging: learner %s begins anew: %s", name, reason)
-        again = self._ask([self._train_question(node, anew=True) for node in lost])
+        anew = self._travelling(self.reference.record)
+        again = self._ask([self._train_question(node, anew) for node in lost])
         merged = {**answers, **again}
         return {node: answer for node, answer in merged.items() if not answer.report.lost}
 
@@ -250,7 +276,7 @@ class Coordinator:
             reporters=[self.present.index(node) for node in reporters],
             violations=self.violations,
             reference_square=self.reference.square,
-            distance=lambda: self.reference.distance(self._mean.mean()),
+            distance=lambda: self.reference.distance(self.wire.arriving(self._mean.mean())),
             random=self.random,
         )
         came: list[int] = []
@@ -264,7 +290,7 @@ class Coordinator:
 
     def _settle(self, members: list[int], full: bool) -> None:
         """Make the members' mean pending; where they are all, it is the new reference."""
-        record = into_record(self._mean.mean())
+        record = into_record(dict(self.wire.arriving(self._mean.mean())))
         self.pending = Pending(members, record)
         self.record.synchronised = "full" if full else "partial"
         if full:
@@ -276,7 +302,10 @@ class Coordinator:
 
     # Questions and answers ----------------------------------------------------------------------
 
-    def _train_question(self, node: int, anew: bool) -> Message:
+    def _travelling(self, record: ArrayRecord) -> ArrayRecord:
+        return self.wire.down.encode(record)[0]
+
+    def _train_question(self, node: int, anew: ArrayRecord | None) -> Message:
         b = self.operator.check_every
         ask = Ask(
             self.session,
@@ -285,12 +314,13 @@ class Coordinator:
             mini_batches=b,
             batches_done=self.record.mini_batches - b,
             bound=self._bounds[node],
-            left_out=self.reference.left_out if anew else (),
+            left_out=() if anew is None else self.reference.left_out,
+            reference_check=self._reference_check,
         )
         config = ConfigRecord({**self._config, **ask.to_config()})
         if self.timeout is not None:
             config["time-limit"] = self.timeout
-        return _message(TRAIN, node, config, self.reference.record if anew else None)
+        return self._message(TRAIN, node, config, anew)
 
     def _question(
         self, kind: str, node: int, arrays: ArrayRecord | None = None, anew: bool = False
@@ -300,8 +330,30 @@ class Coordinator:
             self.record.round,
             self.reference.round if anew or kind == FETCH else None,
             left_out=self.reference.left_out if anew else (),
+            reference_check=self._reference_check if kind == FETCH else None,
         )
-        return _message(kind, node, ask.to_config(), arrays)
+        return self._message(kind, node, ask.to_config(), arrays)
+
+    def _message(
+        self, kind: str, node: int, config: ConfigRecord, arrays: ArrayRecord | None
+    ) -> Message:
+        content = RecordDict({CONFIG: config})
+        if self._request:
+            content[WIRE] = ConfigRecord({**self._request})
+        if arrays is not None:
+            content[ARRAYS] = arrays
+        return Message(content=content, message_type=kind, dst_node_id=node)
+
+    @property
+    def _request(self) -> dict[str, str | int]:
+        """What learners are to know of the wire; the round where an average follows."""
+        if self._collecting:
+            return self.wire.request(session=self.session)
+        return self.wire.request(session=self.session, round=self.record.round)
+
+    @property
+    def _reference_check(self) -> int | None:
+        return self.reference.check if self.wire.up.differential else None
 
     def _ask(
         self,
@@ -332,12 +384,20 @@ class Coordinator:
 
     def _fold(self, reply: Message, weigh: Callable[[Report], float]) -> _Answer:
         report = report_of(reply)
-        has_model = ARRAYS in records_of(reply.content, ArrayRecord)
-        if has_model:
-            self._mean.add(view(arrays_of(reply)), weigh(report))
+        model = self._model_in(reply)
+        if model is not None:
+            self._mean.add(model, weigh(report))
         metrics = dict(records_of(reply.content, MetricRecord).get(METRICS, {}))
         numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        return _Answer(report, has_model, numbers)
+        return _Answer(report, model is not None, numbers)
+
+    def _model_in(self, reply: Message) -> Arrays | None:
+        """Return the model that a reply brings, decoded, or None if it brings none."""
+        if self._request:
+            check_agreed(records_of(reply.content, ConfigRecord).get(WIRE), self._request)
+        if ARRAYS not in records_of(reply.content, ArrayRecord):
+            return None
+        return self.wire.up.decode(arrays_of(reply), self.reference.arrays)
 
     def _check(self, reply: Message) -> None:
         """Raise a ColearnError for a reply that is no good; recovery then asks again."""
@@ -347,8 +407,9 @@ class Coordinator:
             raise ColearnError(
                 f"round echoed in the reply: expected {self.record.round}, found {echoed!r}"
             )
-        if ARRAYS in records_of(reply.content, ArrayRecord):
-            check_model(view(arrays_of(reply)), like=self.reference.arrays)
+        model = self._model_in(reply)
+        if model is not None:
+            check_model(model, like=self.reference.arrays)
 
     def _follow(self, asked: Sequence[int]) -> None:
         """Take over from the recovering grid who took whose place, and what happened."""
@@ -370,10 +431,3 @@ class Coordinator:
 
     def _names(self, nodes: Iterable[int]) -> list[str]:
         return [self.name(node) for node in nodes]
-
-
-def _message(kind: str, node: int, config: ConfigRecord, arrays: ArrayRecord | None) -> Message:
-    content = RecordDict({CONFIG: config})
-    if arrays is not None:
-        content[ARRAYS] = arrays
-    return Message(content=content, message_type=kind, dst_node_id=node)

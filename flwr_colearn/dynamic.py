@@ -23,6 +23,7 @@ from .operators import Absolute, Dynamic, Operator, Relative
 from .recovery import Quorum, Recovery
 from .roles import NDArray, Roles, assign_roles
 from .sampling import wait_for_nodes
+from .wire import Wire
 
 MEAN = "mean of all learners"
 
@@ -66,6 +67,9 @@ class ModelAveraging(Strategy):
         How learners that fail are restarted. ``None`` leaves them out of the round.
     checkpoints : str, Path or CheckpointFolder, optional
         Where the run is saved after every round. By default nowhere.
+    wire : Wire, optional
+        Compression of the models on their way; by default none. Learners then need
+        `flwr_colearn.wire_mod`.
     seed : int, optional
         Of the random choices among learners.
 
@@ -92,6 +96,7 @@ class ModelAveraging(Strategy):
         wait_for_participants: float | None = None,
         recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
         checkpoints: str | Path | CheckpointFolder | None = None,
+        wire: Wire = Wire(),  # noqa: B008  (an immutable value)
         seed: int | None = None,
     ) -> None:
         if not isinstance(operator, Operator):
@@ -101,6 +106,8 @@ class ModelAveraging(Strategy):
             whole_number("evaluate_mean_every", evaluate_mean_every, least=1)
         if wait_for_participants is not None:
             real_number("wait_for_participants", wait_for_participants, least=0.0)
+        if not isinstance(wire, Wire):
+            raise expected("wire", "a Wire, such as Wire(up=Int8(), down=Float16())", wire)
         self.operator = operator
         self.num_learners = num_learners
         self.roles = roles
@@ -113,6 +120,7 @@ class ModelAveraging(Strategy):
         self.checkpoints = (
             CheckpointFolder(checkpoints) if isinstance(checkpoints, str | Path) else checkpoints
         )
+        self.wire = wire
         self.seed = seed
         self._coordinator: Coordinator | None = None
         self._grid: Grid | None = None
@@ -122,6 +130,8 @@ class ModelAveraging(Strategy):
         """Log the settings of the strategy."""
         log(INFO, "\t├──> Operator: %s", self.operator)
         log(INFO, "\t├──> Learners: %s", self.num_learners)
+        if not self.wire.plain:
+            log(INFO, "\t├──> Wire: %s; learners need wire_mod", self.wire)
         log(INFO, "\t└──> Mean evaluated every: %s", self.evaluate_mean_every or "last round only")
 
     def configure_train(
@@ -329,12 +339,15 @@ class ModelAveraging(Strategy):
             raise expected("resume", "'never' or 'auto'", resume)
         arrays = view(result.arrays)
         roles = assign_roles(arrays, self.roles)
+        if not self.wire.plain:
+            result.arrays = to_record(dict(self.wire.arriving(arrays)))
         saved = None if self.checkpoints is None else self.checkpoints.latest()
         self._coordinator = Coordinator(
             self.operator,
             Reference(result.arrays, 0, roles),
             session=secrets.token_hex(8),
             random=random.Random(self.seed),
+            wire=self.wire,
             timeout=None if math.isinf(timeout) else float(timeout),
         )
         self.history.clear()
@@ -404,11 +417,13 @@ class ModelAveraging(Strategy):
 
     def _configuration(self) -> dict[str, str]:
         """Return what must be the same for a run to be resumed."""
-        return {
+        configuration = {
             "operator": str(self.operator),
             "number of learners": str(self.num_learners),
             "model": describe_arrays(self._running.reference.arrays),
         }
+        # What learners hold as reference was rounded by it.
+        return configuration if self.wire.plain else {**configuration, "wire": str(self.wire)}
 
 
 class DynamicAveraging(ModelAveraging):

@@ -13,15 +13,18 @@ trained or set twice.
 """
 
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
 from ._flwr import records_of
 from .errors import ColearnError, expected
 from .replies import failure_of
+from .roles import Arrays
 
 ARRAYS, CONFIG, METRICS, REPORT = "arrays", "config", "metrics", "learner"
 """Keys of the records in messages."""
@@ -56,6 +59,8 @@ class Ask:
         The learner sends its model if |f - r|^2 is larger.
     left_out : list of str
         Names of the arrays that do not count in the distance; sent with a reference only.
+    reference_check : int or None
+        `checksum` of the reference, where models travel as differences to it.
     """
 
     session: str
@@ -65,6 +70,7 @@ class Ask:
     batches_done: int = 0
     bound: float = math.inf
     left_out: tuple[str, ...] = ()
+    reference_check: int | None = None
 
     def to_config(self) -> ConfigRecord:
         """Return the question as the train config carries it."""
@@ -82,6 +88,8 @@ class Ask:
             config["bound"] = float(self.bound)
         if self.left_out:
             config["left-out"] = list(self.left_out)
+        if self.reference_check is not None:
+            config["reference-check"] = self.reference_check
         return config
 
     @classmethod
@@ -111,6 +119,7 @@ class Ask:
             batches_done=values.get("batches-done", 0),
             bound=values.get("bound", math.inf),
             left_out=tuple(values.get("left-out", ())),
+            reference_check=values.get("reference-check"),
         )
 
 
@@ -167,6 +176,14 @@ def report_of(reply: Message) -> Report:
     assert isinstance(examples, int | float)
     assert isinstance(distance, int | float)
     return Report(examples, distance)
+
+
+def checksum(arrays: Arrays) -> int:
+    """Return the CRC-32 of all bytes of a model, in its order."""
+    value = 0
+    for array in arrays.values():
+        value = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, value)
+    return value
 
 
 def control_bytes(content: RecordDict) -> int:

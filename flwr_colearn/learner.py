@@ -20,6 +20,7 @@ from .exchange import (
 )
 from .local_model import LocalModel, recall, remember
 from .replies import arrays_of, examples_of
+from .wire import ADD_THE_MOD, WIRE
 
 TrainFunction = Callable[[Message, Context], Message]
 
@@ -128,6 +129,11 @@ def _state(message: Message, context: Context, ask: Ask) -> tuple[LocalModel | N
 
 
 def _ask(message: Message) -> Ask:
+    if WIRE in message.content:
+        raise ColearnError(
+            "message: expected one that flwr_colearn.wire_mod has decoded, since the server "
+            "compresses models, found none such; " + ADD_THE_MOD
+        )
     return Ask.from_config(records_of(message.content, ConfigRecord).get(CONFIG, ConfigRecord()))
 
 

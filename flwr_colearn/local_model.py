@@ -12,7 +12,8 @@ from ._flwr import records_of, to_record, view
 from .balancing import squared_distance
 from .checkpoint import Checkpoint, CheckpointFolder
 from .errors import ColearnError, expected
-from .exchange import Ask
+from .exchange import Ask, checksum
+from .roles import Arrays
 
 _MODEL, _REFERENCE, _MEMORY, _METRICS = (
     "colearn-model",
@@ -89,6 +90,10 @@ class LocalModel:
             return "it belongs to another training"
         if ask.reference_round is not None and self.reference_round != ask.reference_round:
             return f"its reference is of round {self.reference_round}, not of {ask.reference_round}"
+        # Of one round there may be two, where a server resumed from an older checkpoint.
+        wanted = ask.reference_check
+        if wanted is not None and checksum(view(self.reference)) != wanted:
+            return f"its reference of round {self.reference_round} is another one"
         if self.round > ask.server_round:
             return f"it is already at round {self.round}"
         return ""
@@ -96,16 +101,19 @@ class LocalModel:
 
 def remember(context: Context, local: LocalModel) -> None:
     """Keep a learner's state in its context and, where the node config says so, on disk."""
-    context.state[_MODEL] = local.model
-    context.state[_REFERENCE] = local.reference
-    context.state[_METRICS] = MetricRecord(dict(local.metrics or {}))
-    context.state[_MEMORY] = ConfigRecord(_memory(local))
+    _hold(context, local)
     folder = _folder(context, local.session)
     if folder is not None:
         arrays = {f"model/{name}": array for name, array in view(local.model).items()}
         arrays |= {f"reference/{name}": array for name, array in view(local.reference).items()}
         state = {**_memory(local), "metrics": local.metrics}
         folder.save(Checkpoint(local.round, arrays, state))
+
+
+def reference_in(context: Context) -> Arrays | None:
+    """Return r of a learner whose state was recalled or remembered before, else None."""
+    record = records_of(context.state, ArrayRecord).get(_REFERENCE)
+    return None if record is None else view(record)
 
 
 def recall(context: Context, session: str) -> LocalModel | None:
@@ -129,7 +137,16 @@ def recall(context: Context, session: str) -> LocalModel | None:
         parts[part][name] = array
     metrics = saved.state.pop("metrics") or {}
     model, reference = to_record(parts["model"]), to_record(parts["reference"])
-    return _from(saved.state, metrics, model, reference)
+    local = _from(saved.state, metrics, model, reference)
+    _hold(context, local)
+    return local
+
+
+def _hold(context: Context, local: LocalModel) -> None:
+    context.state[_MODEL] = local.model
+    context.state[_REFERENCE] = local.reference
+    context.state[_METRICS] = MetricRecord(dict(local.metrics or {}))
+    context.state[_MEMORY] = ConfigRecord(_memory(local))
 
 
 def _memory(local: LocalModel) -> dict[str, Any]:

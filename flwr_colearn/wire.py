@@ -1,7 +1,8 @@
-"""Compressed exchange: the codecs, what the server says about them, and the client mod.
+"""Compressed exchange: the codecs, and what the server says about them.
 
 A user turns it on in one place, ``CoLearn(wire=Wire(up=Int8(), down=Float16()))``; participants
-learn it from the message, through one mod: ``ClientApp(mods=[participant_mod, wire_mod])``.
+learn it from the message, through one mod: ``ClientApp(mods=[participant_mod, wire_mod])``. So do
+the learners of `flwr_colearn.DynamicAveraging`, whose differences are to the reference.
 
 Only floating-point arrays of two or more dimensions are compressed. What must stay exact is
 smaller than that in every framework: biases, batch-norm scales and statistics have one dimension,
@@ -14,16 +15,16 @@ CRC-32 and the little-endian bytes.
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from logging import WARNING
 from typing import ClassVar, Literal
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.common import log
 
-from ._flwr import records_of, to_record, view
+from ._flwr import to_record, view
 from .errors import ColearnError, expected
 from .roles import Arrays, NDArray
 
@@ -33,13 +34,11 @@ VERSION = 1
 WIRE = "colearn.wire"
 """Key of the ConfigRecord in which the server asks for codecs, and a reply says it used them."""
 
-RESIDUAL = "colearn.residual"
-"""Keys in ``context.state`` begin so: what rounding kept back from the server."""
+ADD_THE_MOD = "add it to the ClientApp's mods: ClientApp(mods=[participant_mod, wire_mod])"
 
 _FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 _CHECKSUM = 4  # bytes
 _EXACT = "colearn.exact"
-_NUMPY = "numpy.ndarray"  # as Flower marks ordinary arrays
 
 
 class Codec(ABC):
@@ -391,13 +390,19 @@ class Wire:
     def broadcast(self, model: ArrayRecord, server_round: int) -> "Broadcast":
         """Encode the shared model, once for all participants of a round."""
         arrays, reference = self.down.encode(model)
-        request: dict[str, str | int] = {
-            "version": VERSION,
-            "up": str(self.up),
-            "down": str(self.down),
-            "round": server_round,
-        }
-        return Broadcast(self.up, arrays, reference, {} if self.plain else request)
+        return Broadcast(self.up, arrays, reference, self.request(round=server_round))
+
+    def request(self, **more: str | int) -> dict[str, str | int]:
+        """Return what messages say of it, with what else they say; empty where it is plain."""
+        if self.plain:
+            return {}
+        return {"version": VERSION, "up": str(self.up), "down": str(self.down), **more}
+
+    def arriving(self, model: Arrays) -> Arrays:
+        """Return a model as participants have it once it went down; it goes down again as it is."""
+        if isinstance(self.down, Float32):
+            return model
+        return self.down.encode(to_record(dict(model)))[1]
 
 
 @dataclass(frozen=True)
@@ -439,7 +444,7 @@ class Broadcast:
         """
         if request is None:
             return cls(Float32(), arrays, view(arrays))
-        up, down = _agree(request)
+        up, down = agreed_codecs(request)
         return cls(up, arrays, down.decode(arrays), dict(request))  # type: ignore[arg-type]
 
     @property
@@ -464,105 +469,22 @@ class Broadcast:
         """
         if not self.request:
             return view(arrays)
-        if said is None:
-            raise ColearnError(
-                f"reply: expected arrays sent as {self.up} by flwr_colearn.wire_mod, found no word "
-                "of it; add it to the ClientApp's mods: ClientApp(mods=[participant_mod, wire_mod])"
-            )
-        if dict(said) != dict(self.request):
-            raise expected("reply", f"arrays sent as asked for, {dict(self.request)}", dict(said))
+        check_agreed(said, self.request)
         return self.up.decode(arrays, self.reference)
 
 
-def wire_mod(
-    message: Message, context: Context, call_next: Callable[[Message, Context], Message]
-) -> Message:
-    """Flower mod that decodes the shared model and encodes the reply as the server asks.
-
-    The functions of the ClientApp see ordinary arrays of the model's own types, and neither does
-    anything when the server asks for nothing.
-
-    Mods are called from first to last, and see replies from last to first: what changes the model,
-    such as Flower's differential privacy mods, comes after this one, what measures messages before
-    it. With `participant_mod` either order will do.
-
-    What ``Int8`` rounds away is kept in ``context.state`` (as bfloat16), which Flower keeps for the
-    run and loses with the SuperNode: then that round's rounding, half a step of each number at
-    most, is not made up for. A round that is repeated, by a restart or by a server that resumes,
-    uses what it used the first time, so it gives the same bits.
-
-    Raises
-    ------
-    ColearnError
-        If the server speaks another version or a codec unknown here, or the model it sent is
-        damaged. Flower reports it to the server.
-
-    Examples
-    --------
-    ::
-
-        app = ClientApp(mods=[participant_mod, wire_mod])
-    """
-    request = records_of(message.content, ConfigRecord).get(WIRE)
-    if request is None:
-        return call_next(message, context)
-    [(key, arrays)] = records_of(message.content, ArrayRecord).items()
-    broadcast = Broadcast.received(arrays, request)
-    message.content[key] = _plain(broadcast)
-    del message.content[WIRE]
-    reply = call_next(message, context)
-    is_train = message.metadata.message_type.partition(".")[0] == MessageType.TRAIN
-    if not is_train or reply.has_error():
-        return reply
-    reply.content[WIRE] = request
-    models = records_of(reply.content, ArrayRecord)
-    if len(models) == 1:  # the server refuses other replies, and says why
-        [(key, trained)] = models.items()
-        reply.content[key] = _encode_reply(broadcast, trained, context.state)
-    return reply
+def check_agreed(said: ConfigRecord | None, request: Mapping[str, str | int]) -> None:
+    """Raise a ColearnError unless a reply says that it was sent as `request` asks for."""
+    if said is None:
+        raise ColearnError(
+            f"reply: expected arrays sent as {request['up']} by flwr_colearn.wire_mod, found no "
+            "word of it; " + ADD_THE_MOD
+        )
+    if dict(said) != dict(request):
+        raise expected("reply", f"arrays sent as asked for, {dict(request)}", dict(said))
 
 
-def _encode_reply(broadcast: Broadcast, trained: ArrayRecord, state: RecordDict) -> ArrayRecord:
-    if not broadcast.up.differential:
-        return broadcast.up.encode(trained)[0]
-    server_round = broadcast.request["round"]
-    residual = _residual_before(server_round, state, broadcast.reference)
-    encoded, arriving = broadcast.up.encode(trained, broadcast.reference, residual)
-    left = {
-        name: difference(array, arriving[name], residual.get(name))
-        for name, array in view(trained).items()
-        if encoded[name].stype == broadcast.up.stype  # of the others nothing is left over
-    }
-    for when, arrays in (("before", residual), ("after", left)):
-        state[f"{RESIDUAL}.{when}"] = BFloat16().encode(to_record(arrays))[0]
-    state[RESIDUAL] = ConfigRecord({"round": server_round})
-    return encoded
-
-
-def _residual_before(
-    server_round: object, state: RecordDict, reference: Arrays
-) -> dict[str, NDArray]:
-    """Return what the rounds before this one left over; nothing where that is lost."""
-    try:
-        last = records_of(state, ConfigRecord)[RESIDUAL]["round"] if RESIDUAL in state else math.inf
-        if server_round < last:  # type: ignore[operator]
-            return {}  # nothing is kept, or it is of an earlier run
-        when = "before" if server_round == last else "after"
-        kept = BFloat16().decode(records_of(state, ArrayRecord)[f"{RESIDUAL}.{when}"])
-    except (ColearnError, KeyError, TypeError) as error:
-        log(WARNING, "Wire: what earlier rounds rounded away is lost: %r", error)
-        return {}
-    strangers = [
-        name
-        for name, array in kept.items()
-        if name not in reference or reference[name].shape != array.shape
-    ]
-    if strangers:
-        log(WARNING, "Wire: rounding kept for arrays of another shape is dropped: %s", strangers)
-    return {name: array for name, array in kept.items() if name not in strangers}
-
-
-def _agree(request: ConfigRecord) -> tuple[Codec, Codec]:
+def agreed_codecs(request: ConfigRecord) -> tuple[Codec, Codec]:
     """Return the codecs that the server asks for, up and down."""
     try:
         if request.get("version") != VERSION:
@@ -572,16 +494,6 @@ def _agree(request: ConfigRecord) -> tuple[Codec, Codec]:
         raise ColearnError(
             f"{error}; is flwr-colearn the same version on the server and here?"
         ) from None
-
-
-def _plain(broadcast: Broadcast) -> ArrayRecord:
-    """Return what arrived as ordinary arrays."""
-    return ArrayRecord(
-        {
-            name: array if array.stype == _NUMPY else Array(np.asarray(broadcast.reference[name]))
-            for name, array in broadcast.arrays.items()
-        }
-    )
 
 
 def difference(array: NDArray, base: NDArray | None, residual: NDArray | None) -> NDArray:

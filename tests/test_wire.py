@@ -33,7 +33,8 @@ from flwr_colearn import (
     wire_mod,
 )
 from flwr_colearn._flwr import data_bytes
-from flwr_colearn.wire import RESIDUAL, VERSION, WIRE, Broadcast, codec_named
+from flwr_colearn.wire import VERSION, WIRE, Broadcast, codec_named
+from flwr_colearn.wire_participant import RESIDUAL
 
 CODECS = [Float16(), BFloat16(), Int8(), Int8(0), Int8(-1)]
 INT8 = [Int8(), Int8(0), Int8(-1)]
