@@ -302,9 +302,9 @@ def test_a_model_that_is_only_looked_at_leaves_nothing_over():
 class Talk:
     """One learner, and a server that asks it what the test says."""
 
-    def __init__(self, session="a"):
-        self.grid = InProcessGrid(client_app(steady), 1)
-        self.session, self.wire = session, Wire(Int8())
+    def __init__(self, **node_config):
+        self.grid = InProcessGrid(client_app(steady), 1, node_configs=[node_config])
+        self.session, self.wire = "a", Wire(Int8())
 
     def ask(self, kind, server_round, arrays=None, **more):
         reference = None if kind == SET else 0
@@ -318,9 +318,9 @@ class Talk:
         assert not reply.has_error(), reply.error
         return reply.content
 
-    def train(self, server_round):
+    def train(self, server_round, anew=False):
         more = {"mini_batches": 1, "batches_done": server_round - 1}
-        arrays = WEIGHTS if server_round == 1 else None
+        arrays = WEIGHTS if anew or server_round == 1 else None
         return self.decoded(self.ask("train", server_round, arrays, **more))
 
     def decoded(self, content):
@@ -349,11 +349,11 @@ def test_rounding_is_made_up_for_only_once_the_average_has_replaced_the_model():
 
 
 def test_rounding_of_another_training_is_not_made_up_for():
-    one = Talk("a")
+    one = Talk()
     one.train(1)
     one.ask(SET, 1, WEIGHTS)
     one.session = "b"
-    np.testing.assert_array_equal(one.train(1), encoded(STEP))
+    np.testing.assert_array_equal(one.train(2, anew=True), encoded(STEP))
 
 
 # Loss and damage --------------------------------------------------------------------------------
@@ -377,6 +377,15 @@ def test_a_learner_whose_state_is_on_disk_only_has_its_reference(wire, tmp_path)
         assert [e.largest_distance for e in clean.history] == [
             e.largest_distance for e in strategy.history
         ]
+
+
+def test_a_learner_that_was_restarted_compresses_what_it_is_asked_for(tmp_path):
+    one = Talk(**{"state-dir": str(tmp_path)})
+    trained = one.train(1)
+    one.grid.contexts[1].state = RecordDict()
+    content = one.ask(FETCH, 1)
+    assert content["arrays"]["w"].stype == "colearn.int8"
+    np.testing.assert_array_equal(one.decoded(content), trained)
 
 
 def test_a_reference_of_the_same_round_but_other_bits_is_given_anew():

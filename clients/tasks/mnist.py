@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from clients.data import Examples, Task
+from flwr_colearn import ColearnError
 
 MEAN, STD = 0.1307, 0.3081
 
@@ -18,13 +19,24 @@ def load(data_dir: str) -> Task:
     ----------
     data_dir : str
         Holds ``MNIST/raw``; torchvision, which reads the files, downloads them if it does not.
+
+    Raises
+    ------
+    ColearnError
+        If a file is missing from the folder, or damaged.
     """
     from torchvision.datasets import MNIST
 
-    present = (Path(data_dir) / "MNIST" / "raw").is_dir()
-    return Task(
-        *(_examples(MNIST(data_dir, train, download=not present)) for train in (True, False))
-    )
+    folder = Path(data_dir) / "MNIST" / "raw"
+    present = folder.is_dir()
+    try:
+        parts = [MNIST(data_dir, train, download=not present) for train in (True, False)]
+    except (RuntimeError, AssertionError, ValueError, KeyError, IndexError) as error:
+        raise ColearnError(
+            f"{folder}: expected the four files of MNIST, unpacked, found {error!r}; remove the "
+            "folder to have them downloaded again"
+        ) from None
+    return Task(*map(_examples, parts))
 
 
 def _examples(images: object) -> Examples:
