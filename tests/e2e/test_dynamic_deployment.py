@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from deployment import Deployment, await_that
+from flwr.app import Array, ArrayRecord
 
-from flwr_colearn import DynamicHistory
+from flwr_colearn import DynamicAveraging, DynamicHistory, Float16, InProcessGrid, Wire
 
 APP = Path(__file__).parent / "online_app"
-LEARNERS, ROUNDS = 2, 6
+LEARNERS, ROUNDS, THRESHOLD = 2, 6, 0.3
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def test_learners_keep_their_models_and_one_whose_supernode_died_begins_anew(dep
     output = deployment.folder / "output"
     output.mkdir()
     (output / "wait-5-1").touch()
-    run = deployment.run(app=APP, output_dir=output, rounds=ROUNDS, threshold=0.3)
+    run = deployment.run(app=APP, output_dir=output, rounds=ROUNDS, threshold=THRESHOLD)
     await_that((output / "wait-5-1.done").exists, 600, "round 5")
     deployment.sites[1].kill(signal.SIGTERM)
     run.wait(timeout=600)
@@ -45,3 +46,61 @@ def test_learners_keep_their_models_and_one_whose_supernode_died_begins_anew(dep
     assert np.isfinite(np.load(output / "model.npy")).all()
     for record in records:
         print(record.round, round(record.seconds, 1), record.synchronised, record.restarts)
+
+
+def uninterrupted(output, monkeypatch):
+    """The history and the model of the same run in one process, with nothing happening to it."""
+    monkeypatch.syspath_prepend(APP)
+    from online_app.client_app import app
+
+    grid = InProcessGrid(app, LEARNERS, run_config={"output-dir": str(output)})
+    strategy = DynamicAveraging(
+        THRESHOLD, 2, num_learners=LEARNERS, wire=Wire(Float16(), Float16()), seed=0
+    )
+    initial = ArrayRecord({"weights": Array(np.zeros((3, 1), np.float32))})
+    result = strategy.start(grid, initial, num_rounds=ROUNDS)
+    return strategy.history.records, result.arrays["weights"].numpy()
+
+
+def give_state_dirs(deployment):
+    """Restart the SuperNodes with a folder for the learners' models."""
+    old = [site.process for site in deployment.sites]
+    for site in deployment.sites:
+        site.command[-1] += f' state-dir="{site.home / "state"}"'
+        site.kill(signal.SIGTERM)
+    await_that(
+        lambda: all(site.process not in old for site in deployment.sites), 60, "new SuperNodes"
+    )
+    deployment.await_nodes(LEARNERS)
+
+
+@pytest.mark.timeout(1800)
+def test_a_server_that_is_killed_resumes_and_learners_have_kept_their_models(
+    deployment, monkeypatch
+):
+    give_state_dirs(deployment)
+    output = deployment.folder / "resumed"
+    output.mkdir()
+    config = {
+        "app": APP,
+        "output_dir": output,
+        "rounds": ROUNDS,
+        "threshold": THRESHOLD,
+        "compression": "float16",
+    }
+    history = output / "history.jsonl"
+    run = deployment.run(**config)
+    await_that(lambda: history.exists() and history.read_text().count("\n") >= 3, 300, "round 3")
+    deployment.process_named("flwr-serverapp").kill()
+    run.terminate()
+    run.wait(timeout=60)
+    assert not (output / "model.npy").exists()
+    deployment.run(**config).wait(timeout=600)
+    records = DynamicHistory.read(history).records
+    expected, model = uninterrupted(output, monkeypatch)
+    assert [record.lost for record in records] == [[]] * ROUNDS
+    for record, wanted in zip(records, expected, strict=True):
+        for name in ("round", "synchronised", "violations", "largest_distance", "cumulative_loss"):
+            assert getattr(record, name) == getattr(wanted, name), (record.round, name)
+    np.testing.assert_array_equal(np.load(output / "model.npy"), model)
+    assert {record.synchronised for record in records} == {"none", "full"}

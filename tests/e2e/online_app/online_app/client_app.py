@@ -7,9 +7,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flwr_colearn import introduce, learner, participant_mod
+from flwr_colearn import introduce, learner, participant_mod, wire_mod
 
-app = ClientApp(mods=[participant_mod])
+app = ClientApp(mods=[participant_mod, wire_mod])
 app.query("colearn")(introduce)
 
 
@@ -21,9 +21,9 @@ def train(message: Message, context: Context) -> Message:
     for index in range(config["batches-done"], config["batches-done"] + config["mini-batches"]):
         rng = np.random.default_rng((site, index))
         x = rng.normal(size=(5, 3)).astype(np.float32)
-        y = x @ np.arange(1, 4, dtype=np.float32) + rng.normal(size=5).astype(np.float32)
-        error = x @ weights - y
-        weights = (weights - np.float32(0.02) * (error @ x)).astype(np.float32)
+        noise = rng.normal(size=(5, 1)).astype(np.float32)
+        error = x @ weights - (x @ np.arange(1, 4, dtype=np.float32)[:, None] + noise)
+        weights = (weights - np.float32(0.02) * (x.T @ error)).astype(np.float32)
         losses.append(float(np.mean(error**2)))
     metrics = {"num-examples": 5 * len(losses), "loss": float(np.mean(losses))}
     arrays = ArrayRecord({"weights": Array(weights)})
