@@ -359,7 +359,7 @@ class Wire:
     ------
     ColearnError
         If one is no codec, or `down` is ``Int8``: participants keep no model to which a difference
-        could be sent.
+        could be sent, and learners that begin anew have none.
 
     Examples
     --------
