@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .errors import ColearnError, expected, whole_number
-from .roles import Arrays, Role, _split, pair_statistics
+from .roles import Arrays, Role, pair_statistics, split_name
 
 PARTIAL = "incomplete: local arrays are those of the initial model; test at the participants"
 """What an evaluation of the shared model is worth where statistics or layers are local."""
@@ -298,8 +298,8 @@ def layer_arrays(arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
     >>> layer_arrays(model, assign_roles(model))
     ['1.weight', '1.running_mean', '1.running_var']
     """
-    layers = {_split(mean)[0] for mean, _ in pair_statistics(arrays, roles)}
-    return [name for name in arrays if _split(name)[0] in layers]
+    layers = {split_name(mean)[0] for mean, _ in pair_statistics(arrays, roles)}
+    return [name for name in arrays if split_name(name)[0] in layers]
 
 
 def statistics_of(arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
