@@ -4,19 +4,13 @@ Layers are converted in place, so that models of any make (functional, subclasse
 their own) can be, and arrays that stay keep their values.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-
-import keras
-import tensorflow as tf
-from keras import ops
-
+from clients.tf_setup import keras, tf
 from clients.trainer import NDArray
 from flwr_colearn import (
     BatchRenorm,
@@ -27,6 +21,7 @@ from flwr_colearn import (
     Normalization,
 )
 
+ops = keras.ops
 BatchNorm = keras.layers.BatchNormalization
 
 
@@ -103,8 +98,8 @@ def convert(model: keras.Model, scheme: Normalization) -> keras.Model:
 
     `GroupNorm` and `LayerNorm` keep gamma and beta and drop the moving statistics; `BatchRenorm`
     keeps all and adds a counter of steps. `Frozen` needs layers that can be told to freeze, which
-    have the same arrays. Other schemes change no layer. Convert a model before it is compiled
-    or traced.
+    have the same arrays. Other schemes change no layer. Convert a model before it is compiled,
+    traced or given to a `KerasTrainer`; there the arrays that remain keep their names.
 
     Parameters
     ----------
@@ -114,6 +109,8 @@ def convert(model: keras.Model, scheme: Normalization) -> keras.Model:
         The one that the server's strategy has.
     """
     for layer in batch_norms(model):
+        if isinstance(scheme, GroupNorm | LayerNorm | BatchRenorm | Frozen):
+            layer.converted_from = getattr(layer, "converted_from", type(layer))
         if isinstance(scheme, GroupNorm | LayerNorm):
             channels = layer.moving_mean.shape[0]
             layer.__class__ = SampleNormalization

@@ -14,6 +14,7 @@ from clients.models import densenet40, mnist_cnn, resnet8, small_cnn
 from clients.settings import ParticipantSettings
 from clients.tasks import cifar10
 from clients.tasks.kit import Kit, kit_for
+from clients.torch_normalization import convert
 from clients.torch_parallel import ParallelTrainer
 from clients.torch_trainer import TorchTrainer
 
@@ -71,7 +72,7 @@ KITS = {
 
 
 def build_model(settings: ParticipantSettings, task: Task) -> nn.Module:
-    """Return the model, freshly initialised from the settings' seed.
+    """Return the model, freshly initialised from the settings' seed, normalised as they say.
 
     Raises
     ------
@@ -80,7 +81,7 @@ def build_model(settings: ParticipantSettings, task: Task) -> nn.Module:
     """
     build = kit_for(KITS, settings).model(settings)
     torch.manual_seed(settings.seed)
-    return build(**task.model_options)  # type: ignore[no-any-return]
+    return convert(build(**task.model_options), settings.scheme)
 
 
 def participant_trainer(

@@ -8,7 +8,7 @@ told to the participants. It is one value, ``CoLearn(..., normalization=LocalSta
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .errors import ColearnError, expected, whole_number
 from .roles import Arrays, Role, pair_statistics, split_name
@@ -279,6 +279,49 @@ class BatchRenorm(Normalization):
         """Return r_max and d_max after `step` batches."""
         opened = 1.0 if self.warmup == 0 else min(max(step / self.warmup - 1.0, 0.0), 1.0)
         return 1.0 + opened * (self.r_max - 1.0), opened * self.d_max
+
+
+SCHEMES: dict[str, type[Normalization]] = {
+    scheme.name: scheme
+    for scheme in (
+        Average,
+        Pooled,
+        Recalibrated,
+        LocalStatistics,
+        LocalBN,
+        Synchronised,
+        Frozen,
+        GroupNorm,
+        LayerNorm,
+        BatchRenorm,
+    )
+}
+"""All schemes by name."""
+
+
+def scheme_named(name: str, **parameters: Any) -> Normalization:
+    """Return the scheme of this name, as run configs, histories and tables have it.
+
+    Parameters
+    ----------
+    name : str
+        A key of `SCHEMES`.
+    **parameters
+        Of the scheme.
+
+    Raises
+    ------
+    ColearnError
+        If there is none.
+
+    Examples
+    --------
+    >>> scheme_named("group-norm", groups=4)
+    GroupNorm(groups=4)
+    """
+    if name not in SCHEMES:
+        raise expected("normalization", f"one of {', '.join(SCHEMES)}", name)
+    return SCHEMES[name](**parameters)
 
 
 def layer_arrays(arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
