@@ -53,6 +53,7 @@ class BatchRenormalization(BatchNorm):
             return super().call(inputs, training=training, mask=mask)
         if mask is not None:
             raise ColearnError("BatchRenormalization: expected inputs without a mask, found one")
+        inputs = _wide(inputs)
         axes, shape = _axes(self, inputs)
         mean, variance = ops.moments(inputs, axes)
         r_max, d_max = self._limits(inputs.dtype)
@@ -83,6 +84,7 @@ class SampleNormalization(BatchNorm):
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """Normalise every sample over its positions and the channels of a group."""
+        inputs = _wide(inputs)
         axis = self.axis % len(inputs.shape)
         moved = ops.moveaxis(inputs, axis, -1)
         shape = ops.shape(moved)
@@ -237,6 +239,7 @@ def _watched(layer: Any, seen: _Moments) -> Callable[..., Any]:
     """Return a ``call`` for a layer that normalises with the batch, and remembers its moments."""
 
     def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        inputs = _wide(inputs)
         axes, shape = _axes(layer, inputs)
         channels_last = np.moveaxis(ops.convert_to_numpy(inputs), layer.axis, -1)
         seen.add(channels_last.reshape(-1, channels_last.shape[-1]))
@@ -258,10 +261,15 @@ def _axes(layer: Any, inputs: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(axis for axis in range(dims) if axis != own), tuple(shape)
 
 
+def _wide(inputs: Any) -> Any:
+    """Return inputs of mixed precision as float32, in which statistics are taken."""
+    return ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
+
+
 def _affine(layer: Any, normal: Any, shape: tuple[int, ...]) -> Any:
-    """Apply gamma and beta where the layer has them."""
+    """Apply gamma and beta where the layer has them; return what the next layer computes with."""
     if layer.scale:
-        normal = normal * ops.reshape(layer.gamma, shape)
+        normal = normal * ops.reshape(ops.cast(layer.gamma, normal.dtype), shape)
     if layer.center:
-        normal = normal + ops.reshape(layer.beta, shape)
-    return normal
+        normal = normal + ops.reshape(ops.cast(layer.beta, normal.dtype), shape)
+    return ops.cast(normal, layer.compute_dtype)

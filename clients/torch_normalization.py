@@ -43,8 +43,10 @@ class BatchRenormLayer(BatchNorm):
         r_max, d_max = self.scheme.limits(int(self.num_batches_tracked))
         self.num_batches_tracked.add_(1)
         axes = [axis for axis in range(inputs.dim()) if axis != 1]
-        mean = inputs.mean(axes)
-        variance = inputs.var(axes, unbiased=False)
+        # Under autocast inputs have half the digits, in which no variance can be taken.
+        wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        mean = wide.mean(axes)
+        variance = wide.var(axes, unbiased=False)
         sigma = (variance + self.eps).sqrt()
         with torch.no_grad():
             running_sigma = (self.running_var + self.eps).sqrt()
@@ -56,11 +58,11 @@ class BatchRenormLayer(BatchNorm):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate)
         shape = [1, -1] + [1] * (inputs.dim() - 2)
-        normal = (inputs - mean.view(shape)) / sigma.view(shape)
+        normal = (wide - mean.view(shape)) / sigma.view(shape)
         normal = normal * r.view(shape) + d.view(shape)
-        if not self.affine:
-            return normal
-        return normal * self.weight.view(shape) + self.bias.view(shape)
+        if self.affine:
+            normal = normal * self.weight.view(shape) + self.bias.view(shape)
+        return normal.to(inputs.dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:

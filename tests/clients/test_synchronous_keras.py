@@ -12,6 +12,7 @@ from clients.keras_normalization import convert
 from clients.keras_trainer import KerasTrainer
 from clients.tf_setup import keras, tf
 from flwr_colearn import (
+    BatchRenorm,
     CoLearn,
     Frozen,
     GroupNorm,
@@ -251,6 +252,19 @@ def test_frozen_statistics_are_those_of_the_first_phase(strategy_of):
     four = run(strategy_of, shards(), Frozen(after=2), rounds=4)
     for name in two:
         assert np.array_equal(two[name], four[name]) == ("moving" in name), name
+
+
+@pytest.mark.parametrize("scheme", [Pooled(), BatchRenorm(), GroupNorm(2), Frozen(1)], ids=str)
+def test_schemes_train_and_recalibrate_in_mixed_precision_as_in_float32(scheme):
+    data, found = examples(16), []
+    for precision in ("float32", "bfloat16"):
+        trainer = trainer_of(convert(network(), scheme), data, precision=precision)
+        arrays, result = trainer.gradients(["dense_1/kernel"], 1, seed=0)
+        statistics = {} if isinstance(scheme, GroupNorm) else trainer.recalibrated()[0]
+        found.append({**arrays, **statistics, "loss": np.float32(result.loss)})
+    for name, wanted in found[0].items():
+        assert found[1][name].dtype == wanted.dtype
+        np.testing.assert_allclose(found[1][name], wanted, rtol=0.05, atol=0.02, err_msg=name)
 
 
 def test_a_converted_layer_keeps_the_names_of_what_remains():
