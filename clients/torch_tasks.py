@@ -17,6 +17,7 @@ from clients.tasks.kit import Kit, kit_for
 from clients.torch_normalization import convert
 from clients.torch_parallel import ParallelTrainer
 from clients.torch_trainer import TorchTrainer
+from flwr_colearn import ColearnError, Frozen, Recalibrated
 
 
 def no_transform(inputs: Tensor, training: bool) -> Tensor:
@@ -90,9 +91,20 @@ def participant_trainer(
     """Return a participant's trainer, over all of its devices."""
     devices = settings.devices.split(",") if settings.devices else []
     if len(devices) > 1:
+        _check_scheme(settings)
         return ParallelTrainer(*_parts(settings, task), devices=devices, **_options(settings, task))
     device = devices[0] if devices else None
     return TorchTrainer(*_parts(settings, task), device=device, **_options(settings, task))
+
+
+def _check_scheme(settings: ParticipantSettings) -> None:
+    """Raise a ColearnError if the scheme asks for what a trainer over several devices lacks."""
+    if isinstance(settings.scheme, Frozen | Recalibrated):
+        raise ColearnError(
+            f"run config 'normalization': expected a scheme other than {Frozen.name} and "
+            f"{Recalibrated.name} where a site trains on several devices, found "
+            f"{settings.normalization!r} with {settings.devices!r}; name one device"
+        )
 
 
 def server_trainer(settings: ParticipantSettings, task: Task) -> TorchTrainer:

@@ -136,6 +136,10 @@ def test_settings_reach_the_trainer(name):
             "'normalization': expected average, pooled, .*'slim'.*found 'batch-renorm'",
         ),
         (
+            ParticipantSettings(devices="cpu,cpu", normalization="frozen"),
+            "other than frozen and recalibrated where a site trains on several devices",
+        ),
+        (
             ParticipantSettings(devices="cpu,cpu", normalization="batch-renorm"),
             "devices: expected one device for a network with batch renorm",
         ),
