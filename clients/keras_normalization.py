@@ -109,9 +109,15 @@ def convert(model: keras.Model, scheme: Normalization) -> keras.Model:
         Built.
     scheme : Normalization
         The one that the server's strategy has.
+
+    Raises
+    ------
+    ColearnError
+        If a layer that would be converted computes more than batch norm.
     """
     for layer in batch_norms(model):
         if isinstance(scheme, GroupNorm | LayerNorm | BatchRenorm | Frozen):
+            _check_plain(layer)
             layer.converted_from = getattr(layer, "converted_from", type(layer))
         if isinstance(scheme, GroupNorm | LayerNorm):
             channels = layer.moving_mean.shape[0]
@@ -207,6 +213,17 @@ def recalibrated(
         for variable, value in values:
             arrays[name_of(variable)] = np.asarray(value, variable.numpy().dtype)
     return arrays
+
+
+def _check_plain(layer: Any) -> None:
+    """Raise a ColearnError for a layer that does more than batch norm, which would be lost."""
+    known = (BatchNorm, FreezableBatchNormalization, BatchRenormalization)
+    if type(layer).call not in [each.call for each in known]:
+        raise ColearnError(
+            "normalization: expected Keras's own batch-norm layers, found "
+            f"{type(layer).__module__}.{type(layer).__name__}, whose call does something else "
+            "besides; use a scheme that leaves layers as they are, or another model"
+        )
 
 
 def batch_norms(model: keras.Model) -> Iterator[Any]:

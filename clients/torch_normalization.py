@@ -87,6 +87,11 @@ def convert(model: nn.Module, scheme: Normalization) -> nn.Module:
     -------
     nn.Module
         Names of arrays that remain are the same.
+
+    Raises
+    ------
+    ColearnError
+        If a layer that would be converted computes more than batch norm.
     """
     model = copy.deepcopy(model)
     if not isinstance(scheme, GroupNorm | LayerNorm | BatchRenorm):
@@ -126,6 +131,7 @@ def normalised(model: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
     if scheme == "synchronised":
         meeting, rank = meeting_of(config)
         for layer in layers:
+            _check_plain(layer)
             layer.forward = partial(_synchronised_forward, layer, meeting, rank)
     frozen = bool(config.get("normalization-frozen"))
     try:
@@ -297,7 +303,20 @@ def _replace(module: nn.Module, convert_layer: Callable[[BatchNorm], nn.Module])
     return module
 
 
+def _check_plain(layer: BatchNorm) -> None:
+    """Raise a ColearnError for a layer that does more than batch norm, which would be lost."""
+    known = (BatchNorm, nn.SyncBatchNorm, BatchRenormLayer)
+    if type(layer).forward not in [each.forward for each in known]:
+        raise ColearnError(
+            "normalization: expected batch-norm layers of torch's own, found "
+            f"{type(layer).__module__}.{type(layer).__name__}, whose forward does something else "
+            "besides (an activation, say); use a scheme that leaves layers as they are, or another "
+            "model"
+        )
+
+
 def _converted(layer: BatchNorm, scheme: GroupNorm | LayerNorm | BatchRenorm) -> nn.Module:
+    _check_plain(layer)
     channels, state = layer.num_features, layer.state_dict()
     like = next((tensor for tensor in state.values() if tensor.is_floating_point()), None)
     where: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
