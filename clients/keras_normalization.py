@@ -4,19 +4,13 @@ Layers are converted in place, so that models of any make (functional, subclasse
 their own) can be, and arrays that stay keep their values.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-
-import keras
-import tensorflow as tf
-from keras import ops
-
+from clients.tf_setup import keras, tf
 from clients.trainer import NDArray
 from flwr_colearn import (
     BatchRenorm,
@@ -27,6 +21,7 @@ from flwr_colearn import (
     Normalization,
 )
 
+ops = keras.ops
 BatchNorm = keras.layers.BatchNormalization
 
 
@@ -58,6 +53,7 @@ class BatchRenormalization(BatchNorm):
             return super().call(inputs, training=training, mask=mask)
         if mask is not None:
             raise ColearnError("BatchRenormalization: expected inputs without a mask, found one")
+        inputs = _wide(inputs)
         axes, shape = _axes(self, inputs)
         mean, variance = ops.moments(inputs, axes)
         r_max, d_max = self._limits(inputs.dtype)
@@ -88,6 +84,7 @@ class SampleNormalization(BatchNorm):
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """Normalise every sample over its positions and the channels of a group."""
+        inputs = _wide(inputs)
         axis = self.axis % len(inputs.shape)
         moved = ops.moveaxis(inputs, axis, -1)
         shape = ops.shape(moved)
@@ -103,8 +100,8 @@ def convert(model: keras.Model, scheme: Normalization) -> keras.Model:
 
     `GroupNorm` and `LayerNorm` keep gamma and beta and drop the moving statistics; `BatchRenorm`
     keeps all and adds a counter of steps. `Frozen` needs layers that can be told to freeze, which
-    have the same arrays. Other schemes change no layer. Convert a model before it is compiled
-    or traced.
+    have the same arrays. Other schemes change no layer. Convert a model before it is compiled,
+    traced or given to a `KerasTrainer`; there the arrays that remain keep their names.
 
     Parameters
     ----------
@@ -112,8 +109,16 @@ def convert(model: keras.Model, scheme: Normalization) -> keras.Model:
         Built.
     scheme : Normalization
         The one that the server's strategy has.
+
+    Raises
+    ------
+    ColearnError
+        If a layer that would be converted computes more than batch norm.
     """
     for layer in batch_norms(model):
+        if isinstance(scheme, GroupNorm | LayerNorm | BatchRenorm | Frozen):
+            _check_plain(layer)
+            layer.converted_from = getattr(layer, "converted_from", type(layer))
         if isinstance(scheme, GroupNorm | LayerNorm):
             channels = layer.moving_mean.shape[0]
             layer.__class__ = SampleNormalization
@@ -210,6 +215,17 @@ def recalibrated(
     return arrays
 
 
+def _check_plain(layer: Any) -> None:
+    """Raise a ColearnError for a layer that does more than batch norm, which would be lost."""
+    known = (BatchNorm, FreezableBatchNormalization, BatchRenormalization)
+    if type(layer).call not in [each.call for each in known]:
+        raise ColearnError(
+            "normalization: expected Keras's own batch-norm layers, found "
+            f"{type(layer).__module__}.{type(layer).__name__}, whose call does something else "
+            "besides; use a scheme that leaves layers as they are, or another model"
+        )
+
+
 def batch_norms(model: keras.Model) -> Iterator[Any]:
     """Yield the batch-norm layers that have statistics, at any depth."""
     for layer in model._flatten_layers():
@@ -240,6 +256,7 @@ def _watched(layer: Any, seen: _Moments) -> Callable[..., Any]:
     """Return a ``call`` for a layer that normalises with the batch, and remembers its moments."""
 
     def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        inputs = _wide(inputs)
         axes, shape = _axes(layer, inputs)
         channels_last = np.moveaxis(ops.convert_to_numpy(inputs), layer.axis, -1)
         seen.add(channels_last.reshape(-1, channels_last.shape[-1]))
@@ -261,10 +278,15 @@ def _axes(layer: Any, inputs: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(axis for axis in range(dims) if axis != own), tuple(shape)
 
 
+def _wide(inputs: Any) -> Any:
+    """Return inputs of mixed precision as float32, in which statistics are taken."""
+    return ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
+
+
 def _affine(layer: Any, normal: Any, shape: tuple[int, ...]) -> Any:
-    """Apply gamma and beta where the layer has them."""
+    """Apply gamma and beta where the layer has them; return what the next layer computes with."""
     if layer.scale:
-        normal = normal * ops.reshape(layer.gamma, shape)
+        normal = normal * ops.reshape(ops.cast(layer.gamma, normal.dtype), shape)
     if layer.center:
-        normal = normal + ops.reshape(layer.beta, shape)
-    return normal
+        normal = normal + ops.reshape(ops.cast(layer.beta, normal.dtype), shape)
+    return ops.cast(normal, layer.compute_dtype)

@@ -4,6 +4,7 @@ from typing import Any
 
 from clients.data import Task
 from clients.keras_models import densenet40, resnet8, resnet152, small_cnn, vgg19
+from clients.keras_normalization import convert
 from clients.keras_trainer import KerasTrainer
 from clients.settings import ParticipantSettings
 from clients.tasks.kit import Kit, kit_for
@@ -21,7 +22,7 @@ KITS = {
 
 
 def build_model(settings: ParticipantSettings, task: Task) -> keras.Model:
-    """Return the model, freshly initialised from the settings' seed.
+    """Return the model, freshly initialised from the settings' seed, normalised as they say.
 
     Raises
     ------
@@ -30,7 +31,7 @@ def build_model(settings: ParticipantSettings, task: Task) -> keras.Model:
     """
     build = kit_for(KITS, settings).model(settings)
     keras.utils.set_random_seed(settings.seed)
-    return build(**task.model_options)
+    return convert(build(**task.model_options), settings.scheme)
 
 
 def participant_trainer(settings: ParticipantSettings, task: Task) -> KerasTrainer:

@@ -1,14 +1,15 @@
 """KerasTrainer: any Keras 3 model on TensorFlow as a participant."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from clients.data import Examples, shuffled_batches
+from clients.keras_normalization import normalised, recalibrated
 from clients.objective import CLASSES, Objective
 from clients.tf_setup import check_device, keras, tf
 from clients.tf_transforms import Transform, no_transform
@@ -133,6 +134,9 @@ class KerasTrainer:
         self._train_step = tf.function(
             self._step, input_signature=[batch, labels, rate, seed], jit_compile=jit_compile
         )
+        self._gradients = tf.function(
+            self._loss_and_gradients, input_signature=[batch, labels, seed], jit_compile=jit_compile
+        )
         self._predict_batch = tf.function(self._outputs, input_signature=[batch])
 
     def get_weights(self) -> dict[str, NDArray]:
@@ -159,8 +163,7 @@ class KerasTrainer:
 
     def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
         """Train one full pass over the local data; see `Trainer.train_epoch`."""
-        for index, generator in enumerate(self._seeds):
-            generator.state.assign([derive_seed(seed, 1, index), 0])
+        self._seed_layers(seed)
         self._loss_scale.assign(FIRST_LOSS_SCALE if self.precision == "float16" else 1.0)
         total, count = 0.0, 0
         batches = shuffled_batches(len(self.train_set), self.batch_size, seed)
@@ -177,6 +180,66 @@ class KerasTrainer:
                 total += loss * len(batch)
                 count += len(batch)
         return EpochResult(float(total) / count, count)
+
+    def gradients(
+        self, names: Sequence[str], step: int, seed: int
+    ) -> tuple[dict[str, NDArray], EpochResult]:
+        """Return the gradients of one batch's mean loss, for synchronous SGD.
+
+        Parameters
+        ----------
+        names : sequence of str
+            The arrays to differentiate by; those that take no part have gradient zero.
+        step : int
+            From 1. The batches of a pass are taken in turn; every pass has an order of its own.
+        seed : int
+            The participant's.
+
+        Returns
+        -------
+        arrays : dict
+            The model's arrays after the forward pass (moving statistics move), with gradients in
+            the places of `names`.
+        result : EpochResult
+            Loss and size of the batch.
+        """
+        batch, own_seed = self._batch(step, seed), derive_seed(seed, 0, step)
+        self._seed_layers(own_seed)
+        self._loss_scale.assign(1.0)
+        with self._on_device():
+            step_seed = np.array([derive_seed(own_seed, 0), 0])
+            loss, found = self._gradients(batch.inputs, batch.labels, step_seed)
+        arrays = self.get_weights()
+        for name in names:
+            gradient = found.get(name)
+            arrays[name] = (
+                np.zeros_like(arrays[name]) if gradient is None else np.array(gradient.numpy())
+            )
+        return arrays, EpochResult(float(loss), len(batch))
+
+    def recalibrated(self) -> tuple[dict[str, NDArray], int]:
+        """Return the statistics of the whole local data under the weights, without augmentation.
+
+        Returns
+        -------
+        arrays : dict
+            Moving means and variances by name; see `clients.keras_normalization.recalibrated`.
+        examples : int
+            How many they are of: a single left-over example is left out, as in training.
+        """
+        names = {id(variable): name for name, variable in self._variables.items()}
+        size, count = max(self.batch_size, 256), len(self.train_set)
+        lonely = count > 1 and count % size == 1
+        chunks = [c for c in self.train_set.chunks(size) if len(c) > 1 or not lonely]
+        no_seed = tf.zeros(2, tf.int64)  # nothing is drawn without augmentation
+        with self._on_device():
+            batches = (self.transform(tf.constant(c.inputs), False, no_seed) for c in chunks)
+            arrays = recalibrated(self.model, batches, lambda variable: names[id(variable)])
+        return arrays, count - lonely
+
+    def normalised(self, config: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Return a block in which batch norm trains as the server's scheme says."""
+        return normalised(self.model, config)
 
     def evaluate(self) -> dict[str, float]:
         """Return ``num-examples``, mean ``loss`` and the objective's metrics on the test set."""
@@ -210,18 +273,7 @@ class KerasTrainer:
         self, inputs: tf.Tensor, targets: tf.Tensor, rate: tf.Tensor, seed: tf.Tensor
     ) -> tf.Tensor:
         """Make one step of SGD; return the loss."""
-        with tf.GradientTape() as tape:
-            outputs = self.model(self.transform(inputs, True, seed), training=True)
-            losses = [self.loss(targets, tf.cast(outputs, tf.float32)), *self.model.losses]
-            loss = tf.add_n([tf.cast(each, tf.float32) for each in losses])
-            scaled = loss * self._loss_scale
-        names = list(self._trained)
-        found = tape.gradient(scaled, [self._trained[name].value for name in names])
-        gradients = {
-            name: tf.convert_to_tensor(gradient) / tf.cast(self._loss_scale, gradient.dtype)
-            for name, gradient in zip(names, found, strict=True)
-            if gradient is not None  # of weights that the loss does not depend on
-        }
+        loss, gradients = self._loss_and_gradients(inputs, targets, seed)
         if self.precision == "float16":
             finite = tf.reduce_all(
                 [tf.reduce_all(tf.math.is_finite(g)) for g in gradients.values()]
@@ -230,6 +282,23 @@ class KerasTrainer:
         else:
             self._apply(gradients, rate)
         return loss
+
+    def _loss_and_gradients(
+        self, inputs: tf.Tensor, targets: tf.Tensor, seed: tf.Tensor
+    ) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+        """Return the loss in training, and its gradients by name."""
+        with tf.GradientTape() as tape:
+            outputs = self.model(self.transform(inputs, True, seed), training=True)
+            losses = [self.loss(targets, tf.cast(outputs, tf.float32)), *self.model.losses]
+            loss = tf.add_n([tf.cast(each, tf.float32) for each in losses])
+            scaled = loss * self._loss_scale
+        names = list(self._trained)
+        found = tape.gradient(scaled, [self._trained[name].value for name in names])
+        return loss, {
+            name: tf.convert_to_tensor(gradient) / tf.cast(self._loss_scale, gradient.dtype)
+            for name, gradient in zip(names, found, strict=True)
+            if gradient is not None  # of weights that the loss does not depend on
+        }
 
     def _apply(self, gradients: dict[str, tf.Tensor], rate: tf.Tensor) -> None:
         if self.clip_norm is not None:
@@ -252,6 +321,18 @@ class KerasTrainer:
         no_seed = tf.zeros(2, tf.int64)  # nothing is drawn in evaluation
         outputs = self.model(self.transform(inputs, False, no_seed), training=False)
         return tf.cast(outputs, tf.float32)
+
+    def _batch(self, step: int, seed: int) -> Examples:
+        """Return the batch of a step: the same order within a pass as `train_epoch` has it."""
+        count = len(self.train_set)
+        done, place = divmod(step - 1, len(shuffled_batches(count, self.batch_size, 0)))
+        batches = shuffled_batches(count, self.batch_size, derive_seed(seed, done + 1))
+        return self.train_set.take(batches[place])
+
+    def _seed_layers(self, seed: int) -> None:
+        """Let random layers (dropout) draw from a seed."""
+        for index, generator in enumerate(self._seeds):
+            generator.state.assign([derive_seed(seed, 1, index), 0])
 
     def _on_device(self) -> Any:
         return tf.device(self.device) if self.device else nullcontext()
@@ -310,7 +391,9 @@ def _walk(
             name = re.sub(r"^variable_\d+$", "variable", variable.name)
             yield prefix + _unique(name, taken), variable, layer
     for child in children:
-        label = _unique(_snake_case(type(child).__name__), taken)
+        # A layer that a normalization scheme converted is named as what it was.
+        kind = getattr(child, "converted_from", type(child)).__name__
+        label = _unique(_snake_case(kind), taken)
         yield from _walk(child, f"{prefix}{label}/", seen)
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from flwr_colearn import ColearnError
+from flwr_colearn import ColearnError, Frozen, Normalization
+from flwr_colearn.normalization import scheme_named
 
 
 class FromConfig:
@@ -93,6 +94,12 @@ class ParticipantSettings(FromConfig):
         With torch: see `clients.torch_trainer.TorchTrainer`.
     image_size : int
         Height and width in pixels to which the task "imagefolder" brings its images; 0 for 224.
+    normalization : str
+        What becomes of batch norm, on both sides: "average", "pooled", "recalibrated",
+        "local-statistics", "local-bn", "frozen", "group-norm", "layer-norm" or "batch-renorm", with
+        the parameters that these have by default; see `flwr_colearn.Normalization`.
+    frozen_after : int
+        Of "frozen": the last round in which statistics move.
     """
 
     framework: str = "torch"
@@ -119,6 +126,20 @@ class ParticipantSettings(FromConfig):
     channels_last: bool = False
     workers: int = 0
     image_size: int = 0
+    normalization: str = "pooled"
+    frozen_after: int = 4
+
+    @property
+    def scheme(self) -> Normalization:
+        """What `normalization` names.
+
+        Raises
+        ------
+        ColearnError
+            If there is no such scheme.
+        """
+        parameters = {"after": self.frozen_after} if self.normalization == Frozen.name else {}
+        return scheme_named(self.normalization, **parameters)
 
     def refuse(self, *names: str) -> None:
         """Raise a ColearnError if one of these settings, which the framework lacks, is set."""

@@ -8,6 +8,7 @@ from clients.slim_models import resnet8, resnet_152, small_cnn, vgg_19
 from clients.slim_trainer import SlimTrainer
 from clients.tasks.kit import Kit, kit_for
 from clients.tf_transforms import augment, no_transform, normalise
+from flwr_colearn import Average, ColearnError, LocalBN, LocalStatistics, Pooled
 
 KITS = {
     "digits": Kit({"cnn": small_cnn}, no_transform, no_transform),
@@ -29,6 +30,7 @@ def server_trainer(settings: ParticipantSettings, task: Task) -> SlimTrainer:
 
 def _trainer(settings: ParticipantSettings, task: Task, device: str | None = None) -> SlimTrainer:
     settings.refuse("precision", "jit_compile", "channels_last", "workers", "image_size")
+    _check_scheme(settings)
     kit = kit_for(KITS, settings)
     options: dict[str, Any] = {
         "objective": task.objective,
@@ -41,3 +43,14 @@ def _trainer(settings: ParticipantSettings, task: Task, device: str | None = Non
         "device": device,
     }
     return SlimTrainer(kit.model(settings), task.train_set, task.test_set, **options)
+
+
+def _check_scheme(settings: ParticipantSettings) -> None:
+    """Raise a ColearnError if a scheme changes how layers compute, which a graph fixes."""
+    possible = (Average, Pooled, LocalStatistics, LocalBN)
+    if not isinstance(settings.scheme, possible):
+        raise ColearnError(
+            f"run config 'normalization': expected {', '.join(each.name for each in possible)} "
+            f"with framework 'slim', whose layers are as its models have them, found "
+            f"{settings.normalization!r}"
+        )

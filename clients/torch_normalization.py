@@ -43,8 +43,10 @@ class BatchRenormLayer(BatchNorm):
         r_max, d_max = self.scheme.limits(int(self.num_batches_tracked))
         self.num_batches_tracked.add_(1)
         axes = [axis for axis in range(inputs.dim()) if axis != 1]
-        mean = inputs.mean(axes)
-        variance = inputs.var(axes, unbiased=False)
+        # Under autocast inputs have half the digits, in which no variance can be taken.
+        wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        mean = wide.mean(axes)
+        variance = wide.var(axes, unbiased=False)
         sigma = (variance + self.eps).sqrt()
         with torch.no_grad():
             running_sigma = (self.running_var + self.eps).sqrt()
@@ -56,11 +58,11 @@ class BatchRenormLayer(BatchNorm):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate)
         shape = [1, -1] + [1] * (inputs.dim() - 2)
-        normal = (inputs - mean.view(shape)) / sigma.view(shape)
+        normal = (wide - mean.view(shape)) / sigma.view(shape)
         normal = normal * r.view(shape) + d.view(shape)
-        if not self.affine:
-            return normal
-        return normal * self.weight.view(shape) + self.bias.view(shape)
+        if self.affine:
+            normal = normal * self.weight.view(shape) + self.bias.view(shape)
+        return normal.to(inputs.dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -85,6 +87,11 @@ def convert(model: nn.Module, scheme: Normalization) -> nn.Module:
     -------
     nn.Module
         Names of arrays that remain are the same.
+
+    Raises
+    ------
+    ColearnError
+        If a layer that would be converted computes more than batch norm.
     """
     model = copy.deepcopy(model)
     if not isinstance(scheme, GroupNorm | LayerNorm | BatchRenorm):
@@ -124,6 +131,7 @@ def normalised(model: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
     if scheme == "synchronised":
         meeting, rank = meeting_of(config)
         for layer in layers:
+            _check_plain(layer)
             layer.forward = partial(_synchronised_forward, layer, meeting, rank)
     frozen = bool(config.get("normalization-frozen"))
     try:
@@ -295,7 +303,20 @@ def _replace(module: nn.Module, convert_layer: Callable[[BatchNorm], nn.Module])
     return module
 
 
+def _check_plain(layer: BatchNorm) -> None:
+    """Raise a ColearnError for a layer that does more than batch norm, which would be lost."""
+    known = (BatchNorm, nn.SyncBatchNorm, BatchRenormLayer)
+    if type(layer).forward not in [each.forward for each in known]:
+        raise ColearnError(
+            "normalization: expected batch-norm layers of torch's own, found "
+            f"{type(layer).__module__}.{type(layer).__name__}, whose forward does something else "
+            "besides (an activation, say); use a scheme that leaves layers as they are, or another "
+            "model"
+        )
+
+
 def _converted(layer: BatchNorm, scheme: GroupNorm | LayerNorm | BatchRenorm) -> nn.Module:
+    _check_plain(layer)
     channels, state = layer.num_features, layer.state_dict()
     like = next((tensor for tensor in state.values() if tensor.is_floating_point()), None)
     where: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, Dataset
 
+from clients.torch_normalization import BatchRenormLayer
 from clients.torch_trainer import TorchTrainer, roles_of
 from clients.trainer import EpochResult, NDArray
 from flwr_colearn import ColearnError, Role
@@ -62,6 +63,11 @@ class ParallelTrainer:
         world = len(devices)
         if batch_size < world:
             raise ColearnError(f"batch_size: expected at least {world} devices, found {batch_size}")
+        if any(isinstance(module, BatchRenormLayer) for module in model.modules()):
+            raise ColearnError(
+                "devices: expected one device for a network with batch renorm, which torch cannot "
+                f"synchronise over several, found {list(devices)}"
+            )
         kinds = {torch.device(name).type for name in devices}
         if kinds != {"cuda"} and _has_batch_norm(model):
             raise ColearnError(

@@ -16,9 +16,10 @@ from clients.tasks import cifar10, imagefolder
 from clients.tasks.kit import Kit, kit_for
 from clients.text_models import BiGRU, Capsules, bigru_small
 from clients.torch_images import image_files
+from clients.torch_normalization import convert
 from clients.torch_parallel import ParallelTrainer
 from clients.torch_trainer import TorchTrainer
-from flwr_colearn import ColearnError
+from flwr_colearn import ColearnError, Frozen, Recalibrated
 
 
 def no_transform(inputs: Tensor, training: bool) -> Tensor:
@@ -109,7 +110,7 @@ KITS = {
 
 
 def build_model(settings: ParticipantSettings, task: Task) -> nn.Module:
-    """Return the model, freshly initialised from the settings' seed.
+    """Return the model, freshly initialised from the settings' seed, normalised as they say.
 
     Raises
     ------
@@ -118,7 +119,7 @@ def build_model(settings: ParticipantSettings, task: Task) -> nn.Module:
     """
     build = kit_for(KITS, settings).model(settings)
     torch.manual_seed(settings.seed)
-    return build(**task.model_options)  # type: ignore[no-any-return]
+    return convert(build(**task.model_options), settings.scheme)
 
 
 def participant_trainer(
@@ -127,9 +128,20 @@ def participant_trainer(
     """Return a participant's trainer, over all of its devices."""
     devices = settings.devices.split(",") if settings.devices else []
     if len(devices) > 1:
+        _check_scheme(settings)
         return ParallelTrainer(*_parts(settings, task), devices=devices, **_options(settings, task))
     device = devices[0] if devices else None
     return TorchTrainer(*_parts(settings, task), device=device, **_options(settings, task))
+
+
+def _check_scheme(settings: ParticipantSettings) -> None:
+    """Raise a ColearnError if the scheme asks for what a trainer over several devices lacks."""
+    if isinstance(settings.scheme, Frozen | Recalibrated):
+        raise ColearnError(
+            f"run config 'normalization': expected a scheme other than {Frozen.name} and "
+            f"{Recalibrated.name} where a site trains on several devices, found "
+            f"{settings.normalization!r} with {settings.devices!r}; name one device"
+        )
 
 
 def server_trainer(settings: ParticipantSettings, task: Task) -> TorchTrainer:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -32,20 +32,23 @@ class Checkpoint:
         The shared model.
     state : dict
         All else that the run needs to go on, as JSON can hold it.
+    extra : mapping of str to numpy.ndarray
+        Further arrays that the run needs, such as momentum.
     """
 
     round: int
     arrays: Arrays
     state: dict[str, Any]
+    extra: Arrays = field(default_factory=dict)
 
 
 class CheckpointFolder:
     """The checkpoints of one run.
 
-    A checkpoint is an ``.npz`` file: the model's arrays under ``array-0``, ``array-1``, ... and
-    the state as JSON under ``state``. It is written aside, flushed to the disk and renamed, so
-    there is never half a checkpoint under its name, and the name carries the first 16 digits of the
-    file's SHA-256, so a damaged one is found out.
+    A checkpoint is an ``.npz`` file: the model's arrays under ``array-0``, ``array-1``, ...,
+    further ones under ``extra-0``, ... and the state as JSON under ``state``. It is written aside,
+    flushed to the disk and renamed, so there is never half a checkpoint under its name, and the
+    name carries the first 16 digits of the file's SHA-256, so a damaged one is found out.
 
     Parameters
     ----------
@@ -143,9 +146,10 @@ def read(path: str | Path) -> Checkpoint:
             raise ValueError(f"its SHA-256 begins with {found}")
         with np.load(path, allow_pickle=False) as file:
             state = json.loads(file[_STATE].tobytes())
-            names = state.pop("names")
+            names, extra_names = state.pop("names"), state.pop("extra-names", [])
             arrays = {name: file[f"array-{index}"] for index, name in enumerate(names)}
-        return Checkpoint(int(match[1]), arrays, state)
+            extra = {name: file[f"extra-{index}"] for index, name in enumerate(extra_names)}
+        return Checkpoint(int(match[1]), arrays, state, extra)
     except Exception as error:  # whatever a damaged file makes the readers raise
         raise ColearnError(
             f"checkpoint {path}: expected an undamaged file, found {error or type(error).__name__}"
@@ -173,9 +177,12 @@ def describe_arrays(arrays: Arrays) -> str:
 
 
 def _write(path: Path, checkpoint: Checkpoint) -> None:
-    state = json.dumps({**checkpoint.state, "names": list(checkpoint.arrays)})
+    names = {"names": list(checkpoint.arrays), "extra-names": list(checkpoint.extra)}
+    state = json.dumps({**checkpoint.state, **names})
     members: dict[str, NDArray] = {
-        f"array-{index}": array for index, array in enumerate(checkpoint.arrays.values())
+        f"{kind}-{index}": array
+        for kind, arrays in (("array", checkpoint.arrays), ("extra", checkpoint.extra))
+        for index, array in enumerate(arrays.values())
     }
     members[_STATE] = np.frombuffer(state.encode(), np.uint8)
     with path.open("wb") as file:

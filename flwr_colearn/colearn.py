@@ -420,6 +420,18 @@ class CoLearn(FedAvg):
         log(INFO, "Strategy execution finished in %.2fs", time.time() - started)
         return result
 
+    def configuration(self) -> dict[str, str]:
+        """Return what must be the same for a run to be resumed."""
+        participants = {"number of participants": str(self.num_participants)}
+        return {**self.rule.configuration(), **participants}
+
+    def extra_arrays(self) -> Arrays:
+        """Return the arrays besides the model that a resumed run needs; they are checkpointed."""
+        return {}
+
+    def restore_extra(self, arrays: Arrays) -> None:
+        """Go on with what `extra_arrays` returned after the round that is resumed."""
+
     def _choose_nodes(self, grid: Grid) -> list[int]:
         """Return K connected nodes, those of the last round first."""
         wanted = max(self.min_available_nodes, self.num_participants)

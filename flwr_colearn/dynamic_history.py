@@ -1,14 +1,12 @@
 """DynamicRecord: what happened in every round of model averaging, and the history of a run."""
 
-import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from logging import INFO
 from typing import Any, Literal
 
 from flwr.common import log
 
-from .errors import ColearnError
-from .history import RecordFile, _spell, _unspell
+from .history import RecordFile, from_line, to_line
 from .metering import Transfers
 
 
@@ -86,7 +84,7 @@ class DynamicRecord:
 
     def to_json(self) -> str:
         """Return the record as one line of JSON; numbers that are not finite become strings."""
-        return json.dumps(_spell(asdict(self)), allow_nan=False)
+        return to_line(self)
 
     def log(self) -> None:
         """Write the round as branches of Flower's log."""
@@ -131,17 +129,8 @@ class DynamicRecord:
         ColearnError
             If the line is not a record.
         """
-        try:
-            values = json.loads(line)
-            known = {item.name for item in fields(cls)}
-            record = cls(**{key: values[key] for key in values if key in known})
-            for name in ("loss", "cumulative_loss", "delta", "largest_distance", "server_metrics"):
-                setattr(record, name, _unspell(getattr(record, name)))
-        except (ValueError, TypeError) as error:
-            raise ColearnError(
-                f"history: expected one DynamicRecord a line, found {line[:80]!r} ({error})"
-            ) from None
-        return record
+        numbers = ("loss", "cumulative_loss", "delta", "largest_distance", "server_metrics")
+        return from_line(cls, line, numbers)
 
 
 class DynamicHistory(RecordFile[DynamicRecord]):

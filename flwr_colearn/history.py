@@ -6,12 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from logging import INFO
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 from flwr.common import log
 
 from .errors import ColearnError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass
@@ -74,7 +77,7 @@ class RoundRecord:
 
     def to_json(self) -> str:
         """Return the record as one line of JSON; numbers that are not finite become strings."""
-        return json.dumps(_spell(asdict(self)), allow_nan=False)
+        return to_line(self)
 
     def log(self) -> None:
         """Write the round as branches of Flower's log."""
@@ -102,19 +105,8 @@ class RoundRecord:
         ColearnError
             If the line is not a record.
         """
-        try:
-            values = json.loads(line)
-            known = {item.name for item in fields(cls)}
-            record = cls(**{key: values[key] for key in values if key in known})
-            if isinstance(record.relative_change, str):
-                record.relative_change = float(record.relative_change)
-            for name in ("train_metrics", "evaluate_metrics", "server_metrics"):
-                setattr(record, name, _unspell(getattr(record, name)))
-        except (ValueError, TypeError) as error:
-            raise ColearnError(
-                f"history: expected one RoundRecord a line, found {line[:80]!r} ({error})"
-            ) from None
-        return record
+        numbers = ("relative_change", "train_metrics", "evaluate_metrics", "server_metrics")
+        return from_line(cls, line, numbers)
 
 
 class Record(Protocol):
@@ -215,6 +207,45 @@ class History(RecordFile[RoundRecord]):
     def epochs_path(self) -> list[int]:
         """T_i of every round."""
         return [record.local_epochs for record in self.records]
+
+
+D = TypeVar("D", bound="DataclassInstance")
+
+
+def to_line(record: "DataclassInstance") -> str:
+    """Return a record as one line of JSON; numbers that are not finite become strings."""
+    return json.dumps(_spell(asdict(record)), allow_nan=False)
+
+
+def from_line(kind: type[D], line: str, numbers: Iterable[str]) -> D:
+    """Read a record back from `to_line`.
+
+    Parameters
+    ----------
+    kind : type
+        A dataclass; keys that it does not have are passed over.
+    line : str
+        What `to_line` returned.
+    numbers : iterable of str
+        Fields that hold numbers only, at any depth: in them strings are numbers that are not
+        finite.
+
+    Raises
+    ------
+    ColearnError
+        If the line is not a record.
+    """
+    try:
+        values = json.loads(line)
+        known = {item.name for item in fields(kind)}
+        record = kind(**{key: values[key] for key in values if key in known})
+        for name in numbers:
+            setattr(record, name, _unspell(getattr(record, name)))
+    except (ValueError, TypeError) as error:
+        raise ColearnError(
+            f"history: expected one {kind.__name__} a line, found {line[:80]!r} ({error})"
+        ) from None
+    return record
 
 
 def _unspell(value: Any) -> Any:

@@ -136,6 +136,7 @@ class Loop:
         self.result.arrays = to_record(dict(saved.arrays))
         arrays = self.strategy.view_of(self.result.arrays)
         self.strategy.rule.restore(saved.state["rule"], arrays)
+        self.strategy.restore_extra(saved.extra)
         self.strategy.last_nodes = [int(node) for node in saved.state["nodes"]]
         version, numbers, gauss = saved.state["random"]
         self.strategy.random.setstate((version, tuple(numbers), gauss))
@@ -158,13 +159,13 @@ class Loop:
             "nodes": self.strategy.last_nodes,
         }
         arrays = self.strategy.view_of(self.result.arrays)
-        self.strategy.checkpoints.save(Checkpoint(server_round, arrays, state))
+        extra = self.strategy.extra_arrays()
+        self.strategy.checkpoints.save(Checkpoint(server_round, arrays, state, extra))
 
     def _configuration(self) -> dict[str, str]:
         """Return what must be the same for a run to be resumed."""
         return {
-            **self.strategy.rule.configuration(),
-            "number of participants": str(self.strategy.num_participants),
+            **self.strategy.configuration(),
             "model": describe_arrays(self.strategy.view_of(self.result.arrays)),
         }
 

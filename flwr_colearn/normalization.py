@@ -8,10 +8,10 @@ told to the participants. It is one value, ``CoLearn(..., normalization=LocalSta
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .errors import ColearnError, expected, whole_number
-from .roles import Arrays, Role, _split, pair_statistics
+from .roles import Arrays, Role, pair_statistics, split_name
 
 PARTIAL = "incomplete: local arrays are those of the initial model; test at the participants"
 """What an evaluation of the shared model is worth where statistics or layers are local."""
@@ -281,6 +281,49 @@ class BatchRenorm(Normalization):
         return 1.0 + opened * (self.r_max - 1.0), opened * self.d_max
 
 
+SCHEMES: dict[str, type[Normalization]] = {
+    scheme.name: scheme
+    for scheme in (
+        Average,
+        Pooled,
+        Recalibrated,
+        LocalStatistics,
+        LocalBN,
+        Synchronised,
+        Frozen,
+        GroupNorm,
+        LayerNorm,
+        BatchRenorm,
+    )
+}
+"""All schemes by name."""
+
+
+def scheme_named(name: str, **parameters: Any) -> Normalization:
+    """Return the scheme of this name, as run configs, histories and tables have it.
+
+    Parameters
+    ----------
+    name : str
+        A key of `SCHEMES`.
+    **parameters
+        Of the scheme.
+
+    Raises
+    ------
+    ColearnError
+        If there is none.
+
+    Examples
+    --------
+    >>> scheme_named("group-norm", groups=4)
+    GroupNorm(groups=4)
+    """
+    if name not in SCHEMES:
+        raise expected("normalization", f"one of {', '.join(SCHEMES)}", name)
+    return SCHEMES[name](**parameters)
+
+
 def layer_arrays(arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
     """Return the names of all arrays of layers with running statistics, in the model's order.
 
@@ -298,8 +341,8 @@ def layer_arrays(arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
     >>> layer_arrays(model, assign_roles(model))
     ['1.weight', '1.running_mean', '1.running_var']
     """
-    layers = {_split(mean)[0] for mean, _ in pair_statistics(arrays, roles)}
-    return [name for name in arrays if _split(name)[0] in layers]
+    layers = {split_name(mean)[0] for mean, _ in pair_statistics(arrays, roles)}
+    return [name for name in arrays if split_name(name)[0] in layers]
 
 
 def statistics_of(arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:

@@ -113,7 +113,7 @@ def pair_statistics(arrays: Arrays, roles: Mapping[str, Role]) -> list[tuple[str
     layers: dict[str, tuple[list[str], list[str]]] = {}
     for name, role in roles.items():
         if role in (Role.MEAN, Role.VARIANCE):
-            layer = layers.setdefault(_split(name)[0], ([], []))
+            layer = layers.setdefault(split_name(name)[0], ([], []))
             layer[role is Role.VARIANCE].append(name)
     # Not strict: a mean or variance without a partner is legitimate.
     pairs = [pair for means, variances in layers.values() for pair in zip(means, variances)]  # noqa: B905
@@ -131,12 +131,12 @@ def _default_role(name: str, array: NDArray) -> Role:
         raise expected(f"array '{name}'", "a float, integer or boolean type", str(array.dtype))
     if array.dtype.kind != "f":
         return Role.COUNTER
-    role = _BY_NAME.get(_split(name)[1], Role.TRAINABLE)
+    role = _BY_NAME.get(split_name(name)[1], Role.TRAINABLE)
     # A counter kept as a float is averaged, and must not count in eq. 4.
     return Role.BUFFER if role is Role.COUNTER else role
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """Split 'layer/moving_mean:0' or 'layer.running_mean' into the layer and the last part."""
     path = name.partition(":")[0].replace("/", ".")
     layer, _, last = path.rpartition(".")

@@ -1,12 +1,10 @@
 """SynchronousSGD: every step the participants' gradients are averaged and applied."""
 
 from collections.abc import Iterable
-from logging import WARNING
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.common import log
 from flwr.serverapp import Grid
 
 from ._flwr import records_of, to_record, view
@@ -49,8 +47,7 @@ class SynchronousSGD(CoLearn):
         Of every step; ``ExponentialRate(initial, decay, total_epochs=steps)`` decays over the
         steps, ``ConstantRate(function of the step)`` does what the function says.
     momentum, weight_decay : float, default 0
-        Of SGD, on the server. The velocity is no part of a checkpoint: a resumed run starts from
-        zero, and says so.
+        Of SGD, on the server. The velocity is part of a checkpoint.
     total_steps : int, optional
         The run ends after so many steps; `num_rounds` of `start` does the same.
     **kwargs
@@ -111,8 +108,11 @@ class SynchronousSGD(CoLearn):
         if not messages:
             return messages
         self._weights = self.view_of(arrays)
+        if server_round == 1:
+            self._velocity = {}
         if server_round == 1 or not self._differentiated:
-            self._begin(server_round)
+            roles = assign_roles(self._weights, self._roles)
+            self._differentiated = [n for n, role in roles.items() if role is Role.TRAINABLE]
         # One record for all messages, made for this round.
         train_config = records_of(messages[0].content, ConfigRecord)[self.configrecord_key]
         self._rate = next(iter(LocalPlan.from_config(train_config))).learning_rate
@@ -120,13 +120,17 @@ class SynchronousSGD(CoLearn):
         train_config[GRADIENTS] = self._differentiated
         return messages
 
-    def _begin(self, server_round: int) -> None:
-        """Start, or go on after a resume, without velocity."""
-        roles = assign_roles(self._weights, self._roles)
-        self._differentiated = [n for n, role in roles.items() if role is Role.TRAINABLE]
-        self._velocity = {}
-        if server_round > 1 and self.sgd.momentum:
-            log(WARNING, "SynchronousSGD: the momentum begins from zero in step %s", server_round)
+    def configuration(self) -> dict[str, str]:
+        """Return what must be the same for a run to be resumed."""
+        return {**super().configuration(), "optimizer": str(self.sgd)}
+
+    def extra_arrays(self) -> Arrays:
+        """Return the velocity of every array."""
+        return self._velocity
+
+    def restore_extra(self, arrays: Arrays) -> None:
+        """Go on with the velocity that was saved."""
+        self._velocity, self._differentiated = dict(arrays), []
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -31,25 +31,16 @@ from clients.torch_normalization import convert
 from clients.torch_trainer import TorchTrainer, roles_of
 from clients.trainer import NDArray
 from flwr_colearn import (
-    Average,
-    BatchRenorm,
     CoLearn,
     ExponentialRate,
-    Frozen,
-    GroupNorm,
     History,
     InProcessGrid,
-    LayerNorm,
-    LocalBN,
-    LocalStatistics,
     Normalization,
     NormalizedFedAvg,
-    Pooled,
-    Recalibrated,
     SideBySideGrid,
-    Synchronised,
     SynchronousSGD,
 )
+from flwr_colearn.normalization import SCHEMES, scheme_named
 from simulations.arms import ARMS, schedules
 from simulations.server_app import to_record
 from simulations.settings import RunSettings, check_keys, read_config
@@ -63,10 +54,6 @@ TRAININGS = {
     "fedavg": "federated averaging",
 }
 PARTITIONS = {"iid": "IID", "dirichlet": "Dirichlet 0.5", "classes": "two classes each"}
-SCHEMES = (
-    "average", "pooled", "recalibrated", "local-statistics", "local-bn", "synchronised", "frozen",
-    "group-norm", "layer-norm", "batch-renorm",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,14 +140,12 @@ class Cell:
         """Return the scheme, its parameters as the study has them."""
         half = 4 if self.training == "colearn" else self.rounds // 2
         every = self.rounds if self.training == "synchronous" else 1
-        schemes = {
-            each.name: each
-            for each in (
-                Average(), Pooled(), Recalibrated(every), LocalStatistics(), LocalBN(),
-                Synchronised(), Frozen(half), GroupNorm(8), LayerNorm(), BatchRenorm(warmup=50),
-            )
-        }  # fmt: skip
-        return schemes[self.scheme]
+        parameters = {
+            "recalibrated": {"every": every},
+            "frozen": {"after": half},
+            "batch-renorm": {"warmup": 50},
+        }
+        return scheme_named(self.scheme, **parameters.get(self.scheme, {}))
 
 
 def run_cell(cell: Cell) -> Unit:
@@ -321,7 +306,10 @@ def cells(
         for partition in partitions:
             for training in trainings:
                 for scheme in schemes:
-                    seeded = replace(participants, partition=partition, seed=seed)
+                    # Every cell converts the plain model by itself.
+                    seeded = replace(
+                        participants, partition=partition, seed=seed, normalization="pooled"
+                    )
                     cell = Cell(training, scheme, seeded, settings, test_examples)
                     if cell.possible:
                         yield cell

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Result
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import load_task, server_trainer
 from clients.trainer import Trainer
-from flwr_colearn import CoLearn, ColearnError, History
+from flwr_colearn import CoLearn, ColearnError, History, Normalization, Pooled
 from flwr_colearn.report import curve, save_figure
 from flwr_colearn.wire import Wire, codec_named
 from simulations.arms import arm_named, schedules
@@ -31,7 +31,9 @@ def main(grid: Grid, context: Context) -> None:
     settings = RunSettings.from_config(context.run_config)
     output = Path(settings.output_dir or time.strftime("outputs/run-%Y%m%d-%H%M%S")).absolute()
     trainer = server_trainer(participants)
-    strategy = make_strategy(settings, trainer, output / "history.jsonl")
+    strategy = make_strategy(
+        settings, trainer, output / "history.jsonl", normalization=participants.scheme
+    )
     try:
         result = strategy.start(
             grid,
@@ -55,8 +57,12 @@ def make_strategy(
     trainer: Trainer,
     history: str | Path | History | None,
     checkpoints: str | Path | None = None,
+    normalization: Normalization = Pooled(),  # noqa: B008  (an immutable value)
 ) -> CoLearn:
-    """Return the strategy of the arm that the settings name."""
+    """Return the strategy of the arm that the settings name.
+
+    The normalization is that of the participants' settings, who convert their models to it.
+    """
     arm = arm_named(settings.arm)
     if arm.alone:
         raise ColearnError(
@@ -73,6 +79,7 @@ def make_strategy(
         wire=Wire(codec_named(settings.compression_up), codec_named(settings.compression_down)),
         fraction_evaluate=settings.fraction_evaluate,
         wait_for_participants=settings.wait_for_participants,
+        normalization=normalization,
     )
 
 
@@ -113,6 +120,8 @@ def summarise(
         "fedavg-rounds": -(-last.epochs_done // settings.initial_epochs),
     }
     summary["fedavg-bytes"] = summary["fedavg-rounds"] * summary["bytes"] // summary["rounds"]
+    if "shared-model" in last.normalization:
+        summary["shared-model"] = last.normalization["shared-model"]
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for key, value in summary.items():
         log(INFO, "%s: %s", key, value)

@@ -167,7 +167,9 @@ def train_averaged(
     if arm.pooled_data:
         settings = replace(settings, num_participants=1)
     trainer = server_trainer(participants)
-    strategy = make_strategy(replace(settings, arm=name), trainer, None, checkpoints=scratch)
+    strategy = make_strategy(
+        replace(settings, arm=name), trainer, None, scratch, participants.scheme
+    )
     grid = InProcessGrid(app, settings.num_participants, run_config=participants.to_config())
     strategy.start(
         grid,

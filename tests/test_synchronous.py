@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
@@ -5,6 +7,7 @@ from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 
 from flwr_colearn import (
+    CheckpointFolder,
     ColearnError,
     ExponentialRate,
     InProcessGrid,
@@ -135,3 +138,50 @@ def test_a_gradient_with_nan_is_refused():
 def test_arguments_are_checked(kwargs):
     with pytest.raises(ColearnError):
         SGD(**kwargs)
+
+
+class Killed(BaseException):
+    """The server's process ends here."""
+
+
+def checkpointed(folder, steps, resume="auto", kill_in=None, momentum=0.9):
+    """Run a server of its own, which may be killed while participants train."""
+    app = quadratic([1, 2, 5])
+
+    def call(message, context):
+        if message.content["config"]["server-round"] == kill_in:
+            raise Killed
+        return app(message, context)
+
+    strategy = SynchronousSGD(
+        K, learning_rate=0.1, momentum=momentum, weight_decay=0.01, checkpoints=folder
+    )
+    model = record(
+        w=np.random.default_rng(0).normal(size=5),
+        v=np.random.default_rng(1).normal(size=(2, 3)).astype(np.float32),
+    )
+    result = strategy.start(InProcessGrid(call, K), model, num_rounds=steps, resume=resume)
+    return {name: (array.numpy().dtype, array.data) for name, array in result.arrays.items()}
+
+
+@pytest.mark.parametrize("kill_in", [1, 2, 4, 6])
+def test_a_resumed_run_goes_on_with_its_momentum_to_the_same_bits(tmp_path, kill_in):
+    wanted = checkpointed(tmp_path / "whole", 6)
+    with pytest.raises(Killed):
+        checkpointed(tmp_path / "killed", 6, kill_in=kill_in)
+    assert checkpointed(tmp_path / "killed", 6) == wanted
+    # What the velocity is worth: without it the run ends elsewhere.
+    checkpointed(tmp_path / "cut", 3)
+    folder = CheckpointFolder(tmp_path / "cut")
+    saved = folder.latest()
+    assert {name: array.dtype for name, array in saved.extra.items()} == dict.fromkeys(
+        ("w", "v"), np.float64
+    )
+    folder.save(replace(saved, extra={}))
+    assert checkpointed(tmp_path / "cut", 6) != wanted
+
+
+def test_a_run_is_not_resumed_with_another_momentum(tmp_path):
+    checkpointed(tmp_path, 2)
+    with pytest.raises(ColearnError, match=r"another optimizer: SGD\(momentum=0.9.*momentum=0.5"):
+        checkpointed(tmp_path, 3, momentum=0.5)

@@ -131,11 +131,37 @@ def test_settings_reach_the_trainer(name):
         (ParticipantSettings(framework="slim", precision="float16"), "'precision': expected 'fl"),
         (ParticipantSettings(framework="slim", jit_compile=True), "'jit-compile': expected False"),
         (ParticipantSettings(framework="slim", model="x"), "one of cnn for task digits with slim"),
+        (
+            ParticipantSettings(framework="slim", normalization="batch-renorm"),
+            "'normalization': expected average, pooled, .*'slim'.*found 'batch-renorm'",
+        ),
+        (
+            ParticipantSettings(devices="cpu,cpu", normalization="frozen"),
+            "other than frozen and recalibrated where a site trains on several devices",
+        ),
+        (
+            ParticipantSettings(devices="cpu,cpu", normalization="batch-renorm"),
+            "devices: expected one device for a network with batch renorm",
+        ),
     ],
 )
 def test_what_a_framework_lacks_is_refused(settings, message):
     with pytest.raises(ColearnError, match=message):
         participant_trainer(settings, 0, 5)
+
+
+@pytest.mark.parametrize("name", ["torch", "keras"])
+def test_a_scheme_that_changes_the_network_does_so_on_both_sides(name):
+    plain = ParticipantSettings(framework=name, examples=200)
+    settings = ParticipantSettings(framework=name, examples=200, normalization="group-norm")
+    start = server_trainer(plain).get_weights()
+    statistics = [n for n in start if any(part in n for part in ("running", "moving", "tracked"))]
+    assert len(statistics) == (6 if name == "torch" else 4)
+    for trainer in (server_trainer(settings), participant_trainer(settings, 0, 5)):
+        weights = trainer.get_weights()
+        assert same(weights, {n: a for n, a in start.items() if n not in statistics})
+        trainer.train_epoch(0.1, seed=0)
+        assert not same(trainer.get_weights(), weights)
 
 
 @pytest.mark.parametrize("augment", [False, True])

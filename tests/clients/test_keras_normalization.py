@@ -212,6 +212,18 @@ def test_what_keras_cannot_have_is_refused():
         pass
 
 
+def test_a_layer_that_does_more_than_batch_norm_is_not_converted_in_silence():
+    class Activated(keras.layers.BatchNormalization):
+        def call(self, inputs, training=None, mask=None):
+            return keras.ops.relu(super().call(inputs, training=training, mask=mask))
+
+    model = keras.Sequential([keras.Input((3,)), Activated()])
+    for scheme in (GroupNorm(2), BatchRenorm(), Frozen(1)):
+        with pytest.raises(ColearnError, match=r"expected Keras's own.*Activated"):
+            convert(model, scheme)
+    assert convert(model, Pooled()) is model
+
+
 def test_other_schemes_change_nothing():
     model, (x,) = network(), data(3)
     wanted = model(x)

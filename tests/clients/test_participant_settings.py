@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.settings import ParticipantSettings
-from flwr_colearn import ColearnError
+from flwr_colearn import ColearnError, Frozen, GroupNorm, Pooled
+from flwr_colearn.normalization import SCHEMES
 
 VALUES = {
     str: st.text(max_size=5),
@@ -53,3 +54,13 @@ def test_a_whole_number_is_a_float_too():
 def test_a_value_of_another_type_is_refused_by_its_key(config, message):
     with pytest.raises(ColearnError, match=message):
         ParticipantSettings.from_config(config)
+
+
+def test_every_scheme_can_be_named():
+    assert ParticipantSettings().scheme == Pooled()
+    for name in SCHEMES:
+        assert ParticipantSettings(normalization=name).scheme.name == name
+    assert ParticipantSettings(normalization="frozen", frozen_after=7).scheme == Frozen(7)
+    assert ParticipantSettings(normalization="group-norm", frozen_after=7).scheme == GroupNorm(8)
+    with pytest.raises(ColearnError, match="normalization: expected one of average, pooled,"):
+        ParticipantSettings.from_config({"normalization": "bn"}).scheme  # noqa: B018

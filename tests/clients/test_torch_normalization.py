@@ -329,6 +329,28 @@ def test_batch_renorm_with_open_limits_is_the_running_statistics_without_their_g
     torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-11)
 
 
+def test_a_layer_that_does_more_than_batch_norm_is_not_converted_in_silence():
+    timm_layers = pytest.importorskip("timm.layers")
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), timm_layers.BatchNormAct2d(4))  # with its ReLU
+    for scheme in (GroupNorm(2), LayerNorm(), BatchRenorm()):
+        with pytest.raises(ColearnError, match=r"expected batch-norm.*found timm.*BatchNormAct2d"):
+            convert(net, scheme)
+    assert convert(net, Pooled())(torch.zeros(1, 3, 5, 5)).shape == (1, 4, 3, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_batch_renorm_takes_statistics_of_half_precision_in_float32(dtype):
+    # Far from zero: in half precision the variance would be lost, or not finite.
+    x = (100 + torch.randn(64, 3, generator=torch.Generator().manual_seed(0))).to(dtype)
+    found, wanted = BatchRenormLayer(3).train(), BatchRenormLayer(3).train()
+    outputs, reference = found(x), wanted(x.float())
+    assert outputs.dtype == dtype
+    torch.testing.assert_close(outputs, reference.to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(found.running_var, wanted.running_var, rtol=0, atol=0)
+    variance = 0.9 + 0.1 * x.double().var(0)
+    torch.testing.assert_close(found.running_var.double(), variance, rtol=1e-5, atol=0)
+
+
 def test_batch_renorm_clips():
     layer = BatchRenormLayer(1, BatchRenorm(r_max=2.0, d_max=0.5, warmup=0)).double().train()
     x = torch.tensor([[-40.0], [60.0]], dtype=torch.float64)  # mean 10, sigma 50; running 0 and 1

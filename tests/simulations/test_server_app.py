@@ -10,6 +10,7 @@ from flwr.app import Context, RecordDict
 from clients.app import app as client_app
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import server_trainer
+from clients.torch_normalization import BatchRenormLayer
 from flwr_colearn import (
     CoLearn,
     ColearnError,
@@ -183,3 +184,68 @@ def test_a_saved_model_keeps_types_and_scalars(tmp_path):
         for name, array in Result.arrays.items():
             assert arrays[name].dtype == array.numpy().dtype
             assert np.array_equal(arrays[name], array.numpy())
+
+
+# Normalization schemes by name
+
+
+def saved(folder):
+    with np.load(folder / "model.npz") as arrays:
+        return dict(arrays)
+
+
+def test_batch_renorm_by_name_is_what_both_sides_train_with(tmp_path):
+    # 125 batches for each participant: after 100 the limits of batch renorm begin to open.
+    config = {"batch-size": 2, "examples": 150}
+    for name in ("pooled", "batch-renorm"):
+        run(tmp_path / name, **config, normalization=name)
+    pooled, renorm = saved(tmp_path / "pooled"), saved(tmp_path / "batch-renorm")
+    assert list(pooled) == list(renorm)
+    assert renorm["1.num_batches_tracked"] == pooled["1.num_batches_tracked"] == 125
+    assert np.abs(pooled["0.weight"] - renorm["0.weight"]).max() > 1e-5
+    judge = server_trainer(ParticipantSettings(normalization="batch-renorm"))
+    assert {type(module) for module in judge.model.modules()} >= {BatchRenormLayer}
+    judge.set_weights(renorm)
+    last = History.read(tmp_path / "batch-renorm" / "history.jsonl").records[-1]
+    assert judge.evaluate() == last.server_metrics
+
+
+def test_local_statistics_by_name_never_leave_and_the_summary_says_what_that_means(tmp_path):
+    run(tmp_path, normalization="local-statistics", **{"fraction-evaluate": 1.0})
+    initial = server_trainer(ParticipantSettings()).get_weights()
+    model = saved(tmp_path)
+    assert all(np.array_equal(model[n], initial[n]) == ("running" in n or "tracked" in n)
+               for n in model)  # fmt: skip
+    first, *_, last = History.read(tmp_path / "history.jsonl").records
+    assert last.bytes_down < first.bytes_down
+    assert last.evaluate_metrics["accuracy"] > 0.3  # chance is 0.1
+    assert (
+        "test at the participants"
+        in json.loads((tmp_path / "summary.json").read_text())["shared-model"]
+    )
+
+
+def test_frozen_by_name_with_keras(tmp_path):
+    pytest.importorskip("tensorflow")
+    config = {"framework": "keras", "normalization": "frozen", "frozen-after": 1}
+    run(tmp_path / "one", **config, **{"num-server-rounds": 1})
+    run(tmp_path / "all", **config)
+    one, whole = saved(tmp_path / "one"), saved(tmp_path / "all")
+    assert len([name for name in one if "moving" in name]) == 4
+    for name in one:
+        assert np.array_equal(one[name], whole[name]) == ("moving" in name), name
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"normalization": "batchnorm"}, "normalization: expected one of average, .*'batchnorm'"),
+        ({"normalization": "synchronised"}, "layers that compute together need SynchronousSGD"),
+        ({"normalization": "frozen", "frozen-after": 0}, "after of Frozen: expected"),
+        ({"normalization": "local-bn", "compression-up": "int8"}, r"local-bn: expected Wire\(\)"),
+    ],
+    ids=str,
+)
+def test_schemes_that_cannot_be_had_are_refused(tmp_path, config, message):
+    with pytest.raises(ColearnError, match=message):
+        run(tmp_path, **config)
