@@ -57,8 +57,6 @@ def bare_loop(
         epoch_seed = derive_seed(seed, plan.epochs_done + epoch.index)
         torch.manual_seed(epoch_seed)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch_seed))
-        # A DataLoader draws a number for its workers; without it, augmentation would differ.
-        torch.empty((), dtype=torch.int64).random_()
         optimizer.param_groups[0]["lr"] = epoch.learning_rate
         for batch in order.split(settings.batch_size):
             optimizer.zero_grad(set_to_none=True)

@@ -257,7 +257,7 @@ def test_r_squared_of_points_off_the_line():
 
 
 def test_scale_sees_who_holds_all_replies():
-    options = options_of(scale, "--participants 3 6 --mebibytes 1 --sizes 1 2 --k 3 --rounds 1")
+    options = options_of(scale, "--participants 3 6 --mebibytes 1 --sizes 8 16 --k 3 --rounds 1")
     result = scale.run(options)
     by_k = {line["what"]: line for line in result["lines"] if line["over"] == "participants"}
     by_size = {line["what"]: line for line in result["lines"] if line["over"] == "model MiB"}
