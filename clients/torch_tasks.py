@@ -153,8 +153,10 @@ def _parts(
     settings: ParticipantSettings, task: Task
 ) -> tuple[nn.Module, Dataset[Any], Dataset[Any]]:
     """Return the model, and the data sets to train and to evaluate on."""
-    sets = (_dataset(settings, examples) for examples in (task.train_set, task.test_set))
-    return build_model(settings, task), *sets
+    train = _dataset(settings, task.train_set)
+    # The same object for the same examples: a device holds them once.
+    test = train if task.test_set is task.train_set else _dataset(settings, task.test_set)
+    return build_model(settings, task), train, test
 
 
 def _dataset(settings: ParticipantSettings, examples: Examples) -> Dataset[Any]:

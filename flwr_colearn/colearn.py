@@ -25,13 +25,14 @@ from flwr.serverapp.strategy import FedAvg, Result
 from ._flwr import data_bytes, into_record, view
 from .checkpoint import CheckpointFolder
 from .errors import ColearnError, expected, real_number, whole_number
+from .folding import Folding
 from .history import History
 from .loop import Loop
 from .normalization import PARTIAL, Average, Normalization, Pooled
 from .normalization_grid import NormalizationGrid
 from .recalibration import recalibrate
 from .recovery import Event, Quorum, RecoveringGrid, Recovery
-from .replies import arrays_of, check_train_reply, checked_model, examples_of, metrics_of, model_of
+from .replies import examples_of
 from .roles import Arrays, Roles
 from .rule import CoLearningRule, Weighting
 from .sampling import participant_arguments, wait_for_nodes
@@ -198,12 +199,11 @@ class CoLearn(FedAvg):
         self.wire = wire
         self.random = random.Random()
         self.time_limit: float | None = None
-        self._broadcast: Broadcast | None = None
+        self._folding: Folding | None = None
         self._model_bytes = 0
         self._grid: Grid | None = None
         self._loop: Loop | None = None
         self._viewed: tuple[ArrayRecord, Arrays] | None = None
-        self._checked: tuple[Message, Arrays] | None = None
         self.last_nodes: list[int] = []
         self._missing: list[int] = []
         self._evaluated: ArrayRecord | None = None
@@ -249,12 +249,13 @@ class CoLearn(FedAvg):
             plan.learning_rate,
         )
         self.last_nodes = self._choose_nodes(grid)
-        self._broadcast = self.wire.broadcast(arrays, server_round)
-        self._model_bytes = data_bytes(self._broadcast.arrays)
+        broadcast = self.wire.broadcast(arrays, server_round)
+        self._folding = Folding(self.rule, broadcast, self.weighted_by_key, self._name_of)
+        self._model_bytes = data_bytes(broadcast.arrays)
         self.rule.sent_down(self._model_bytes * len(self.last_nodes))
         # A copy: Flower hands the same ConfigRecord to every round.
         train_config = ConfigRecord({**config, **plan.to_config()})
-        content = self._content(self._broadcast, train_config)
+        content = self._content(broadcast, train_config)
         return [
             Message(
                 content=content,
@@ -269,16 +270,16 @@ class CoLearn(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold the replies one by one into the mean (eq. 2), refusing those that do not fit.
+        """Fold the replies into the mean (eq. 2), refusing those that do not fit.
 
         Raises
         ------
         ColearnError
             If no model arrived at all.
         """
-        if not self.rule.under_way:
+        if not self.rule.under_way or self._folding is None:
             return None, None
-        folded = self._fold_all(self._in_order(replies))
+        folded = self._folding.fold(self._in_order(replies))
         if isinstance(self._grid, RecoveringGrid):
             self._note_recovery(self._grid)
         average = into_record(self.rule.average())
@@ -553,52 +554,9 @@ class CoLearn(FedAvg):
         return None if isinstance(self.normalization, Average | Pooled) else self.normalization
 
     def _check(self, sent: Message, reply: Message) -> None:
-        """Check a train reply for the RecoveringGrid, and keep its model until it is folded."""
-        if sent.metadata.message_type != MessageType.TRAIN:
-            check_train_reply(sent, reply, self.weighted_by_key)
-            return
-        assert self._broadcast is not None
-        model = checked_model(sent, reply, self.weighted_by_key, self._broadcast)
-        self._checked = reply, model
-
-    def _fold_all(self, replies: Iterable[Message]) -> list[tuple[str, RecordDict]]:
-        """Add the replies' models to the mean; return participants and metrics of those that fit.
-
-        A list holds all models anyway, so they are folded at once. Compressed ones would all have
-        to be decoded for that.
-        """
-        if isinstance(replies, list) and isinstance(self.wire.up, Float32):
-            read = [(reply, model) for reply in replies if (model := self._read(reply)) is not None]
-            fits = self.rule.fold_all([model[:4] for _, model in read])
-            pairs = zip(read, fits, strict=True)
-            return [(model[0], metrics_of(reply)) for (reply, model), fit in pairs if fit]
-        # Not a loop, whose variable would hold a reply while the next one arrives.
-        return [each for each in map(self._fold, replies) if each is not None]
-
-    def _fold(self, reply: Message) -> tuple[str, RecordDict] | None:
-        """Add a reply's model to the mean; return the participant and its metrics, if it fits."""
-        model = self._read(reply)
-        if model is None or not self.rule.fold(*model):
-            return None
-        return model[0], metrics_of(reply)
-
-    def _read(self, reply: Message) -> tuple[str, Arrays, float, int, bool] | None:
-        """Return participant, model, examples, bytes, and whether the model was checked.
-
-        None if the reply holds no model: it is refused.
-        """
-        assert self._broadcast is not None
-        name = self._name_of(reply.metadata.src_node_id)
-        known, self._checked = self._checked, None
-        checked = known is not None and known[0] is reply
-        try:
-            examples = examples_of(reply, self.weighted_by_key)
-            size = data_bytes(arrays_of(reply))
-            model = known[1] if known is not None and checked else model_of(reply, self._broadcast)
-        except ColearnError as error:
-            self.rule.refuse(name, str(error))
-            return None
-        return name, model, examples, size, checked
+        """Check a reply for the RecoveringGrid, which lasts longer than a round's folding."""
+        assert self._folding is not None
+        self._folding.check(sent, reply)
 
     def _note_recovery(self, grid: RecoveringGrid) -> None:
         """Take over what the grid had to do in this round."""
