@@ -159,7 +159,7 @@ def intervals_stretch(units: Units) -> Finding | None:
 
 CLAIMS: dict[str, Callable[[Units], Finding | None]] = {
     "1. CLR+ILE is the best of the four arms": best_of_four,
-    "2. ILE matters more than CLR": epochs_before_rates,
+    "2. ILE gains more than CLR": epochs_before_rates,
     "3. After each doubling the shared model improves clearly": better_after_doublings,
     "4. The ensemble loses about 10 points to vanilla": ensemble_far_behind,
     "5. Co-learning is at least as good as vanilla": at_least_vanilla,
