@@ -14,7 +14,7 @@ _LARGEST_WEIGHT = 2**53
 
 
 class RunningMean:
-    """The mean of K models, added one at a time (eq. 2 of Mi et al., 2020).
+    """The mean of K models, added one at a time or all at once (eq. 2 of Mi et al., 2020).
 
     w = sum_k n_k w_k / sum_k n_k, with n_k = 1 for the paper's plain mean. float16 and float32 are
     summed in float64, divided once and rounded once: the bits do not depend on the order of the
@@ -26,7 +26,8 @@ class RunningMean:
     mu  = sum n_k mu_k / n
     var = sum n_k var_k / n + sum n_k (mu_k - mu)^2 / n
 
-    Memory is one float64 sum, and the running means of every model (a small part of it).
+    Memory is one float64 sum (none for models added all at once), and the running means of every
+    model, a small part of it.
 
     Parameters
     ----------
@@ -125,13 +126,17 @@ class RunningMean:
         Raises
         ------
         ColearnError
-            As `add`, or if models were added before; it may not say which model is at fault. The
-            mean is then empty.
+            If there are no models or some were added before, which then stay; or as `add`, and if
+            the numbers of a block sum to more than float64 holds. The mean is then empty, and the
+            error may not say which model is at fault: adding one by one does.
         """
-        if self.count:
-            raise ColearnError(f"mean: expected an empty one, found {self.count} models added")
+        if not models or self.count:
+            raise ColearnError(
+                f"mean: expected models for an empty mean, found {len(models)} for one of "
+                f"{self.count}"
+            )
         for arrays, _ in models:
-            check_structure(arrays, self._like)
+            _check_structure(arrays, self._like)
         weighted = [(arrays, _check_weight(weight)) for arrays, weight in models]
         unpaired = self._unpaired_floats()
         try:
@@ -147,7 +152,7 @@ class RunningMean:
             raise
 
     def _add_rest(self, arrays: Arrays, weight: float) -> None:
-        """Add what is not in the float sums, and count the model."""
+        """Add integers, keep the means that variances are pooled with, and count the model."""
         for name, array in arrays.items():
             if array.dtype.kind != "f":  # float64 from here on if the weight is a fraction
                 scaled = array.astype(np.int64) * weight
@@ -231,9 +236,7 @@ class RunningMean:
                     outs[name][block] = np.divide(total, self.weight, out=total)
             return None
 
-        for name in Blocks(like).map(average):
-            if name is not None:
-                raise ColearnError(f"array '{name}': expected finite numbers, found NaN or Inf")
+        _refuse_first(Blocks(like).map(average))
         return averages
 
     def _new_bounds(self, arrays: Arrays, weight: float) -> dict[str, float]:
@@ -320,11 +323,11 @@ def _scale(term: NDArray, weight: float, out: NDArray) -> NDArray:
 
 def check_model(arrays: Arrays, like: Arrays) -> None:
     """Raise a ColearnError unless `arrays` is finite and has the names, shapes, types of `like`."""
-    check_structure(arrays, like)
+    _check_structure(arrays, like)
     _check_finite(_floats(arrays))
 
 
-def check_structure(arrays: Arrays, like: Arrays) -> None:
+def _check_structure(arrays: Arrays, like: Arrays) -> None:
     """Raise a ColearnError unless `arrays` has the names, shapes and types of `like`."""
     missing = [name for name in like if name not in arrays]
     extra = [name for name in arrays if name not in like]
@@ -422,6 +425,10 @@ def _check_finite(arrays: Arrays) -> None:
                 return name
         return None
 
-    for name in Blocks(arrays).map(wrong):
+    _refuse_first(Blocks(arrays).map(wrong))
+
+
+def _refuse_first(wrong: Sequence[str | None]) -> None:
+    for name in wrong:
         if name is not None:
             raise ColearnError(f"array '{name}': expected finite numbers, found NaN or Inf")

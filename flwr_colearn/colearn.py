@@ -277,8 +277,9 @@ class CoLearn(FedAvg):
         ColearnError
             If no model arrived at all.
         """
-        if not self.rule.under_way or self._folding is None:
+        if not self.rule.under_way:
             return None, None
+        assert self._folding is not None
         folded = self._folding.fold(self._in_order(replies))
         if isinstance(self._grid, RecoveringGrid):
             self._note_recovery(self._grid)

@@ -66,7 +66,7 @@ class Reference:
         object.__setattr__(self, "square", squared_norm(trainable(self.arrays, self.roles)))
 
     @cached_property
-    def check(self) -> int:
+    def checksum(self) -> int:
         """By which a learner knows whether its own is this one to the last bit."""
         return checksum(self.arrays)
 
@@ -353,7 +353,7 @@ class Coordinator:
 
     @property
     def _reference_check(self) -> int | None:
-        return self.reference.check if self.wire.up.differential else None
+        return self.reference.checksum if self.wire.up.differential else None
 
     def _ask(
         self,

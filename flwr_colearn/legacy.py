@@ -141,7 +141,7 @@ class CoLearn(FedAvg):
         results: list[tuple[ClientProxy, FitRes]],
         failures: list[FitFailure],
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
-        """Fold the results one by one into the mean (eq. 2), refusing those that do not fit.
+        """Fold the results into the mean (eq. 2), refusing those that do not fit.
 
         Raises
         ------
@@ -247,7 +247,7 @@ class CoLearn(FedAvg):
             if (model := self._read(client.cid, result)) is not None
         ]
         models = [model for _, model in read]
-        if len(models) == len(self._asked):  # nobody will be restarted and folded later
+        if len(models) == len(self._asked):  # unless it refuses one, nobody is folded later
             fits = self._rule.fold_all(models)
         else:
             fits = [self._rule.fold(*model) for model in models]

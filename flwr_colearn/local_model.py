@@ -90,7 +90,8 @@ class LocalModel:
             return "it belongs to another training"
         if ask.reference_round is not None and self.reference_round != ask.reference_round:
             return f"its reference is of round {self.reference_round}, not of {ask.reference_round}"
-        # Of one round there may be two, where a server resumed from an older checkpoint.
+        # Of one round there may be two, where a server resumed from an older checkpoint. Codecs
+        # that send differences cannot do with the wrong one, and only they pay for the checksum.
         wanted = ask.reference_check
         if wanted is not None and checksum(view(self.reference)) != wanted:
             return f"its reference of round {self.reference_round} is another one"

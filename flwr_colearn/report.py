@@ -113,8 +113,10 @@ def save_panels(
     Raises
     ------
     ColearnError
-        If matplotlib is not installed.
+        If there are no panels, or matplotlib is not installed.
     """
+    if not panels:
+        raise ColearnError("figure: expected at least one panel, found none")
     plt = _pyplot()
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
@@ -131,7 +133,7 @@ def save_panels(
             axes.set(xticks=[], yticks=[])
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without its date and with a fixed salt a figure of the same curves is the same file.
+    # Without its date and with a fixed salt an SVG or PNG of the same curves is the same file.
     with plt.rc_context({"svg.hashsalt": "flwr-colearn"}):
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, dpi=150, metadata=metadata)

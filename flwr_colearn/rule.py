@@ -247,7 +247,13 @@ class CoLearningRule:
         """
         record = self._round.record
         names = [participant for participant, *_ in models]
-        at_once = len(set(names)) == len(names) > 1 and not record.participants
+        at_once = (
+            len(set(names)) == len(names) > 1
+            and not record.participants
+            and all(examples > 0 for _, _, examples, _ in models)
+            # Arrays in another order are copied, one model at a time if it is one by one.
+            and all(a.flags.c_contiguous for _, arrays, _, _ in models for a in arrays.values())
+        )
         if at_once:
             try:
                 self._round.mean.add_all([(a, self.weight(n)) for _, a, n, _ in models])

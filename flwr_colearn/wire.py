@@ -28,7 +28,8 @@ from ._flwr import to_record, view
 from .errors import ColearnError, expected
 from .roles import Arrays, NDArray
 
-VERSION = 1
+VERSION, LEARNER_VERSION = 1, 2
+"""Of what both sides say; learners, whose requests carry a session, had none before the second."""
 """Of what is on the wire; the two sides must have the same."""
 
 WIRE = "colearn.wire"
@@ -396,7 +397,8 @@ class Wire:
         """Return what messages say of it, with what else they say; empty where it is plain."""
         if self.plain:
             return {}
-        return {"version": VERSION, "up": str(self.up), "down": str(self.down), **more}
+        version = _version_of(more)
+        return {"version": version, "up": str(self.up), "down": str(self.down), **more}
 
     def arriving(self, model: Arrays) -> Arrays:
         """Return a model as participants have it once it went down; it goes down again as it is."""
@@ -487,13 +489,17 @@ def check_agreed(said: ConfigRecord | None, request: Mapping[str, str | int]) ->
 def agreed_codecs(request: ConfigRecord) -> tuple[Codec, Codec]:
     """Return the codecs that the server asks for, up and down."""
     try:
-        if request.get("version") != VERSION:
-            raise expected("wire", f"version {VERSION}", request.get("version"))
+        if request.get("version") != _version_of(request):
+            raise expected("wire", f"version {_version_of(request)}", request.get("version"))
         return codec_named(request.get("up")), codec_named(request.get("down"))
     except ColearnError as error:
         raise ColearnError(
             f"{error}; is flwr-colearn the same version on the server and here?"
         ) from None
+
+
+def _version_of(request: Mapping[str, object]) -> int:
+    return LEARNER_VERSION if "session" in request else VERSION
 
 
 def difference(array: NDArray, base: NDArray | None, residual: NDArray | None) -> NDArray:

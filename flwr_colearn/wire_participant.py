@@ -9,8 +9,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from flwr.common import log
 
 from ._flwr import records_of, to_record, view
-from .errors import ColearnError
-from .exchange import SET
+from .errors import ColearnError, expected
+from .exchange import CONFIG, SET, TRAIN
 from .local_model import reference_in
 from .roles import Arrays, NDArray
 from .wire import WIRE, BFloat16, Codec, agreed_codecs, difference
@@ -37,8 +37,8 @@ def wire_mod(
     (`flwr_colearn.learner`), whose model stays, sends the difference to its reference. What
     ``Int8`` rounds away is kept in ``context.state`` (as bfloat16), which Flower keeps for the
     run and loses with the SuperNode: then that round's rounding, half a step of each number at
-    most, is not made up for. A round that is repeated, by a restart or by a server that resumes,
-    uses what it used the first time, so it gives the same bits.
+    most, is not made up for. A round that is repeated, by a restart or by a server that resumes
+    the same run, uses what it used the first time, so it gives the same bits.
 
     Raises
     ------
@@ -56,8 +56,12 @@ def wire_mod(
     if request is None:
         return call_next(message, context)
     up, down = agreed_codecs(request)
+    _note_new_model(message, request, context.state)
     shared: Arrays | None = None
-    for key, arrays in records_of(message.content, ArrayRecord).items():
+    received = records_of(message.content, ArrayRecord)
+    if len(received) > 1:
+        raise expected("message", "at most one ArrayRecord", len(received))
+    for key, arrays in received.items():
         shared = down.decode(arrays)
         message.content[key] = _plain(arrays, shared)
     del message.content[WIRE]
@@ -115,6 +119,26 @@ def _settle(state: RecordDict, request: ConfigRecord) -> None:
         kept["settled"] = True
 
 
+def _note_new_model(message: Message, request: ConfigRecord, state: RecordDict) -> None:
+    """Note that a learner begins anew in a later round: the average it is in may never have come.
+
+    If the reference that it gets is that average, what its rounding left over is missing from it;
+    otherwise its own model, with all that is left over, is gone.
+    """
+    begins = "session" in request and records_of(message.content, ArrayRecord)
+    kept = records_of(state, ConfigRecord).get(RESIDUAL)
+    if not begins or kept is None or kept["round"] == request.get("round"):
+        return
+    asked = records_of(message.content, ConfigRecord).get(CONFIG, ConfigRecord())
+    if message.metadata.message_type != TRAIN:
+        return
+    if asked.get("reference-round") == kept["round"]:
+        kept["settled"] = True
+    else:
+        log(WARNING, "Wire: what earlier rounds rounded away is lost with the learner's model")
+        del state[RESIDUAL]
+
+
 def _residual_before(
     request: ConfigRecord, state: RecordDict, shared: Arrays
 ) -> dict[str, NDArray]:
@@ -124,6 +148,8 @@ def _residual_before(
         kept = records_of(state, ConfigRecord)[RESIDUAL] if RESIDUAL in state else ConfigRecord()
         last = kept["round"] if kept else math.inf
         if server_round < last or kept["session"] != request.get("session", ""):  # type: ignore[operator]
+            if server_round != 1:
+                log(WARNING, "Wire: nothing is kept here of what earlier rounds rounded away")
             return {}  # nothing is kept, or it is of an earlier run
         when = "after" if kept["settled"] and server_round != last else "before"
         arrays = BFloat16().decode(records_of(state, ArrayRecord)[f"{RESIDUAL}.{when}"])

@@ -122,6 +122,8 @@ def test_models_at_once_with_one_that_is_not_finite_leave_the_mean_empty(faults)
 
 def test_models_at_once_are_all_there_are():
     mean = RunningMean(model_of_every_kind())
+    with pytest.raises(ColearnError, match="found 0 for one of 0"):
+        mean.add_all([])
     mean.add_all([(model_of_every_kind(), 1)])
     for add in (mean.add, lambda model: mean.add_all([(model, 1)])):
         with pytest.raises(ColearnError, match="mean: expected"):

@@ -290,6 +290,35 @@ def test_what_is_rounded_away_is_made_up_for_and_may_be_lost():
     np.testing.assert_allclose(lost, [[50, 0, 0]], atol=1e-4)  # safe, but standing still
 
 
+class LosingSet(InProcessGrid):
+    """Loses the message that sets the average of one full synchronisation."""
+
+    lost, sets = 0, 0
+
+    def push_messages(self, messages):
+        kept = []
+        for message in messages:
+            if message.metadata.message_type == SET:
+                self.sets += 1
+                if self.sets == self.lost:
+                    continue
+            kept.append(message)
+        return super().push_messages(kept)
+
+
+@pytest.mark.parametrize("lost", [0, 2, 3])
+def test_rounding_is_made_up_for_once_if_the_average_arrives_only_with_a_new_beginning(lost):
+    grid = LosingSet(client_app(steady), 1)
+    grid.lost = lost
+    strategy = ModelAveraging(Periodic(1), 1, wire=Wire(Int8()), recovery=None)
+    result = strategy.start(grid, record(WEIGHTS), 5)
+    assert grid.sets >= 4
+    assert sum(len(each.lost) for each in strategy.history) == bool(lost)
+    left = BFloat16().decode(grid.contexts[1].state[f"{RESIDUAL}.after"])["w"]
+    # What the model has and what is left over together are five steps, up to bfloat16's rounding.
+    np.testing.assert_allclose(result.arrays["w"].numpy() + left, 5 * STEP, atol=1e-4)
+
+
 def test_a_model_that_is_only_looked_at_leaves_nothing_over():
     grid = InProcessGrid(client_app(), M)
     run(Never(), 4, Wire(Int8()), grid=grid, evaluate_mean_every=1)

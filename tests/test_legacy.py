@@ -14,6 +14,7 @@ from flwr.common import (
     Parameters,
     Status,
     ndarrays_to_parameters,
+    parameters_to_ndarrays,
 )
 from flwr.server import ServerAppComponents, ServerConfig, SimpleClientManager
 from flwr.server.compat.grid_client_proxy import GridClientProxy
@@ -409,6 +410,23 @@ def test_num_participants_sets_fedavgs_numbers():
 def test_impossible_arguments_are_refused(arguments, message):
     with pytest.raises(ColearnError, match=message):
         legacy_strategy(**arguments)
+
+
+def test_a_complete_round_with_a_result_of_no_examples_goes_without_that_one():
+    grid, manager = InProcessGrid(ClientApp(), 2), SimpleClientManager()
+    for node_id in grid.get_node_ids():
+        manager.register(GridClientProxy(node_id, grid, run_id=1))
+    strategy = legacy.CoLearn(2, local_epochs=1, learning_rate=0.1, recovery=None)
+    initial = ndarrays_to_parameters([np.zeros(2)])
+    asked = [client for client, _ in strategy.configure_fit(1, initial, manager)]
+    results = [(client, result_of(np.full(2, float(client.cid)))) for client in asked]
+    results[1][1].num_examples = 0
+    average, _ = strategy.aggregate_fit(1, results, [])
+    assert np.array_equal(parameters_to_ndarrays(average)[0], np.full(2, float(asked[0].cid)))
+    strategy.configure_fit(2, average, manager)  # closes the record of round 1
+    assert [entry["participant"] for entry in strategy.history.records[0].refusals] == [
+        asked[1].cid
+    ]
 
 
 def test_results_in_any_order_give_the_same_bits():
