@@ -83,7 +83,7 @@ class Crnn(nn.Module):
 SHALLOW, DEEP = 128, 256
 """Features of a frame before and after the GRU."""
 
-EPSILON = 1e-6
+EPSILON = 1e-12
 """Probabilities are kept so far from 0 and 1, that their logits are finite."""
 
 
@@ -135,8 +135,8 @@ class Attention(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Map [N, time, features] to probabilities [N, classes], float32."""
-        weights = torch.softmax(self.attention(frames).float(), -1)
-        weights = weights / weights.sum(1, keepdim=True)
+        # In logarithms, in which a class that no frame attends to is no 0 / 0.
+        weights = torch.log_softmax(self.attention(frames).float(), -1).softmax(1)
         return (weights * torch.sigmoid(self.classes(frames).float())).sum(1)
 
 
@@ -168,8 +168,9 @@ class MultiAttentionHead(nn.Module):
 
 
 def to_logits(probabilities: Tensor) -> Tensor:
-    """Return the logits of probabilities, which are first kept 1e-6 away from 0 and 1."""
-    return torch.logit(probabilities.clamp(EPSILON, 1 - EPSILON))
+    """Return the logits of probabilities, which are first kept `EPSILON` away from 0 and 1."""
+    # float64: float32 has no number between 1 - 6e-8 and 1.
+    return torch.logit(probabilities.double().clamp(EPSILON, 1 - EPSILON)).float()
 
 
 def crnn(head: type[nn.Module], num_classes: int = 527) -> nn.Module:

@@ -5,12 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from clients.objective import CLASSES, Objective
+from clients.trainer import NDArray
 from flwr_colearn import ColearnError
-
-NDArray = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,13 @@ class Objective:
     multi_label: bool = False
 
     def probabilities(self, outputs: NDArray) -> NDArray:
-        """Return the probabilities that logits [N, C] stand for: what an ensemble averages."""
+        """Return the probabilities that logits [N, C] stand for: what an ensemble averages.
+
+        In float64, so that logits of different sizes stay different.
+        """
+        outputs = outputs.astype(np.float64)
         if self.multi_label:
-            return 1 / (1 + np.exp(-outputs))  # type: ignore[no-any-return]
+            return np.exp(-np.logaddexp(0, -outputs))  # type: ignore[no-any-return]
         exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
         return exponentials / exponentials.sum(axis=1, keepdims=True)  # type: ignore[no-any-return]
 

@@ -21,7 +21,7 @@ from torch.utils.data import BatchSampler, Dataset
 
 from clients.torch_normalization import BatchRenormLayer
 from clients.torch_trainer import TorchTrainer, roles_of
-from clients.trainer import EpochResult, NDArray
+from clients.trainer import EpochResult, NDArray, derive_seed
 from flwr_colearn import ColearnError, Role
 
 
@@ -154,7 +154,14 @@ class _Replica(TorchTrainer):
         super().__init__(model, *args, **options)
         self.rank, self.world = rank, world
         device_ids = [self.device] if self.device.type == "cuda" else None
-        self.network = DistributedDataParallel(self.network, device_ids=device_ids)
+        # Buffers are equal on all devices: synchronised statistics, and constants.
+        self.network = DistributedDataParallel(
+            self.network, device_ids=device_ids, broadcast_buffers=False
+        )
+
+    def own_seed(self, seed: int) -> int:
+        """Return a seed of this device: its part of a batch is augmented by itself."""
+        return derive_seed(seed, self.rank)
 
     def own_part(self, batches: BatchSampler) -> Iterator[list[int]]:
         """Yield every world-th example of each batch, equally many on every device."""

@@ -60,7 +60,7 @@ class TorchTrainer:
     clip_norm : float, optional
         Clip the gradient to this L2 norm.
     workers : int, default 0
-        Processes that load data, where it does not lie in memory as a ``TensorDataset``.
+        Processes that load data which is not on the device.
 
     Raises
     ------
@@ -146,7 +146,7 @@ class TorchTrainer:
 
     def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
         """Train one full pass over the local data; see `Trainer.train_epoch`."""
-        torch.manual_seed(seed)
+        torch.manual_seed(self.own_seed(seed))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.model.train()
@@ -291,6 +291,10 @@ class TorchTrainer:
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.precision))
+
+    def own_seed(self, seed: int) -> int:
+        """Return the seed of what this trainer draws: the epoch's own."""
+        return seed
 
     def own_part(self, batches: BatchSampler) -> Iterable[list[int]]:
         """Return the part of every batch that this trainer takes: all of it."""

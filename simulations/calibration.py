@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from clients.settings import ParticipantSettings
+from flwr_colearn.errors import whole_number
 from simulations.arms import arm_named
 from simulations.settings import RunSettings
 from simulations.training import train_averaged
@@ -14,6 +15,7 @@ def calibrate(participants: ParticipantSettings, settings: RunSettings, rounds: 
     """Train some rounds of T0 epochs each, and return the table of `epsilon_table`."""
     from tabulate import tabulate
 
+    whole_number("--calibrate", rounds, least=1)
     short = replace(settings, num_server_rounds=rounds, total_epochs=0)
     history = train_averaged(ARM, arm_named(ARM), participants, short)
     changes = [float(record.relative_change or 0.0) for record in history]

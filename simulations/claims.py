@@ -12,12 +12,12 @@ from simulations.training import ArmUnit
 Units = Sequence[ArmUnit]
 FOUR_ARMS = ("clr-ile", "clr-fle", "elr-ile", "elr-fle")
 ENSEMBLE_LOSS = 7.0
-"""Points behind vanilla learning from which on we count the ensemble as "about 10" behind."""
+"""Points of accuracy behind vanilla learning from which on the ensemble is "about 10" behind."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one study says of a claim: ``yes``, ``no`` or ``undecided``, and the figures."""
+    """What one study says of a claim: yes, no or undecided, by how few seeds, and the figures."""
 
     verdict: str
     evidence: str
@@ -44,8 +44,15 @@ def scores(units: Units, arm: str) -> list[float]:
     return [unit.score for unit in units if unit.arm == arm]
 
 
-def compare(first: Sequence[float], second: Sequence[float]) -> Finding:
+def compare(first: Sequence[float], second: Sequence[float], tie: str = "no") -> Finding:
     """Say whether the first scores are higher than the second.
+
+    Parameters
+    ----------
+    first, second : sequence of float
+        One score a seed.
+    tie : str
+        The verdict on a single pair of equal scores.
 
     Returns
     -------
@@ -55,8 +62,11 @@ def compare(first: Sequence[float], second: Sequence[float]) -> Finding:
     """
     difference = statistics.mean(first) - statistics.mean(second)
     evidence = f"{difference:+.2f}"
+    if math.isnan(difference):
+        return Finding("undecided", evidence)
     if min(len(first), len(second)) < 2:
-        return Finding("yes, one seed" if difference > 0 else "no, one seed", evidence)
+        verdict = tie if difference == 0 else "yes" if difference > 0 else "no"
+        return Finding(f"{verdict}, {ONE_SEED}", evidence)
     error = math.sqrt(
         statistics.variance(first) / len(first) + statistics.variance(second) / len(second)
     )
@@ -66,24 +76,27 @@ def compare(first: Sequence[float], second: Sequence[float]) -> Finding:
     return Finding("yes" if difference > 0 else "no", evidence)
 
 
+ONE_SEED = "one seed"
+_GRAVEST = ("no", "undecided", f"no, {ONE_SEED}", f"yes, {ONE_SEED}", "yes")
+"""Verdicts on one of several conditions, the one that decides on all of them first."""
+
+
+def judged(holds: bool, evidence: str, units: Units, arms: Sequence[str]) -> Finding:
+    """Return a finding by the means, which says if it rests on a single seed of some arm."""
+    fewest = min(len(scores(units, arm)) for arm in arms)
+    verdict = "yes" if holds else "no"
+    return Finding(f"{verdict}, {ONE_SEED}" if fewest < 2 else verdict, evidence)
+
+
 def best_of_four(units: Units) -> Finding | None:
     """Compare CLR+ILE with the three other arms."""
     runs = {arm: scores(units, arm) for arm in FOUR_ARMS}
     if not all(runs.values()):
         return None
     findings = {arm: compare(runs["clr-ile"], runs[arm]) for arm in FOUR_ARMS[1:]}
-    verdicts = [finding.verdict for finding in findings.values()]
+    verdict = min((each.verdict for each in findings.values()), key=_GRAVEST.index)
     evidence = ", ".join(f"{ARMS[arm].title} {each.evidence}" for arm, each in findings.items())
-    return Finding(_all_of(verdicts), f"CLR+ILE against {evidence}")
-
-
-def _all_of(verdicts: Sequence[str]) -> str:
-    """Return the verdict on "all of them": one no is enough to refute."""
-    for word in ("no", "undecided"):
-        matching = [verdict for verdict in verdicts if verdict.startswith(word)]
-        if matching:
-            return matching[0]
-    return verdicts[0]
+    return Finding(verdict, f"CLR+ILE against {evidence}")
 
 
 def epochs_before_rates(units: Units) -> Finding | None:
@@ -95,43 +108,47 @@ def epochs_before_rates(units: Units) -> Finding | None:
     increasing = (means["clr-ile"] + means["elr-ile"] - means["clr-fle"] - means["elr-fle"]) / 2
     cyclical = (means["clr-ile"] + means["clr-fle"] - means["elr-ile"] - means["elr-fle"]) / 2
     evidence = f"ILE {increasing:+.2f}, CLR {cyclical:+.2f}"
-    verdict = "yes" if increasing > max(cyclical, 0) else "no"
-    single = min(map(len, runs.values())) < 2
-    return Finding(f"{verdict}, one seed" if single else f"{verdict}, by the means", evidence)
+    return judged(increasing > max(cyclical, 0), evidence, units, FOUR_ARMS)
 
 
 def better_after_doublings(units: Units) -> Finding | None:
     """Compare the gain of the first round after each doubling with the last one before it."""
+    if not scores(units, "clr-ile"):
+        return None
     before, after = [], []
     for unit in units:
-        if unit.arm != "clr-ile":
-            continue
-        for epoch in unit.doublings:
+        for epoch in unit.doublings if unit.arm == "clr-ile" else []:
             index = unit.epochs.index(epoch)
             if 0 < index < len(unit.epochs) - 1:
                 before.append(100 * (unit.values[index] - unit.values[index - 1]))
                 after.append(100 * (unit.values[index + 1] - unit.values[index]))
     if not before:
-        return None
+        return Finding("undecided", "T was not doubled in between")
     gain, usual = statistics.mean(after), statistics.mean(before)
-    evidence = f"{gain:+.2f} after, {usual:+.2f} before; {len(after)} doublings"
-    return Finding("yes" if gain > max(usual, 0) else "no", evidence)
+    evidence = (
+        f"{gain:+.2f} in the round after, of twice the epochs, {usual:+.2f} in the round before; "
+        f"doublings: {len(after)}"
+    )
+    return judged(gain > max(usual, 0), evidence, units, ["clr-ile"])
 
 
 def ensemble_far_behind(units: Units) -> Finding | None:
-    """Compare vanilla learning with the ensemble."""
+    """Compare vanilla learning with the ensemble, where points of accuracy are what is lost."""
     vanilla, ensemble = scores(units, "vanilla-elr"), scores(units, "ensemble")
-    if not vanilla or not ensemble:
+    if not vanilla or not ensemble or units[0].headline != "accuracy":
         return None
     loss = statistics.mean(vanilla) - statistics.mean(ensemble)
-    return Finding("yes" if loss >= ENSEMBLE_LOSS else "no", f"{loss:.2f} behind")
+    holds = loss >= ENSEMBLE_LOSS
+    return judged(holds, f"{loss:.2f} behind", units, ["vanilla-elr", "ensemble"])
 
 
 def at_least_vanilla(units: Units) -> Finding | None:
     """Compare co-learning with vanilla learning, of both rates."""
     ours = scores(units, "clr-ile")
     others = {arm: scores(units, arm) for arm in ("vanilla-elr", "vanilla-clr")}
-    findings = {arm: compare(ours, runs) for arm, runs in others.items() if ours and runs}
+    findings = {
+        arm: compare(ours, runs, tie="yes") for arm, runs in others.items() if ours and runs
+    }
     if "vanilla-elr" not in findings:
         return None
     evidence = ", ".join(f"{ARMS[arm].title} {each.evidence}" for arm, each in findings.items())
@@ -140,6 +157,8 @@ def at_least_vanilla(units: Units) -> Finding | None:
 
 def intervals_stretch(units: Units) -> Finding | None:
     """Compare the seconds of rounds of 2 T0 epochs with those of T0."""
+    if not scores(units, "clr-ile"):
+        return None
     ratios = []
     for unit in units:
         if unit.arm == "clr-ile" and unit.doublings and unit.interval:
@@ -152,9 +171,10 @@ def intervals_stretch(units: Units) -> Finding | None:
             if later:
                 ratios.append(statistics.mean(later) / unit.interval)
     if not ratios:
-        return None
+        return Finding("undecided", "T was not doubled, or rounds were not timed")
     ratio = statistics.mean(ratios)
-    return Finding("yes" if ratio > 1.5 else "no", f"rounds of 2 T0 take {ratio:.2f} times as long")
+    evidence = f"rounds of 2 T0 take {ratio:.2f} times as long"
+    return judged(ratio > 1.5, evidence, units, ["clr-ile"])
 
 
 CLAIMS: dict[str, Callable[[Units], Finding | None]] = {

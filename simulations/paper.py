@@ -24,7 +24,15 @@ from flwr_colearn.report import Curve, save_panels
 from simulations.arms import ARMS
 from simulations.claims import claims_table
 from simulations.settings import read_config
-from simulations.study import CONF, add_unit_arguments, curves, rows, run_study, settings_of
+from simulations.study import (
+    CONF,
+    add_unit_arguments,
+    check_same_data,
+    curves,
+    rows,
+    run_study,
+    settings_of,
+)
 from simulations.training import ArmUnit
 from simulations.units import read_unit, unit_config
 
@@ -52,6 +60,10 @@ class Column:
     arm: str
     quantity: str
     scale: float = 100
+
+    def printed(self, figure: float | str) -> str:
+        """Return a figure of the paper as the table has it; "" for none."""
+        return f"{figure:.3f}" if self.scale == 1 and figure != "" else str(figure)
 
     def of(self, unit: ArmUnit) -> float | None:
         """Return the quantity, or None if the run did not measure it."""
@@ -142,6 +154,7 @@ def read_results(config: str, results: Path) -> list[ArmUnit]:
     for path in (results / config / "units").glob("*.json"):
         seeded = replace(participants, seed=int(path.stem.rpartition("-")[2]))
         units.append(read_unit(path, ArmUnit, unit_config(seeded, settings)))
+    check_same_data(units)
     return sorted(units, key=lambda unit: (list(ARMS).index(unit.arm), unit.seed))
 
 
@@ -158,7 +171,7 @@ def table_of(exhibit: Exhibit, results: Path) -> list[dict[str, str]]:
         for index, column in enumerate(exhibit.columns):
             if any(len(each.paper) > index and each.paper[index] != "" for each in exhibit.rows):
                 printed = row.paper[index] if row.paper else ""
-                cells[f"{column.title}: paper"] = str(printed)
+                cells[f"{column.title}: paper"] = column.printed(printed)
             cells[f"{column.title}: ours"] = ours(column, units)
         wanted = [unit for unit in units if unit.arm in exhibit.arms]
         cells["local epochs"] = str(wanted[0].epochs[-1]) if wanted else ""
@@ -208,11 +221,8 @@ def _curves(config: str, arms: Sequence[str], results: Path) -> list[Curve]:
 
 def write_page(results: Path) -> Path:
     """Write the page of results, beside the results folder, from the result files alone."""
-    studies = {
-        path.name: read_results(path.name, results)
-        for path in sorted(results.iterdir())
-        if (path / "units").is_dir()
-    }
+    folders = sorted(path.name for path in results.iterdir() if (path / "units").is_dir())
+    studies = {name: units for name in folders if (units := read_results(name, results))}
     parts = [INTRODUCTION, claims_table(studies), "", OPEN_QUESTIONS]
     parts += [write_exhibit(exhibit, results) for exhibit in exhibits().values()]
     for name, units in studies.items():
@@ -240,15 +250,17 @@ def study_section(name: str, units: Sequence[ArmUnit], results: Path) -> list[st
 
 INTRODUCTION = """# The paper's study
 
-Made by `python -m simulations.study paper page` from the files in `docs/results`, and by nothing
+Made by `python -m simulations.study paper page` from the result files beside it, and by nothing
 else; cells without a run say "not run". Ours are means and spreads (sample standard deviation) over
 seeds. All arms of a table have the same number of local epochs per participant; test accuracy is
 of the last round, never of the best.
 
 ## The paper's claims
 
-What our runs say of each, study by study. A difference counts if it is larger than twice its
-standard error over seeds; with a single seed the direction is given, and that there is no more.
+What our runs say of each, study by study: yes or no, the figures, and on how few seeds it rests.
+With several seeds a difference between arms counts if it is larger than twice its standard error,
+which with two or three seeds is a weak test (one false finding in six to eight). Of claims 2, 3, 4
+and 6 the means are judged.
 """
 
 OPEN_QUESTIONS = """Not to be seen in these runs: that the shared model dips after each restart of

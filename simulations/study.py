@@ -25,13 +25,14 @@ from typing import Any
 from tqdm import tqdm
 
 from clients.settings import ParticipantSettings
+from clients.tasks.registry import load_task
 from flwr_colearn import ColearnError
 from flwr_colearn.report import Curve, save_figure
 from simulations.arms import ARMS
 from simulations.calibration import calibrate
 from simulations.settings import RunSettings, check_keys, read_config
 from simulations.training import ArmUnit, run_unit
-from simulations.units import digest, kept, unit_config
+from simulations.units import data_digest, digest, kept, unit_config
 
 CONF = Path(__file__).parent / "conf"
 STUDIES = {
@@ -55,10 +56,32 @@ def run_study(
     for arm, seed in tqdm(plan, desc="arms x seeds"):
         seeded = replace(participants, seed=seed)
         path, config = output / "units" / f"{arm}-{seed}.json", unit_config(seeded, settings)
-        # Named after the config, so that what another config left is never gone on from.
-        scratch = path.with_suffix(f".{digest(config)}.checkpoint")
-        units.append(kept(path, ArmUnit, config, partial(run_unit, arm, seeded, settings, scratch)))
+        run = partial(run_from_checkpoint, arm, seeded, settings, path)
+        units.append(kept(path, ArmUnit, config, run))
+    check_same_data(units)
     return units
+
+
+def run_from_checkpoint(
+    arm: str, participants: ParticipantSettings, settings: RunSettings, path: Path
+) -> ArmUnit:
+    """Run a unit, with its checkpoint beside its result.
+
+    The checkpoint is named after config and data, so that it never goes on from others.
+    """
+    data = data_digest(load_task(participants))
+    config = {**unit_config(participants, settings), "data": data}
+    return run_unit(arm, participants, settings, path.with_suffix(f".{digest(config)}.checkpoint"))
+
+
+def check_same_data(units: Sequence[ArmUnit]) -> None:
+    """Raise a ColearnError if units of one config were trained on different data."""
+    found = {unit.data: f"{unit.arm}, seed {unit.seed}" for unit in units}
+    if len(found) > 1:
+        raise ColearnError(
+            f"units: expected results of one data set, found other data in "
+            f"{'; '.join(found.values())}; use another --output or remove the wrong ones"
+        )
 
 
 def rows(units: Sequence[ArmUnit]) -> Iterator[dict[str, object]]:
@@ -147,7 +170,10 @@ def add_unit_arguments(parser: argparse.ArgumentParser) -> None:
 def seeds(text: str) -> range:
     """Read ``N`` or ``A:B``, so that a study can be shared between machines."""
     first, colon, last = text.partition(":")
-    return range(int(first), int(last)) if colon else range(int(first))
+    found = range(int(first), int(last)) if colon else range(int(first))
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected at least one seed, found {text!r}")
+    return found
 
 
 def settings_of(config: Mapping[str, Any], where: str) -> tuple[ParticipantSettings, RunSettings]:
@@ -170,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if getattr(options, name) is not None:
             config[name.replace("_", "-")] = getattr(options, name)
     participants, settings = settings_of(config, str(path))
-    if options.calibrate:
+    if options.calibrate is not None:
         print(calibrate(participants, settings, options.calibrate))
         return
     output = options.output or Path("outputs") / f"study-{path.stem}"

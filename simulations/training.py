@@ -14,10 +14,11 @@ from clients.tasks.registry import load_task, participant_trainer, server_traine
 from clients.trainer import NDArray, Trainer, derive_seed, follow
 from flwr_colearn import ExponentialRate, History, InProcessGrid, LocalPlan
 from flwr_colearn.report import doublings
+from flwr_colearn.wire import codec_named
 from simulations.arms import Arm, arm_named, schedules
 from simulations.server_app import evaluate_with, make_strategy, to_record
 from simulations.settings import RunSettings
-from simulations.units import unit_config
+from simulations.units import data_digest, unit_config
 
 Curves = dict[str, list[float]]
 """Values by metric, after each round."""
@@ -57,6 +58,8 @@ class ArmUnit:
         Wall time; of the last part only, if it was interrupted.
     config : dict
         The settings that gave it.
+    data : str
+        `data_digest` of the task's data.
     """
 
     arm: str
@@ -72,6 +75,7 @@ class ArmUnit:
     examples: int
     seconds: float
     config: dict[str, Any]
+    data: str
 
     @property
     def values(self) -> list[float]:
@@ -107,8 +111,12 @@ def run_unit(
     participants, settings
         Of both sides; the seed is the participants'.
     scratch : Path, optional
-        Folder for checkpoints, from which an interrupted training goes on; removed at the end.
+        Folder for checkpoints, from which an interrupted training goes on; removed at the end. Not
+        used where participants keep something that is in no checkpoint: their optimizer, their
+        own part of the model, or what compression rounded away. Those begin anew.
     """
+    if keeps_state(participants, settings):
+        scratch = None
     arm, started = arm_named(name), time.perf_counter()
     task, model = load_task(participants), server_trainer(participants).get_weights()
     rounds = moved = 0
@@ -140,11 +148,18 @@ def run_unit(
         (participants.examples or len(task.train_set)) * epochs[-1],
         round(time.perf_counter() - started, 1),
         unit_config(participants, settings),
+        data_digest(task),
     )
     forget_trainers()  # a study has more of them than fit on a GPU
     if scratch is not None:
         shutil.rmtree(scratch, ignore_errors=True)
     return unit
+
+
+def keeps_state(participants: ParticipantSettings, settings: RunSettings) -> bool:
+    """Return whether participants keep something between rounds."""
+    codec = codec_named(settings.compression_up)
+    return participants.keep_optimizer or participants.scheme.is_local or codec.differential
 
 
 def curves_of(history: History) -> Curves:
@@ -164,8 +179,10 @@ def train_averaged(
 
     Vanilla learning with the cyclical rate is one of them: co-learning of one participant.
     """
-    if arm.pooled_data:
-        settings = replace(settings, num_participants=1)
+    if arm.pooled_data:  # which is sent nowhere
+        plain = {"compression_up": "float32", "compression_down": "float32"}
+        settings = replace(settings, num_participants=1, **plain)
+        participants = replace(participants, partition="iid")
     trainer = server_trainer(participants)
     strategy = make_strategy(
         replace(settings, arm=name), trainer, None, scratch, participants.scheme
@@ -200,6 +217,8 @@ def train_alone(
         Of the averaged outputs on the test set, after so many epochs.
     """
     k = 1 if arm.pooled_data else settings.num_participants
+    if arm.pooled_data:
+        participants = replace(participants, partition="iid")
     objective, judge = load_task(participants).objective, server_trainer(participants)
     trainers = [participant_trainer(participants, index, k) for index in range(k)]
     state = AloneState(None if scratch is None else scratch / "alone.npz")

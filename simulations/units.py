@@ -7,6 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
+from clients.data import Task
 from clients.settings import ParticipantSettings
 from flwr_colearn import ColearnError
 from simulations.settings import RunSettings
@@ -47,10 +50,15 @@ def read_unit(path: Path, kind: type[U], config: Mapping[str, Any]) -> U:
     Raises
     ------
     ColearnError
-        If it was written with another config. A setting that did not exist at the time had what
-        is its default now.
+        If it is damaged, or was written with another config. A setting that did not exist at the
+        time had what is its default now.
     """
-    unit = kind(**json.loads(path.read_text()))
+    try:
+        unit = kind(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ColearnError(
+            f"{path}: expected a {kind.__name__} as JSON, found {error}; remove it"
+        ) from None
     then = {**_DEFAULTS, **unit.config}
     different = sorted(key for key in config if _as_json(config[key]) != then.get(key))
     if different:
@@ -70,7 +78,17 @@ def unit_config(participants: ParticipantSettings, settings: RunSettings) -> dic
     config = {**participants.to_config(), **settings.to_config()}
     for key in ("data-dir", "devices", "workers", "output-dir", "wait-for-participants", "arm"):
         del config[key]
+    config["vectors"] = Path(participants.vectors).name  # in a folder of each machine's own
     return config
+
+
+def data_digest(task: Task) -> str:
+    """Return eight characters that differ between data sets: by their sizes and labels."""
+    content = hashlib.sha256()
+    for part in (task.train_set, task.test_set):
+        content.update(f"{len(part)} {part.labels.dtype.str} {part.labels.shape}".encode())
+        content.update(np.ascontiguousarray(part.labels).tobytes())
+    return content.hexdigest()[:8]
 
 
 def digest(config: Mapping[str, Any]) -> str:

@@ -65,7 +65,7 @@ def _listing(root: Path, paths: Sequence[str]) -> str:
     """Return a digest of the files' names, sizes and times of modification."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{os.path.relpath(path, root)}\0{_state(path)}\0".encode())
+        digest.update(os.fsencode(f"{os.path.relpath(path, root)}\0{_state(path)}\0"))
     return digest.hexdigest()
 
 

@@ -22,6 +22,7 @@ def unit(arm, score, seed=0, **changes):
         "examples": 0,
         "seconds": 0.0,
         "config": {},
+        "data": "",
     }
     return ArmUnit(arm=arm, seed=seed, **{**values, **changes})
 
@@ -43,10 +44,16 @@ def units(**scores):
         ([90, 92], [89, 91], "undecided"),  # 1 apart, standard error sqrt(2 / 2 + 2 / 2)
         ([90], [80, 82], "yes, one seed"),
         ([80, 82], [90], "no, one seed"),
+        ([80], [80], "no, one seed"),
+        ([math.nan, 80], [80, 80], "undecided"),
     ],
 )
 def test_a_difference_counts_if_it_is_twice_its_standard_error(first, second, verdict):
     assert compare(first, second).verdict == verdict
+
+
+def test_at_least_as_good_includes_as_good():
+    assert VANILLA(units(clr_ile=(90,), vanilla_elr=(90,))).verdict == "yes, one seed"
 
 
 def test_the_standard_error_by_hand():
@@ -60,6 +67,8 @@ def test_the_standard_error_by_hand():
         ({"clr_fle": (80, 81), "elr_ile": (80, 81), "elr_fle": (80, 81)}, "yes"),
         ({"clr_fle": (80, 81), "elr_ile": (95, 96), "elr_fle": (90, 91)}, "no"),
         ({"clr_fle": (80, 81), "elr_ile": (80, 81), "elr_fle": (90, 91)}, "undecided"),
+        ({"clr_fle": (80, 81), "elr_ile": (80,), "elr_fle": (80, 81)}, "yes, one seed"),
+        ({"clr_fle": (80, 81), "elr_ile": (99,), "elr_fle": (95, 96)}, "no"),
     ],
 )
 def test_the_best_of_four_is_ahead_of_all_three(others, verdict):
@@ -69,7 +78,7 @@ def test_the_best_of_four_is_ahead_of_all_three(others, verdict):
 
 def test_ile_and_clr_by_hand():
     four = units(clr_ile=(90, 90), elr_ile=(88, 88), clr_fle=(81, 81), elr_fle=(79, 79))
-    assert EPOCHS(four) == Finding("yes, by the means", "ILE +9.00, CLR +2.00")
+    assert EPOCHS(four) == Finding("yes", "ILE +9.00, CLR +2.00")
     assert EPOCHS(four[::2]).verdict == "yes, one seed"
     swapped = units(clr_ile=(90,), clr_fle=(88,), elr_ile=(81,), elr_fle=(79,))
     assert EPOCHS(swapped).verdict == "no, one seed"
@@ -78,15 +87,27 @@ def test_ile_and_clr_by_hand():
 def test_doublings_are_judged_by_the_round_after_and_the_round_before():
     curve = {"epochs": [1, 2, 4, 6], "doublings": [2]}
     rising = unit("clr-ile", 0, metrics={"accuracy": [0.5, 0.51, 0.56, 0.57]}, **curve)
-    assert DOUBLING([rising]) == Finding("yes", "+5.00 after, +1.00 before; 1 doublings")
+    evidence = (
+        "+5.00 in the round after, of twice the epochs, +1.00 in the round before; doublings: 1"
+    )
+    assert DOUBLING([rising]) == Finding("yes, one seed", evidence)
+    assert DOUBLING([rising, rising]).verdict == "yes"
     falling = unit("clr-ile", 0, metrics={"accuracy": [0.5, 0.55, 0.56, 0.7]}, **curve)
-    assert DOUBLING([falling]).verdict == "no"
-    assert DOUBLING(units(clr_ile=(90,))) is None  # T never doubled
+    assert DOUBLING([falling]).verdict == "no, one seed"
+    assert DOUBLING(units(clr_ile=(90,))).verdict == "undecided"  # T never doubled
+    assert DOUBLING(units(clr_fle=(90,))) is None
 
 
 @pytest.mark.parametrize(("score", "verdict"), [(81, "yes"), (88, "no"), (99, "no")])
 def test_the_ensemble_loses_about_ten_points(score, verdict):
-    assert ENSEMBLE(units(vanilla_elr=(91,), ensemble=(score,))).verdict == verdict
+    both = units(vanilla_elr=(91, 91), ensemble=(score, score))
+    assert ENSEMBLE(both).verdict == verdict
+    assert ENSEMBLE(both[1:]).verdict == f"{verdict}, one seed"
+
+
+def test_points_of_other_metrics_are_not_points_of_accuracy():
+    areas = {"headline": "roc-auc", "metrics": {"roc-auc": [0.9]}, "epochs": [1]}
+    assert ENSEMBLE([unit("vanilla-elr", 0, **areas), unit("ensemble", 0, **areas)]) is None
 
 
 def test_vanilla_with_the_papers_rate_decides_and_the_other_is_shown():
@@ -100,14 +121,15 @@ def test_vanilla_with_the_papers_rate_decides_and_the_other_is_shown():
 
 def test_intervals_of_twice_the_epochs_are_compared_with_those_before():
     doubled = unit("clr-ile", 90, doublings=[2])
-    assert INTERVAL([doubled]) == Finding("yes", "rounds of 2 T0 take 2.00 times as long")
+    evidence = "rounds of 2 T0 take 2.00 times as long"
+    assert INTERVAL([doubled]) == Finding("yes, one seed", evidence)
     flat = unit("clr-ile", 90, doublings=[2], round_seconds=[10.0, 10.0, 11.0])
-    assert INTERVAL([flat]).verdict == "no"
-    assert INTERVAL([unit("clr-ile", 90, doublings=[2], round_seconds=[])]) is None
+    assert INTERVAL([flat, flat]).verdict == "no"
+    assert INTERVAL([unit("clr-ile", 90, doublings=[2], round_seconds=[])]).verdict == "undecided"
 
 
 def test_what_was_not_run_is_said_to_be_and_nothing_else():
-    table = claims_table({"digits": units(clr_ile=(90,))}).splitlines()[2:]
+    table = claims_table({"digits": units(clr_fle=(90,))}).splitlines()[2:]
     assert len(table) == len(CLAIMS)
     assert all("| not run |" in line for line in table)
     everything = [unit(arm, 90, seed, doublings=[2]) for arm in ARMS for seed in (0, 1)]

@@ -29,6 +29,7 @@ UNIT = ArmUnit(
     examples=100,
     seconds=420.0,
     config={},
+    data="",
 )
 
 
