@@ -198,7 +198,15 @@ def test_certain_frames_give_finite_logits():
     head = AverageHead(2)
     set_linear(head.classes, [[1.0], [-1.0]])
     [found] = head(None, frames((1000.0,), features=DEEP)).tolist()
-    assert found == pytest.approx([math.log(1e6), -math.log(1e6)], rel=1e-2)
+    assert found == pytest.approx([math.log(1e12), -math.log(1e12)], rel=1e-2)
+
+
+def test_a_class_that_no_frame_attends_to_is_finite():
+    attention = Attention(2, 2)
+    set_linear(attention.attention, [[0.0, 200.0], [0.0, -200.0]])  # exp(-400) is 0 in float32
+    set_linear(attention.classes, [[1.0, 0.0], [1.0, 0.0]])
+    found = attention(torch.tensor([[[0.5, 1.0], [0.5, 1.0]]]))
+    np.testing.assert_allclose(found.detach(), torch.sigmoid(torch.tensor([[0.5, 0.5]])))
 
 
 @pytest.mark.parametrize("name", AUDIOSET)

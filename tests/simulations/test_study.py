@@ -250,6 +250,61 @@ def test_an_interrupted_unit_goes_on_and_ends_as_if_it_had_not_been(quick, arm, 
     assert [path.name for path in (quick[1] / "units").iterdir()] == [f"{arm}-0.json"]
 
 
+def test_units_that_keep_state_begin_anew_and_end_as_if_uninterrupted(quick, monkeypatch):
+    arms = ("--arms", "clr-ile", "--compression-up", "int8")
+    [whole] = run_quick(quick, *arms)
+    (quick[1] / "units" / "clr-ile-0.json").unlink()
+    train, calls = TorchTrainer.train_epoch, []
+
+    def interrupted(self, learning_rate, seed):
+        calls.append(learning_rate)
+        if len(calls) == 2 * 3 + 1:  # in the second round
+            raise KeyboardInterrupt
+        return train(self, learning_rate, seed)
+
+    monkeypatch.setattr(TorchTrainer, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_quick(quick, *arms)
+    [unit] = run_quick(quick, *arms)
+    assert unit["metrics"] == whole["metrics"]
+    assert len(calls) == 7 + 9
+
+
+def test_units_of_other_data_are_never_mixed_in(quick):
+    run_quick(quick, "--arms", "clr-fle")
+    path = quick[1] / "units" / "clr-fle-0.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data": "other"}))
+    with pytest.raises(ColearnError, match="found other data in clr-fle, seed 0; elr-fle, seed 0"):
+        run_quick(quick, "--arms", "clr-fle", "elr-fle")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"arm": "clr-fle"}'])
+def test_a_damaged_unit_is_named(quick, content):
+    run_quick(quick, "--arms", "clr-fle", "--total-epochs", "1")
+    path = quick[1] / "units" / "clr-fle-0.json"
+    path.write_text(content)
+    with pytest.raises(ColearnError, match=r"clr-fle-0.json: expected a ArmUnit as JSON"):
+        run_quick(quick, "--arms", "clr-fle", "--total-epochs", "1")
+
+
+def test_vanilla_has_all_the_data_whatever_the_partition_and_is_sent_nowhere(quick):
+    quick[0].write_text(QUICK + 'partition = "classes"\n')
+    arms = ("--arms", "vanilla-elr", "vanilla-clr")
+    skewed = run_quick(quick, *arms)
+    quick[0].write_text(QUICK)
+    other = quick[1].with_name("other")
+    study.main([str(quick[0]), "--seeds", "1", "--output", str(other), *arms,
+                "--compression-up", "int8"])  # fmt: skip
+    plain = json.loads((other / "results.json").read_text())
+    assert [unit["metrics"] for unit in skewed] == [unit["metrics"] for unit in plain]
+
+
+@pytest.mark.parametrize("words", [("--seeds", "0"), ("--seeds", "3:3")])
+def test_no_seeds_are_refused(quick, words):
+    with pytest.raises(SystemExit):
+        run_quick(quick, *words)
+
+
 def test_seeds_can_be_shared_between_machines(quick):
     assert study.seeds("3") == range(3)
     units = run_quick(quick, "--arms", "clr-fle", "--seeds", "4:6", "--total-epochs", "1")
@@ -348,6 +403,7 @@ def unit_of(arm, seed, accuracy, seconds):
         examples=600,
         seconds=seconds,
         config={},
+        data="",
     )
 
 

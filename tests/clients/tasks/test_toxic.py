@@ -133,6 +133,7 @@ def test_labels_stay_with_their_comments_in_a_random_order(folder):
     train = toxic.load(str(folder)).train_set
     # All words are equally frequent, so they are numbered in alphabetical order.
     order = np.random.default_rng(0).permutation(40)[4:]
+    order = np.random.default_rng(1).permutation(order)
     numbers = {word: n for n, word in enumerate(sorted(f"w{i}" for i in order), 2)}
     assert train.inputs[:, 0].tolist() == [numbers[f"w{i}"] for i in order]
     assert train.labels[:, 0].tolist() == [i % 2 for i in order]
@@ -145,6 +146,12 @@ def test_only_natural_rows_are_held_out(folder):
     assert task.test_set.labels[:, 0].tolist() == [1] * 6  # the odd ones
     assert task.train_set.labels[:, 0].sum() == 24
     assert len(task.train_set) == 54
+
+
+def test_the_first_training_rows_are_like_the_others(folder):
+    write(folder / "train.csv", comments(2000, natural=lambda i: i % 2), [*COLUMNS, "natural"])
+    train = toxic.load(str(folder)).train_set  # 1,000 rows of 0, 800 of 1 in their first label
+    assert 0.36 < train.labels[:400, 0].mean() < 0.53
 
 
 def test_the_official_test_files_are_the_test_set_without_unscored_rows(folder, flower_log):
