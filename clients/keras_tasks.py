@@ -1,7 +1,5 @@
 """The tasks with Keras on TensorFlow: models and trainers."""
 
-from typing import Any
-
 from clients.data import Task
 from clients.keras_models import densenet40, resnet8, resnet152, small_cnn, vgg19
 from clients.keras_normalization import convert
@@ -46,16 +44,12 @@ def server_trainer(settings: ParticipantSettings, task: Task) -> KerasTrainer:
 
 def _trainer(settings: ParticipantSettings, task: Task, device: str | None = None) -> KerasTrainer:
     settings.refuse("channels_last", "workers", "image_size")
-    options: dict[str, Any] = {
-        "objective": task.objective,
-        "batch_size": settings.batch_size,
-        "momentum": settings.momentum,
-        "weight_decay": settings.weight_decay,
-        "transform": kit_for(KITS, settings).transform(settings),
-        "precision": settings.precision,
-        "jit_compile": settings.jit_compile,
-        "clip_norm": settings.clip_norm or None,
-        "device": device,
-    }
-    model = build_model(settings, task)
-    return KerasTrainer(model, task.train_set, task.test_set, **options)
+    return KerasTrainer(
+        build_model(settings, task),
+        task.train_set,
+        task.test_set,
+        **kit_for(KITS, settings).options(settings, task),
+        precision=settings.precision,
+        jit_compile=settings.jit_compile,
+        device=device,
+    )

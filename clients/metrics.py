@@ -19,15 +19,29 @@ def audio_tagging(outputs: NDArray, targets: NDArray) -> dict[str, float]:
         the classes with positives and negatives of the area under the ROC curve. ``d-prime``:
         ``sqrt(2)`` times the inverse normal distribution function at ``auc``. NaN where no class
         has what its metric needs.
+
+    Raises
+    ------
+    ColearnError
+        If an output is not finite.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
+    _check_finite(outputs)
     positives = targets.sum(axis=0)
     some = positives > 0
     both = some & (positives < len(targets))
     mean_precision = _mean_over(some, average_precision_score, outputs, targets)
     area = _mean_over(both, roc_auc_score, outputs, targets)
     return {"map": mean_precision, "auc": area, "d-prime": float(np.sqrt(2) * norm.ppf(area))}
+
+
+def _check_finite(outputs: NDArray) -> None:
+    if not np.isfinite(outputs).all():
+        raise ColearnError(
+            "outputs: expected finite numbers, found others; if the model has diverged, lower "
+            "'learning-rate' or set 'clip-norm' in the run config"
+        )
 
 
 def _mean_over(
@@ -62,11 +76,7 @@ def mean_roc_auc(outputs: NDArray, targets: NDArray) -> dict[str, float]:
     """
     from sklearn.metrics import roc_auc_score
 
-    if not np.isfinite(outputs).all():
-        raise ColearnError(
-            "outputs: expected finite numbers, found others; if the model has diverged, lower "
-            "'learning-rate' or set 'clip-norm' in the run config"
-        )
+    _check_finite(outputs)
     judged = np.flatnonzero(targets.min(axis=0) != targets.max(axis=0))
     areas = [roc_auc_score(targets[:, label], outputs[:, label]) for label in judged]
     mean = float(np.mean(areas)) if areas else float("nan")

@@ -1,7 +1,5 @@
 """The tasks with TF-slim: models and trainers."""
 
-from typing import Any
-
 from clients.data import Task
 from clients.settings import ParticipantSettings
 from clients.slim_models import resnet8, resnet_152, small_cnn, vgg_19
@@ -32,17 +30,14 @@ def _trainer(settings: ParticipantSettings, task: Task, device: str | None = Non
     settings.refuse("precision", "jit_compile", "channels_last", "workers", "image_size")
     _check_scheme(settings)
     kit = kit_for(KITS, settings)
-    options: dict[str, Any] = {
-        "objective": task.objective,
-        "seed": settings.seed,
-        "batch_size": settings.batch_size,
-        "momentum": settings.momentum,
-        "weight_decay": settings.weight_decay,
-        "transform": kit.transform(settings),
-        "clip_norm": settings.clip_norm or None,
-        "device": device,
-    }
-    return SlimTrainer(kit.model(settings), task.train_set, task.test_set, **options)
+    return SlimTrainer(
+        kit.model(settings),
+        task.train_set,
+        task.test_set,
+        **kit.options(settings, task),
+        seed=settings.seed,
+        device=device,
+    )
 
 
 def _check_scheme(settings: ParticipantSettings) -> None:

@@ -189,14 +189,9 @@ Those that augment do so only once they are ``seeded`` (see `TorchTrainer`), nev
 
 def _options(settings: ParticipantSettings, task: Task) -> dict[str, Any]:
     return {
-        "objective": task.objective,
-        "batch_size": settings.batch_size,
-        "momentum": settings.momentum,
-        "weight_decay": settings.weight_decay,
-        "transform": kit_for(KITS, settings).transform(settings),
+        **kit_for(KITS, settings).options(settings, task),
         "precision": settings.precision,
         "channels_last": settings.channels_last,
         "jit_compile": settings.jit_compile,
-        "clip_norm": settings.clip_norm or None,
         "workers": settings.workers,
     }

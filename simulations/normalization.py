@@ -248,6 +248,9 @@ def converted(
         momentum=participants.momentum,
         weight_decay=participants.weight_decay,
         transform=trainer.transform,
+        objective=trainer.objective,
+        precision=participants.precision,
+        clip_norm=participants.clip_norm or None,
         channels_last=participants.channels_last,
     )
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from clients.data import Task
 from clients.settings import ParticipantSettings
 from flwr_colearn import ColearnError
 
@@ -56,6 +57,17 @@ class Kit:
                 f"{settings.task} with {settings.framework}, found {name!r}"
             )
         return self.models[name]
+
+    def options(self, settings: ParticipantSettings, task: Task) -> dict[str, Any]:
+        """Return the arguments that the trainers of all frameworks take."""
+        return {
+            "objective": task.objective,
+            "batch_size": settings.batch_size,
+            "momentum": settings.momentum,
+            "weight_decay": settings.weight_decay,
+            "transform": self.transform(settings),
+            "clip_norm": settings.clip_norm or None,
+        }
 
     def transform(self, settings: ParticipantSettings) -> Callable[..., Any]:
         """Return the transform that the settings ask for."""
