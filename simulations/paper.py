@@ -263,9 +263,9 @@ which with two or three seeds is a weak test (one false finding in six to eight)
 and 6 the means are judged.
 """
 
-OPEN_QUESTIONS = """With the same number of local epochs a participant makes 1/K of vanilla's steps: in the
-small studies, named `...-cpu`, none has converged when its epochs are over. Seconds and intervals are
-of whatever machine and load there was.
+OPEN_QUESTIONS = """With the same number of local epochs a participant makes 1/K of vanilla's
+steps: in the small studies, named `...-cpu`, none has converged when its epochs are over. Seconds
+and intervals are of whatever machine and load there was.
 
 Not to be seen in these runs: that the shared model dips after each restart of
 the rate (claim 3), since models are evaluated at the rounds' ends, where the rate is lowest.
