@@ -105,11 +105,17 @@ STUDIES = {
     ),
     "mnist-long": Study(
         Setting("mnist", learners=10, steps=2400, batch_size=10, learning_rate=0.1),
-        ("periodic-8", "dynamic-0.3@8", "dynamic-1@8", "dynamic-3@8", "none"),
+        (
+            "periodic-8", "periodic-16", "periodic-32", "periodic-64",
+            "dynamic-0.3@8", "dynamic-1@8", "dynamic-3@8", "none",
+        ),
     ),
     "mnist-100": Study(
-        Setting("mnist", learners=100, steps=40, batch_size=10, learning_rate=0.1),
-        ("periodic-1", "periodic-8", "dynamic-0.3@4", "dynamic-1@4", "none"),
+        Setting("mnist", learners=100, steps=320, batch_size=10, learning_rate=0.1),
+        (
+            "periodic-8", "periodic-16", "periodic-32", "periodic-64",
+            "dynamic-0.3@8", "dynamic-1@8", "dynamic-3@8", "none",
+        ),
     ),
     "drift": Study(
         Setting("drift", learners=10, steps=800, batch_size=10, learning_rate=0.1, drifts=3),
