@@ -13,7 +13,7 @@ from simulations.local_run import run_app
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = ROOT / "tests" / "e2e" / "online_app"
-CONFIG = {"learners": 2, "rounds": 8, "threshold": 0.3}
+CONFIG = {"learners": 2, "rounds": 8, "threshold": 0.3, "compression": "float32"}
 
 
 def in_process(folder):
