@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from flwr_colearn import ColearnError, Role, RunningMean, relative_change
 from flwr_colearn.averaging import trainable
 from flwr_colearn.blocks import BLOCK
+from flwr_colearn.rule import CoLearningRule
 
 shapes = hnp.array_shapes(min_dims=0, max_dims=3, max_side=4)
 
@@ -477,3 +478,18 @@ def test_only_trainable_arrays_count():
     roles = RunningMean(model).roles
     assert list(trainable(model, roles)) == ["weight", "half", "double", "scalar", "empty"]
     assert roles["bn.running_var"] is Role.VARIANCE
+
+
+@pytest.mark.parametrize(("order", "at_once"), [("C", 1), ("F", 0)])
+def test_a_rule_copies_models_in_another_memory_order_one_at_a_time(order, at_once, monkeypatch):
+    calls, add_all = [], RunningMean.add_all
+    monkeypatch.setattr(
+        RunningMean, "add_all", lambda self, models: calls.append(models) or add_all(self, models)
+    )
+    rule = CoLearningRule(local_epochs=1, learning_rate=0.1)
+    rule.open(1, {"w": np.zeros((2, 3))})
+    arrays = np.asarray(np.arange(6.0).reshape(2, 3), order=order)
+    models = [(name, {"w": arrays}, 5, arrays.nbytes) for name in "ab"]
+    assert rule.fold_all(models) == [True, True]
+    assert len(calls) == at_once
+    assert np.array_equal(rule.average()["w"], arrays)

@@ -194,6 +194,25 @@ def test_the_divergence_never_exceeds_delta(wire):
     assert 0 < max(seen) <= 2.0
 
 
+@pytest.mark.parametrize(
+    ("wire", "members", "synchronised"),
+    [(Wire(), 2, "partial"), (Wire(down=Float16()), 3, "full")],
+)
+def test_members_are_added_until_the_mean_as_it_arrives_is_within_delta(
+    wire, members, synchronised
+):
+    # The mean of the violator, at 2.0014, and one more, at 0, is 1.0007; float16 has 1.00098 next.
+    def step(k, index, arrays):
+        return {"w": arrays["w"] + np.float32(2.0014 if k == 0 else 0.0)}
+
+    grid = InProcessGrid(client_app(step), 3)
+    strategy = ModelAveraging(Dynamic(1.0017), 3, wire=wire)
+    strategy.start(grid, record({"w": np.zeros((1, 1), np.float32)}), 1)
+    [only] = strategy.history
+    assert len(only.reporters) + len(only.fetched) == members
+    assert only.synchronised == synchronised
+
+
 @each_wire
 def test_without_delta_dynamic_averaging_is_periodic_averaging(wire):
     dynamic, _, grid = run(Dynamic(0.0, 2), 6, wire)

@@ -1,13 +1,16 @@
 """A site with several devices trains as one device with the same batch would."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from clients.torch_parallel import ParallelTrainer
+from clients.torch_parallel import ParallelTrainer, _Replica
 from clients.torch_trainer import TorchTrainer
+from clients.trainer import derive_seed
 from flwr_colearn import ColearnError
 
 
@@ -87,3 +90,9 @@ def test_batch_norm_is_synchronised_over_gpus():
     two.train_epoch(0.1, 0)
     for name, array in one.get_weights().items():
         np.testing.assert_allclose(two.get_weights()[name], array, rtol=1e-3, atol=1e-5)
+
+
+def test_every_device_draws_augmentation_of_its_own_from_the_epochs_seed():
+    seeds = [_Replica.own_seed(SimpleNamespace(rank=rank), 7) for rank in (0, 1)]
+    assert seeds == [derive_seed(7, 0), derive_seed(7, 1)]
+    assert len(set(seeds)) == 2

@@ -42,6 +42,7 @@ def units(**scores):
         ([90, 92], [80, 82], "yes"),
         ([80, 82], [90, 92], "no"),
         ([90, 92], [89, 91], "undecided"),  # 1 apart, standard error sqrt(2 / 2 + 2 / 2)
+        ([90, 92], [88, 90], "undecided"),  # 2 apart: one standard error, not two
         ([90], [80, 82], "yes, one seed"),
         ([80, 82], [90], "no, one seed"),
         ([80], [80], "no, one seed"),
