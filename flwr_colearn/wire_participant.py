@@ -125,13 +125,13 @@ def _note_new_model(message: Message, request: ConfigRecord, state: RecordDict) 
     If the reference that it gets is that average, what its rounding left over is missing from it;
     otherwise its own model, with all that is left over, is gone.
     """
-    begins = "session" in request and records_of(message.content, ArrayRecord)
+    is_train = message.metadata.message_type == TRAIN and "session" in request
     kept = records_of(state, ConfigRecord).get(RESIDUAL)
-    if not begins or kept is None or kept["round"] == request.get("round"):
+    if not is_train or not records_of(message.content, ArrayRecord) or kept is None:
         return
+    if kept["round"] == request.get("round"):
+        return  # a round that is repeated
     asked = records_of(message.content, ConfigRecord).get(CONFIG, ConfigRecord())
-    if message.metadata.message_type != TRAIN:
-        return
     if asked.get("reference-round") == kept["round"]:
         kept["settled"] = True
     else:

@@ -118,7 +118,8 @@ def run_unit(
     if keeps_state(participants, settings):
         scratch = None
     arm, started = arm_named(name), time.perf_counter()
-    task, model = load_task(participants), server_trainer(participants).get_weights()
+    task = load_task(participants)
+    model_bytes = sum(a.nbytes for a in server_trainer(participants).get_weights().values())
     rounds = moved = 0
     grown: list[int] = []
     round_seconds: list[float] = []
@@ -143,7 +144,7 @@ def run_unit(
         grown,
         rounds,
         moved,
-        sum(array.nbytes for array in model.values()),
+        model_bytes,
         round_seconds,
         (participants.examples or len(task.train_set)) * epochs[-1],
         round(time.perf_counter() - started, 1),
@@ -168,6 +169,17 @@ def curves_of(history: History) -> Curves:
     return {name: [record.server_metrics[name] for record in history] for name in names}
 
 
+def at_one_site(
+    participants: ParticipantSettings, settings: RunSettings
+) -> tuple[ParticipantSettings, RunSettings]:
+    """Return the settings of one participant with all the data, whose model travels nowhere."""
+    plain = {"compression_up": "float32", "compression_down": "float32"}
+    return (
+        replace(participants, partition="iid"),
+        replace(settings, num_participants=1, **plain),
+    )
+
+
 def train_averaged(
     name: str,
     arm: Arm,
@@ -179,10 +191,8 @@ def train_averaged(
 
     Vanilla learning with the cyclical rate is one of them: co-learning of one participant.
     """
-    if arm.pooled_data:  # which is sent nowhere
-        plain = {"compression_up": "float32", "compression_down": "float32"}
-        settings = replace(settings, num_participants=1, **plain)
-        participants = replace(participants, partition="iid")
+    if arm.pooled_data:
+        participants, settings = at_one_site(participants, settings)
     trainer = server_trainer(participants)
     strategy = make_strategy(
         replace(settings, arm=name), trainer, None, scratch, participants.scheme
@@ -216,9 +226,9 @@ def train_alone(
     metrics : dict
         Of the averaged outputs on the test set, after so many epochs.
     """
-    k = 1 if arm.pooled_data else settings.num_participants
     if arm.pooled_data:
-        participants = replace(participants, partition="iid")
+        participants, settings = at_one_site(participants, settings)
+    k = settings.num_participants
     objective, judge = load_task(participants).objective, server_trainer(participants)
     trainers = [participant_trainer(participants, index, k) for index in range(k)]
     state = AloneState(None if scratch is None else scratch / "alone.npz")
