@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -11,6 +11,14 @@ from .errors import ColearnError, expected
 from .roles import Arrays, NDArray, Role, Roles, assign_roles, pair_statistics
 
 _LARGEST_WEIGHT = 2**53
+
+
+Empty = Callable[[str, NDArray], NDArray]
+
+
+def empty_array(name: str, like: NDArray) -> NDArray:
+    """Return an array of the shape and type of `like`."""
+    return np.empty(like.shape, like.dtype)
 
 
 class RunningMean:
@@ -36,6 +44,9 @@ class RunningMean:
         shapes and types.
     roles : mapping or sequence, optional
         See `flwr_colearn.Role`; by default the arrays' names decide.
+    empty : callable, optional
+        ``(name, like) -> array``: gives the memory of the averages, C-contiguous and of the shape
+        and type of `like`.
 
     Raises
     ------
@@ -51,8 +62,9 @@ class RunningMean:
     array([2., 3.], dtype=float32)
     """
 
-    def __init__(self, like: Arrays, roles: Roles = None) -> None:
+    def __init__(self, like: Arrays, roles: Roles = None, empty: Empty = empty_array) -> None:
         self._like = dict(like)
+        self._empty = empty
         self.roles = assign_roles(like, roles)
         self._pairs = pair_statistics(like, self.roles)
         self._sums: dict[str, NDArray] = {}
@@ -207,7 +219,7 @@ class RunningMean:
                 if first:
                     _scale(term, weight, out=total)
                 else:
-                    total += _scale(term, weight, out=scratch[: term.size])
+                    _add_scaled(total, term, weight, scratch)
 
         Blocks(arrays).map(add)
 
@@ -220,7 +232,7 @@ class RunningMean:
         self, models: Sequence[tuple[Arrays, float]], like: dict[str, NDArray]
     ) -> dict[str, NDArray]:
         """Return the averages of some float arrays of all models, block by block."""
-        averages = {name: np.empty(array.shape, array.dtype) for name, array in like.items()}
+        averages = {name: self._empty(name, array) for name, array in like.items()}
         outs = flat(averages)
         terms = [(flat({n: arrays[n] for n in like}), weight) for arrays, weight in models]
 
@@ -258,7 +270,7 @@ class RunningMean:
         return bounds
 
     def _divide_floats(self, like: Arrays) -> dict[str, NDArray]:
-        averages = {name: np.empty(array.shape, array.dtype) for name, array in like.items()}
+        averages = {name: self._empty(name, array) for name, array in like.items()}
         sums, outs = flat({name: self._sums[name] for name in like}), flat(averages)
 
         def divide(parts: list[Part]) -> None:
@@ -309,7 +321,14 @@ def _add_block(
     first, *others = models
     _scale(first[0][name][block], first[1], out=total)
     for terms, weight in others:
-        total += _scale(terms[name][block], weight, out=scratch[: total.size])
+        _add_scaled(total, terms[name][block], weight, scratch)
+
+
+def _add_scaled(total: NDArray, term: NDArray, weight: float, scratch: NDArray) -> None:
+    """Add weight * term to `total`, in float64."""
+    if weight != 1:
+        term = _scale(term, weight, out=scratch[: term.size])
+    np.add(total, term, out=total)
 
 
 def _scale(term: NDArray, weight: float, out: NDArray) -> NDArray:
@@ -383,12 +402,14 @@ def relative_change(
     new_flat, old_flat = flat(new_arrays), flat(old_arrays)
 
     def squares(parts: list[Part]) -> list[tuple[float, float]]:
-        sums = []
+        sums, scratch = [], np.empty(BLOCK)
         for name, block in parts:
-            base = old_flat[name][block].astype(np.float64)
-            difference = new_flat[name][block].astype(np.float64)
-            difference -= base
-            sums.append((float(difference @ difference), float(base @ base)))
+            old_part, new_part = old_flat[name][block], new_flat[name][block]
+            part = scratch[: old_part.size]
+            np.subtract(new_part, old_part, out=part, dtype=np.float64)
+            change = _sum_of_squares(part)
+            np.copyto(part, old_part)
+            sums.append((change, _sum_of_squares(part)))
         return sums
 
     # One sum over all blocks in order: the same bits with any number of threads.
@@ -397,6 +418,14 @@ def relative_change(
     if size == 0.0:
         return 0.0 if change == 0.0 else math.inf
     return math.sqrt(change) / math.sqrt(size)
+
+
+def _sum_of_squares(vector: NDArray) -> float:
+    """Return |vector|^2, and leave the squares in it.
+
+    A BLAS product would start threads of its own, and its last bit would depend on their number.
+    """
+    return float(np.square(vector, out=vector).sum())
 
 
 def trainable(arrays: Arrays, roles: Mapping[str, Role]) -> dict[str, NDArray]:

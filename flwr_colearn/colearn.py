@@ -22,7 +22,7 @@ from flwr.common import DEFAULT_TTL, log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ._flwr import data_bytes, into_record, view
+from ._flwr import Outgoing, data_bytes, view
 from .checkpoint import CheckpointFolder
 from .errors import ColearnError, expected, real_number, whole_number
 from .folding import Folding
@@ -169,8 +169,16 @@ class CoLearn(FedAvg):
             if wait_for_participants is None
             else real_number("wait_for_participants", wait_for_participants, least=0.0)
         )
+        self._outgoing = Outgoing()
         self.rule = CoLearningRule(
-            local_epochs, learning_rate, weighting, total_epochs, roles, history, normalization
+            local_epochs,
+            learning_rate,
+            weighting,
+            total_epochs,
+            roles,
+            history,
+            normalization,
+            self._outgoing.empty,
         )
         self.normalization = normalization
         if normalization.side_by_side and not self.exchanges_steps:
@@ -283,7 +291,7 @@ class CoLearn(FedAvg):
         folded = self._folding.fold(self._in_order(replies))
         if isinstance(self._grid, RecoveringGrid):
             self._note_recovery(self._grid)
-        average = into_record(self.rule.average())
+        average = self._outgoing.record(self.rule.average())
         self._note_traffic()
         # By participant: the same bits in whatever order the replies arrived.
         metrics = [content for _, content in sorted(folded, key=itemgetter(0))]

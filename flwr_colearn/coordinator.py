@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ._flwr import into_record, records_of, view
+from ._flwr import Outgoing, records_of, view
 from .averaging import RunningMean, check_model, trainable
 from .balancing import Balance, squared_distance, squared_norm
 from .dynamic_history import DynamicRecord
@@ -226,7 +226,7 @@ class Coordinator:
         self._ask([self._question(FETCH, node) for node in self.present], weigh=lambda report: 1)
         self._collecting = False
         self.record.collected = asdict(self._meter.take())
-        return into_record(self._mean.mean())
+        return Outgoing().record(self._mean.mean())
 
     def close(self) -> DynamicRecord:
         """End the round; return its record."""
@@ -290,7 +290,7 @@ class Coordinator:
 
     def _settle(self, members: list[int], full: bool) -> None:
         """Make the members' mean pending; where they are all, it is the new reference."""
-        record = into_record(dict(self.wire.arriving(self._mean.mean())))
+        record = Outgoing().record(dict(self.wire.arriving(self._mean.mean())))
         self.pending = Pending(members, record)
         self.record.synchronised = "full" if full else "partial"
         if full:

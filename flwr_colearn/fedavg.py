@@ -11,7 +11,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ._flwr import data_bytes, into_record, records_of, view
+from ._flwr import Outgoing, data_bytes, records_of, view
 from .averaging import RunningMean
 from .errors import ColearnError, expected
 from .history import History, RoundRecord
@@ -136,7 +136,8 @@ class NormalizedFedAvg(FedAvg):
     def _average(self, server_round: int, replies: list[Message]) -> ArrayRecord:
         sent = view(self._sent)
         roles = self.normalization.roles(sent, assign_roles(sent, self._roles))
-        mean = RunningMean(sent, roles)
+        outgoing = Outgoing()
+        mean = RunningMean(sent, roles, outgoing.empty)
         for reply in replies:
             (record,) = records_of(reply.content, ArrayRecord).values()
             (metrics,) = records_of(reply.content, MetricRecord).values()
@@ -146,7 +147,7 @@ class NormalizedFedAvg(FedAvg):
                 self._refuse(reply, str(error))
         if not mean.count:
             return self._sent
-        average = into_record(mean.mean())
+        average = outgoing.record(mean.mean())
         if not self.normalization.due(server_round) or self._grid is None:
             return average
         nodes = [reply.metadata.src_node_id for reply in replies]

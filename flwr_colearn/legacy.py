@@ -17,7 +17,7 @@ from flwr.common import (
 from flwr.server import ClientManager
 from flwr.server.strategy import FedAvg
 
-from ._flwr import ClientProxy, fit_clients, into_record, view_bytes
+from ._flwr import ClientProxy, Outgoing, fit_clients, view_bytes
 from .errors import ColearnError, expected
 from .history import History
 from .recovery import LONGEST_PAUSE, Event, Quorum, Recovery
@@ -100,8 +100,15 @@ class CoLearn(FedAvg):
             least=("min_fit_clients", "min_available_clients", "min_evaluate_clients"),
         )
         super().__init__(**{**kwargs, **clients})
+        self._outgoing = Outgoing()
         self._rule = CoLearningRule(
-            local_epochs, learning_rate, weighting, total_epochs, roles, history
+            local_epochs,
+            learning_rate,
+            weighting,
+            total_epochs,
+            roles,
+            history,
+            empty=self._outgoing.empty,
         )
         self.recovery = recovery
         self._shared: Parameters | None = None
@@ -161,7 +168,7 @@ class CoLearn(FedAvg):
             )
         metrics = self._fold_all(results)
         metrics += self._restart_missing(server_round, failures)
-        record = into_record(self._rule.average())
+        record = self._outgoing.record(self._rule.average())
         average = Parameters([array.data for array in record.values()], "numpy.ndarray")
         aggregated: dict[str, Scalar] = {}
         if self.fit_metrics_aggregation_fn is not None:

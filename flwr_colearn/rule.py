@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from flwr.common import log
 
-from .averaging import RunningMean, relative_change, trainable
+from .averaging import Empty, RunningMean, empty_array, relative_change, trainable
 from .errors import ColearnError, expected, whole_number
 from .history import History, RoundRecord
 from .normalization import Normalization, Pooled, as_normalization
@@ -68,6 +68,8 @@ class CoLearningRule:
         Where the rounds are recorded.
     normalization : Normalization, optional
         What the average does with normalization layers; by default `Pooled`.
+    empty : callable, optional
+        Gives the memory of the averages; see `RunningMean`.
 
     Raises
     ------
@@ -84,6 +86,7 @@ class CoLearningRule:
         roles: Roles = None,
         history: str | Path | History | None = None,
         normalization: Normalization = Pooled(),  # noqa: B008  (an immutable value)
+        empty: Empty = empty_array,
     ) -> None:
         if weighting not in ("uniform", "weighted"):
             raise expected("weighting", "'uniform' or 'weighted'", weighting)
@@ -107,6 +110,7 @@ class CoLearningRule:
         self.progress = Progress()
         self.normalization = as_normalization(normalization)
         self._given_roles = roles
+        self._empty = empty
         self._roles: dict[str, Role] = {}
         self._open_round: _OpenRound | None = None
         self._sent: Arrays = {}
@@ -433,7 +437,7 @@ class CoLearningRule:
 
     def _new_mean(self, arrays: Arrays) -> RunningMean:
         if self._mean is None:
-            self._mean = RunningMean(arrays, self._roles)
+            self._mean = RunningMean(arrays, self._roles, self._empty)
         else:
             self._mean.renew(arrays)
         return self._mean

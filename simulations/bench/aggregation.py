@@ -2,7 +2,8 @@
 
 Both strategies get the same replies in turn, round after round; the median round counts. The floor
 is what any sum in float64 must move when models come one at a time: K x 20 bytes per parameter
-(read the reply, read and write the sum).
+(read the reply, read and write the sum). Every reply is a model of its own, which takes 12 GB for
+K = 50.
 """
 
 import argparse
@@ -21,8 +22,6 @@ from flwr_colearn import CoLearn, InProcessGrid
 from flwr_colearn._flwr import data_bytes, to_record
 
 REPEATS = 5
-DISTINCT = 5
-"""Replies made; for larger K they come again and again, each a gigabyte after the last time."""
 
 
 def shapes() -> dict[str, tuple[tuple[int, ...], str]]:
@@ -72,7 +71,7 @@ def time_rounds(k: int, model: ArrayRecord, models: list[ArrayRecord]) -> dict[s
         messages = asked(colearn, server_round, model)
         for name, strategy in (("fedavg", fedavg), ("colearn", colearn)):
             replies = [
-                reply_to(message, models[index % len(models)], index + 1)
+                reply_to(message, models[index], index + 1)
                 for index, message in enumerate(messages)
             ]
             gc.collect()
@@ -125,7 +124,7 @@ def peak_memory(strategy: str, k: int) -> float:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and return the benchmark's results."""
     model = random_model(0)
-    models = [random_model(seed) for seed in range(1, DISTINCT + 1)]
+    models = [random_model(seed) for seed in range(1, max(options.participants) + 1)]
     parameters = sum(int(np.prod(shape)) for shape, _ in shapes().values())
     bandwidth = copy_bandwidth(parameters)
     rows: list[dict[str, Any]] = []
