@@ -8,9 +8,13 @@ import numpy as np
 
 from .blocks import BLOCK, Blocks, Part, flat
 from .errors import ColearnError, expected
+from .joined import JoinedSum, PooledStatistics
 from .roles import Arrays, NDArray, Role, Roles, assign_roles, pair_statistics
 
 _LARGEST_WEIGHT = 2**53
+
+_SMALL = 1 << 13
+"""Elements of an array below which it is joined with others."""
 
 
 Empty = Callable[[str, NDArray], NDArray]
@@ -63,17 +67,22 @@ class RunningMean:
     """
 
     def __init__(self, like: Arrays, roles: Roles = None, empty: Empty = empty_array) -> None:
-        self._like = dict(like)
-        self._empty = empty
         self.roles = assign_roles(like, roles)
-        self._pairs = pair_statistics(like, self.roles)
+        self._empty = empty
+        pairs = pair_statistics(like, self.roles)
+        self._statistics = PooledStatistics(like, pairs)
+        paired = {name for pair in pairs for name in pair}
+        floats = {name: array for name, array in _floats(like).items() if name not in paired}
+        self._small = JoinedSum({name: a for name, a in floats.items() if a.size < _SMALL})
+        self._large = [name for name, array in floats.items() if array.size >= _SMALL]
+        self._whole = [name for name, array in like.items() if array.dtype.kind != "f"]
+        self._bounded = [  # float64 has room for any sum of float32
+            name
+            for name, array in like.items()
+            if array.size and not (array.dtype.kind == "f" and array.dtype.itemsize < 8)
+        ]
         self._sums: dict[str, NDArray] = {}
-        self._bounds: dict[str, float] = {}
-        self._means: dict[str, list[tuple[float, NDArray]]] = {}
-        self._averages: dict[str, NDArray] = {}
-        self._at_once = False
-        self.weight: float = 0
-        self.count = 0
+        self.renew(like)
 
     def renew(self, like: Arrays) -> None:
         """Begin a new mean, from another model of the same names, shapes and types.
@@ -82,12 +91,14 @@ class RunningMean:
         models.
         """
         self._like = dict(like)
-        self._sums = {
-            name: a for name, a in self._sums.items() if self._like[name].dtype.kind == "f"
-        }
-        self._bounds, self._means = {}, {}
-        self._averages, self._at_once = {}, False
-        self.weight, self.count = 0, 0
+        self._integers: dict[str, NDArray] = {}
+        self._bounds: dict[str, float] = {}
+        self._averages: dict[str, NDArray] | None = None
+        self._at_once = False
+        self._small.clear()
+        self._statistics.clear()
+        self.weight: float = 0
+        self.count = 0
 
     def add(self, arrays: Arrays, weight: float = 1) -> None:
         """Add one participant's model; it may be dropped afterwards.
@@ -120,7 +131,7 @@ class RunningMean:
             raise ColearnError("mean: expected none added after add_all, found another model")
         weight = _check_weight(weight)
         self._bounds.update(self._new_bounds(arrays, weight))
-        self._add_floats(_floats(arrays), weight)
+        self._add_large(arrays, weight)
         self._add_rest(arrays, weight)
 
     def add_all(self, models: Sequence[tuple[Arrays, float]]) -> None:
@@ -150,36 +161,32 @@ class RunningMean:
         for arrays, _ in models:
             _check_structure(arrays, self._like)
         weighted = [(arrays, _check_weight(weight)) for arrays, weight in models]
-        unpaired = self._unpaired_floats()
         try:
             for arrays, weight in weighted:
                 self._bounds.update(self._new_bounds(arrays, weight))
-                few = {name: array for name, array in arrays.items() if name not in unpaired}
-                _check_finite(_floats(few))
-                self._add_floats(_floats(few), weight)
-                self._add_rest(few, weight)
-            self._averages, self._at_once = self._average_floats(weighted, unpaired), True
+                self._add_rest(arrays, weight)
+            self._small.check()
+            self._statistics.check()
+            self._averages, self._at_once = self._average_large(weighted), True
         except ColearnError:
             self.renew(self._like)
             raise
 
     def _add_rest(self, arrays: Arrays, weight: float) -> None:
-        """Add integers, keep the means that variances are pooled with, and count the model."""
-        for name, array in arrays.items():
-            if array.dtype.kind != "f":  # float64 from here on if the weight is a fraction
-                scaled = array.astype(np.int64) * weight
-                self._sums[name] = np.asarray(self._sums.get(name, 0) + scaled)
-        for mean, _ in self._pairs:
-            copy = arrays[mean].astype(np.float64)
-            self._means.setdefault(mean, []).append((weight, copy))
+        """Add all but the large arrays, and count the model."""
+        self._small.add(arrays, weight)
+        self._statistics.add(arrays, weight)
+        for name in self._whole:  # float64 from here on if the weight is a fraction
+            scaled = arrays[name].astype(np.int64) * weight
+            self._integers[name] = np.asarray(self._integers.get(name, 0) + scaled)
         self.weight += weight
         self.count += 1
 
     def mean(self) -> dict[str, NDArray]:
         """Return the mean of the models added, with the names, shapes and types of `like`.
 
-        Its arrays are the caller's: after `add_all` there is nothing left to compute them from, so
-        that the mean is returned once.
+        Its arrays are the caller's: after `add_all` there is nothing left to compute the large ones
+        from, so that the mean is returned once.
 
         Raises
         ------
@@ -188,29 +195,25 @@ class RunningMean:
         """
         if not self.count:
             raise ColearnError("mean: expected at least one model added, found none")
-        averages, self._averages = self._averages, {}
-        summed = _floats(self._like)
         if self._at_once:
-            unpaired = self._unpaired_floats()
-            if len(averages) < len(unpaired):
+            if self._averages is None:
                 raise ColearnError("mean: expected to be asked once after add_all, found twice")
-            summed = {name: array for name, array in summed.items() if name not in unpaired}
-        averages.update(self._divide_floats(summed))
-        result = {
-            name: averages[name] if name in averages else self._divide_whole(name)
-            for name in self._like
-        }
-        for mean, variance in self._pairs:
-            result[variance] = self._pooled_variance(mean, variance)
-        return result
+            averages, self._averages = self._averages, None
+        else:
+            averages = self._divide_large()
+        averages.update(self._small.split(self._small.total / self.weight))
+        averages.update(self._statistics.pooled(self.weight))
+        averages.update({name: self._divide_whole(name) for name in self._whole})
+        return {name: averages[name] for name in self._like}
 
-    def _add_floats(self, arrays: Arrays, weight: float) -> None:
+    def _add_large(self, arrays: Arrays, weight: float) -> None:
         """Add weight * arrays to the float64 sums, block by block."""
+        large = {name: arrays[name] for name in self._large}
         first = not self.count
-        for name, array in arrays.items():
+        for name, array in large.items():
             if first and (name not in self._sums or self._sums[name].shape != array.shape):
                 self._sums[name] = np.empty(array.shape, np.float64)
-        sums, terms = flat({name: self._sums[name] for name in arrays}), flat(arrays)
+        sums, terms = flat(self._sums), flat(large)
 
         def add(parts: list[Part]) -> None:
             scratch = np.empty(BLOCK)
@@ -221,20 +224,13 @@ class RunningMean:
                 else:
                     _add_scaled(total, term, weight, scratch)
 
-        Blocks(arrays).map(add)
+        Blocks(large).map(add)
 
-    def _unpaired_floats(self) -> dict[str, NDArray]:
-        """Return the floats of `like` that no pooled statistics are made of."""
-        paired = {name for pair in self._pairs for name in pair}
-        return {name: a for name, a in _floats(self._like).items() if name not in paired}
-
-    def _average_floats(
-        self, models: Sequence[tuple[Arrays, float]], like: dict[str, NDArray]
-    ) -> dict[str, NDArray]:
-        """Return the averages of some float arrays of all models, block by block."""
-        averages = {name: self._empty(name, array) for name, array in like.items()}
+    def _average_large(self, models: Sequence[tuple[Arrays, float]]) -> dict[str, NDArray]:
+        """Return the averages of the large arrays of all models, block by block."""
+        averages = {name: self._empty(name, self._like[name]) for name in self._large}
         outs = flat(averages)
-        terms = [(flat({n: arrays[n] for n in like}), weight) for arrays, weight in models]
+        terms = [(flat({n: arrays[n] for n in self._large}), weight) for arrays, weight in models]
 
         def average(parts: list[Part]) -> str | None:
             room, scratch = np.empty(BLOCK), np.empty(BLOCK)
@@ -248,16 +244,15 @@ class RunningMean:
                     outs[name][block] = np.divide(total, self.weight, out=total)
             return None
 
-        _refuse_first(Blocks(like).map(average))
+        _refuse_first(Blocks(averages).map(average))
         return averages
 
     def _new_bounds(self, arrays: Arrays, weight: float) -> dict[str, float]:
         """Return bounds of the magnitudes that the sums would have with a model; check them."""
         bounds = {}
-        for name, array in arrays.items():
+        for name in self._bounded:
+            array = arrays[name]
             is_float = array.dtype.kind == "f"
-            if not array.size or (is_float and array.dtype.itemsize < 8):
-                continue  # float64 has room for any sum of float32
             largest = max(abs(array.max().item()), abs(array.min().item()))
             bounds[name] = self._bounds.get(name, 0) + largest * weight
             if bounds[name] >= (sys.float_info.max if is_float else 2**63):
@@ -269,9 +264,9 @@ class RunningMean:
                 raise expected(f"array '{name}'", kind, largest)
         return bounds
 
-    def _divide_floats(self, like: Arrays) -> dict[str, NDArray]:
-        averages = {name: self._empty(name, array) for name, array in like.items()}
-        sums, outs = flat({name: self._sums[name] for name in like}), flat(averages)
+    def _divide_large(self) -> dict[str, NDArray]:
+        averages = {name: self._empty(name, self._like[name]) for name in self._large}
+        sums, outs = flat(self._sums), flat(averages)
 
         def divide(parts: list[Part]) -> None:
             scratch = np.empty(BLOCK)
@@ -279,26 +274,15 @@ class RunningMean:
                 total = sums[name][block]
                 outs[name][block] = np.divide(total, self.weight, out=scratch[: total.size])
 
-        Blocks(like).map(divide)
+        Blocks(averages).map(divide)
         return averages
 
     def _divide_whole(self, name: str) -> NDArray:
-        total, dtype = self._sums[name], self._like[name].dtype
+        total, dtype = self._integers[name], self._like[name].dtype
         if total.dtype.kind == "f":
             return np.floor(total / self.weight + 0.5).astype(dtype)
         quotient, rest = np.divmod(total, self.weight)
         return np.asarray(quotient + (rest >= self.weight - rest)).astype(dtype)
-
-    def _pooled_variance(self, mean: str, variance: str) -> NDArray:
-        center = self._sums[mean] / self.weight
-        with np.errstate(over="ignore"):
-            terms = [weight * (each - center) ** 2 for weight, each in self._means[mean]]
-            # Sorted: the same in any order.
-            between = np.sort(terms, axis=0).sum(axis=0) / self.weight
-            pooled = self._sums[variance] / self.weight + between
-        # Means may be too far apart for the type of their variance.
-        dtype = self._like[variance].dtype
-        return np.asarray(np.minimum(pooled, np.finfo(dtype).max), dtype)
 
 
 def _check_weight(weight: float) -> float:

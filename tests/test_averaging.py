@@ -10,9 +10,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from flwr_colearn import ColearnError, Role, RunningMean, relative_change
-from flwr_colearn.averaging import trainable
+from flwr_colearn.averaging import _SMALL, trainable
 from flwr_colearn.blocks import BLOCK
 from flwr_colearn.rule import CoLearningRule
+
+
+@pytest.fixture(autouse=True, scope="module", params=["joined", "each by itself"])
+def joined(request):
+    """Small arrays are summed in one vector; all that holds of the mean must hold without, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "joined":
+            patch.setattr("flwr_colearn.averaging._SMALL", 0)
+        yield
+
 
 shapes = hnp.array_shapes(min_dims=0, max_dims=3, max_side=4)
 
@@ -138,7 +148,7 @@ def test_models_at_once_are_all_there_are():
 
 
 def test_doubles_whose_block_sums_to_more_than_float64_holds_are_still_averaged():
-    model = {"w": np.full(3, 0.5 * np.finfo(np.float64).max)}
+    model = {"w": np.full(_SMALL, 0.5 * np.finfo(np.float64).max)}
     mean = RunningMean(model)
     with pytest.raises(ColearnError):  # the mean of one by one takes over
         mean.add_all([(model, 1)])
