@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from tabulate import tabulate
 from torch.utils.data import TensorDataset
@@ -32,6 +32,7 @@ from clients.torch_trainer import TorchTrainer, roles_of
 from clients.trainer import NDArray
 from flwr_colearn import (
     CoLearn,
+    ColearnError,
     ExponentialRate,
     History,
     InProcessGrid,
@@ -84,6 +85,8 @@ class Unit:
         Wall time.
     config : dict
         The settings that gave it.
+    diverged : bool
+        Whether training ended in numbers that are not finite; then there is no accuracy.
     """
 
     training: str
@@ -98,6 +101,7 @@ class Unit:
     scheme_bytes: int
     seconds: float
     config: dict[str, object]
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,19 +164,17 @@ def run_cell(cell: Cell) -> Unit:
     k = settings.num_participants
     grid = kind(client_app(participants, scheme, k), k)
     strategy = strategy_of(cell, scheme, judge)
-    config = ConfigRecord({"local-epochs": 1, "learning-rate": settings.learning_rate})
-    config = config if cell.training == "fedavg" else ConfigRecord()
-    rounds = None if cell.training == "colearn" else cell.rounds
-    result = strategy.start(grid, to_record(judge), rounds, train_config=config)
-    shared = {name: array.numpy() for name, array in result.arrays.items()}
+    shared = train(cell, strategy, grid, to_record(judge))
     history: History = strategy.history
-    accuracies, local = evaluate(judge, shared, grid, participants, scheme.is_local)
+    accuracies, local = [0.0], [0.0]
+    if shared is not None:
+        accuracies, local = evaluate(judge, shared, grid, participants, scheme.is_local)
     return Unit(
         cell.training,
         participants.partition,
         cell.scheme,
         participants.seed,
-        None if scheme.is_local else accuracies[0],
+        None if scheme.is_local or shared is None else accuracies[0],
         statistics.mean(accuracies),
         statistics.mean(local),
         len(history),
@@ -180,7 +182,28 @@ def run_cell(cell: Cell) -> Unit:
         sum(record.normalization.get("bytes", 0) for record in history),
         round(time.perf_counter() - started, 1),
         config_of(cell),
+        diverged=shared is None,
     )
+
+
+def train(
+    cell: Cell, strategy: CoLearn | NormalizedFedAvg, grid: InProcessGrid, initial: ArrayRecord
+) -> dict[str, NDArray] | None:
+    """Return the model that a cell's training ends with, or None if it diverges."""
+    config = ConfigRecord()
+    if cell.training == "fedavg":
+        rate = cell.settings.learning_rate
+        config = ConfigRecord({"local-epochs": 1, "learning-rate": rate})
+    rounds = None if cell.training == "colearn" else cell.rounds
+    try:
+        result = strategy.start(grid, initial, rounds, train_config=config)
+    except ColearnError as error:
+        if "expected finite numbers" in str(error):  # what a diverged participant is refused with
+            return None
+        raise
+    shared = {name: array.numpy() for name, array in result.arrays.items()}
+    finite = all(np.isfinite(array).all() for array in shared.values())
+    return shared if finite else None
 
 
 def strategy_of(
@@ -344,7 +367,7 @@ def rows(units: Sequence[Unit], plan: Sequence[Cell]) -> Iterator[dict[str, str]
             title = PARTITIONS[partition]
             row[f"{title}: global"] = _percent([u.shared_accuracy for u in runs], runs)
             row[f"{title}: local"] = _percent([u.local_accuracy for u in runs], runs)
-        same = [u for u in units if (u.training, u.scheme) == (training, scheme)]
+        same = [u for u in units if (u.training, u.scheme) == (training, scheme) and not u.diverged]
         row["MB"] = f"{statistics.mean(u.bytes for u in same) / 1e6:.1f}" if same else ""
         row["of which scheme"] = (
             f"{statistics.mean(u.scheme_bytes for u in same) / 1e6:+.2f}" if same else ""
@@ -356,6 +379,8 @@ def _percent(values: Sequence[float | None], runs: Sequence[Unit]) -> str:
     """Return mean and spread in percent; the sites' own models' mean in parentheses if local."""
     if not values:
         return "not run"
+    if diverged := sum(u.diverged for u in runs):
+        return "diverged" if len(runs) == 1 else f"{diverged} of {len(runs)} diverged"
     if values[0] is None:
         return f"({100 * statistics.mean(u.sites_accuracy for u in runs):.1f})"
     numbers = [100 * value for value in values if value is not None]
@@ -397,6 +422,7 @@ def save_figure(units: Sequence[Unit], path: Path, title: str) -> None:
                     u
                     for u in units
                     if (u.training, u.partition, u.scheme) == (training, partition, scheme)
+                    and not u.diverged
                 ]
                 if not runs:
                     continue

@@ -1,9 +1,10 @@
 """Aggregating K models of ResNet-152: time against Flower's FedAvg, and memory.
 
-Both strategies get the same replies in turn, round after round; the median round counts. The floor
-is what any sum in float64 must move when models come one at a time: K x 20 bytes per parameter
-(read the reply, read and write the sum). Every reply is a model of its own, which takes 12 GB for
-K = 50.
+Both strategies get the same replies in turn, round after round; the median round counts.
+Co-learning gets them at hand together, as FedAvg does, and one by one, as they arrive in a run. The
+floor is what any sum in float64 must move when models come one at a time: K x 20 bytes per
+parameter (read the reply, read and write the sum). Every reply is a model of its own, which takes
+12 GB for K = 50.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import gc
 import statistics
 import time
 import tracemalloc
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -64,19 +66,24 @@ def asked(strategy: CoLearn, server_round: int, model: ArrayRecord) -> list[Mess
 
 def time_rounds(k: int, model: ArrayRecord, models: list[ArrayRecord]) -> dict[str, list[float]]:
     """Return the seconds that each strategy takes to aggregate, round after round, in turns."""
-    colearn = CoLearn(k, local_epochs=1, learning_rate=0.01)
-    seconds: dict[str, list[float]] = {"fedavg": [], "colearn": []}
-    fedavg = FedAvg()
+    at_hand, one_by_one = (CoLearn(k, local_epochs=1, learning_rate=0.01) for _ in range(2))
+    ways: dict[str, tuple[FedAvg, Callable[[list[Message]], Iterable[Message]]]] = {
+        "FedAvg": (FedAvg(), list),
+        "CoLearn": (at_hand, list),
+        "one by one": (one_by_one, iter),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for server_round in range(1, REPEATS + 1):
-        messages = asked(colearn, server_round, model)
-        for name, strategy in (("fedavg", fedavg), ("colearn", colearn)):
+        messages = asked(at_hand, server_round, model)
+        asked(one_by_one, server_round, model)
+        for name, (strategy, given) in ways.items():
             replies = [
                 reply_to(message, models[index], index + 1)
                 for index, message in enumerate(messages)
             ]
             gc.collect()
             started = time.perf_counter()
-            arrays, _ = strategy.aggregate_train(server_round, replies)
+            arrays, _ = strategy.aggregate_train(server_round, given(replies))
             seconds[name].append(time.perf_counter() - started)
             assert arrays is not None
             assert len(arrays) == len(model)
@@ -114,7 +121,7 @@ def peak_memory(strategy: str, k: int) -> float:
         reply_to(message, fresh(index + 1), index + 1) for index, message in enumerate(messages)
     )
     tracemalloc.start()
-    if strategy == "colearn":
+    if strategy == "CoLearn":
         arrays, _ = colearn.aggregate_train(1, replies)
     else:
         arrays, _ = FedAvg().aggregate_train(1, list(replies))
@@ -137,15 +144,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         rows.append(
             {
                 "participants": k,
-                "FedAvg s": round(median["fedavg"], 3),
-                "CoLearn s": round(median["colearn"], 3),
-                "ratio": round(median["colearn"] / median["fedavg"], 3),
+                **{f"{name} s": round(value, 3) for name, value in median.items()},
+                "ratio": round(median["CoLearn"] / median["FedAvg"], 3),
+                "ratio one by one": round(median["one by one"] / median["FedAvg"], 3),
                 "floor s": round(k * 20 * parameters / bandwidth, 3),
             }
         )
     for row in rows:
-        for title, strategy in (("FedAvg", "fedavg"), ("CoLearn", "colearn")):
-            row[f"{title} peak, models"] = round(peak_memory(strategy, row["participants"]), 1)
+        for strategy in ("FedAvg", "CoLearn"):
+            row[f"{strategy} peak, models"] = round(peak_memory(strategy, row["participants"]), 1)
     return {
         "parameters": parameters,
         "bytes of a model": data_bytes(model),

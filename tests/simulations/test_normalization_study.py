@@ -101,6 +101,30 @@ def test_the_table_says_what_is_local_and_what_was_not_run():
     assert set(average.values()) == {"federated averaging", "average", "not run", ""}
 
 
+@pytest.mark.parametrize("training", ["colearn", "fedavg"])
+def test_training_that_diverges_is_a_result_of_its_own(training):
+    diverging = cell(training, "average")
+    diverging = replace(diverging, settings=replace(SETTINGS, learning_rate=1e12))
+    found = run_cell(replace(diverging, test_examples=20))
+    assert found.diverged
+    assert found.shared_accuracy is None
+    both = [found, replace(found, seed=1, diverged=False, shared_accuracy=0.5)]
+    (row,) = rows(both[:1], [diverging])
+    assert row["two classes each: global"] == row["two classes each: local"] == "diverged"
+    assert row["MB"] == ""
+    (row,) = rows(both, [diverging])
+    assert row["two classes each: global"] == "1 of 2 diverged"
+
+
+def test_other_failures_of_a_cell_are_not_taken_for_divergence(monkeypatch):
+    def fails(*args, **kwargs):
+        raise ColearnError("participants: expected 5, found 3")
+
+    monkeypatch.setattr("flwr_colearn.CoLearn.start", fails)
+    with pytest.raises(ColearnError, match="found 3"):
+        run_cell(cell("colearn", "average"))
+
+
 def test_local_accuracy_weighs_classes_as_the_participants_data_do(monkeypatch):
     """A model that is always right about even digits, and never about odd ones."""
 
