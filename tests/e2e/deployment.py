@@ -1,5 +1,6 @@
 """Deployments that run this folder's app unless told otherwise."""
 
+import signal
 from pathlib import Path
 
 import simulations.deployment
@@ -13,3 +14,12 @@ APP = Path(__file__).parent / "app"
 class Deployment(simulations.deployment.Deployment):
     def run(self, app=APP, **config):
         return super().run(app, **config)
+
+    def give_state_dirs(self):
+        """Restart the SuperNodes with a folder for what participants keep."""
+        old = [site.process for site in self.sites]
+        for site in self.sites:
+            site.command[-1] += f' state-dir="{site.home / "state"}"'
+            site.kill(signal.SIGTERM)
+        await_that(lambda: all(s.process not in old for s in self.sites), 60, "new SuperNodes")
+        self.await_nodes(len(self.sites))

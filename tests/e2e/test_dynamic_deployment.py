@@ -63,23 +63,11 @@ def uninterrupted(output, monkeypatch):
     return strategy.history.records, result.arrays["weights"].numpy()
 
 
-def give_state_dirs(deployment):
-    """Restart the SuperNodes with a folder for the learners' models."""
-    old = [site.process for site in deployment.sites]
-    for site in deployment.sites:
-        site.command[-1] += f' state-dir="{site.home / "state"}"'
-        site.kill(signal.SIGTERM)
-    await_that(
-        lambda: all(site.process not in old for site in deployment.sites), 60, "new SuperNodes"
-    )
-    deployment.await_nodes(LEARNERS)
-
-
 @pytest.mark.timeout(1800)
 def test_a_server_that_is_killed_resumes_and_learners_have_kept_their_models(
     deployment, monkeypatch
 ):
-    give_state_dirs(deployment)
+    deployment.give_state_dirs()
     output = deployment.folder / "resumed"
     output.mkdir()
     config = {
