@@ -6,6 +6,7 @@ their own) can be, and arrays that stay keep their values.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from flwr_colearn import (
     LayerNorm,
     Normalization,
 )
+from flwr_colearn.sidebyside import Meeting, meeting_of
 
 ops = keras.ops
 BatchNorm = keras.layers.BatchNormalization
@@ -61,8 +63,7 @@ class BatchRenormalization(BatchNorm):
         moving_sigma = ops.sqrt(self.moving_variance + self.epsilon)
         r = ops.stop_gradient(ops.clip(sigma / moving_sigma, 1.0 / r_max, r_max))
         d = ops.stop_gradient(ops.clip((mean - self.moving_mean) / moving_sigma, -d_max, d_max))
-        for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
+        _track(self, mean, variance)
         self.steps.assign_add(1)
         normal = (inputs - ops.reshape(mean, shape)) / ops.reshape(sigma, shape)
         return _affine(self, normal * ops.reshape(r, shape) + ops.reshape(d, shape), shape)
@@ -143,7 +144,8 @@ def convert(model: keras.Model, scheme: Normalization) -> keras.Model:
 def normalised(model: keras.Model, config: Mapping[str, Any]) -> Iterator[None]:
     """Let a model's batch-norm layers train as the server's scheme says, within the block.
 
-    As `clients.torch_normalization.normalised`, for a model that was converted for `Frozen`.
+    As `clients.torch_normalization.normalised`; for `Frozen` the model has been converted, and for
+    `Synchronised` gradients are computed eagerly, with no ``tf.function`` around the model.
 
     Raises
     ------
@@ -151,11 +153,9 @@ def normalised(model: keras.Model, config: Mapping[str, Any]) -> Iterator[None]:
         If the scheme cannot be had here; the message says why.
     """
     if config.get("normalization") == "synchronised":
-        raise ColearnError(
-            "synchronised normalization: expected PyTorch participants side by side in one "
-            "process, whose layers can exchange sums while they compute, found a Keras model; use "
-            "another scheme"
-        )
+        with _synchronised(list(batch_norms(model)), config):
+            yield
+        return
     frozen = bool(config.get("normalization-frozen"))
     layers = list(batch_norms(model)) if frozen else []
     for layer in layers:
@@ -215,12 +215,14 @@ def recalibrated(
     return arrays
 
 
-def _check_plain(layer: Any) -> None:
+def _check_plain(
+    layer: Any,
+    known: tuple[type, ...] = (BatchNorm, FreezableBatchNormalization, BatchRenormalization),
+) -> None:
     """Raise a ColearnError for a layer that does more than batch norm, which would be lost."""
-    known = (BatchNorm, FreezableBatchNormalization, BatchRenormalization)
-    if type(layer).call not in [each.call for each in known]:
+    if type(layer).call not in [each.call for each in known] or getattr(layer, "renorm", False):
         raise ColearnError(
-            "normalization: expected Keras's own batch-norm layers, found "
+            "normalization: expected Keras's own batch-norm layers without renorm, found "
             f"{type(layer).__module__}.{type(layer).__name__}, whose call does something else "
             "besides; use a scheme that leaves layers as they are, or another model"
         )
@@ -231,6 +233,109 @@ def batch_norms(model: keras.Model) -> Iterator[Any]:
     for layer in model._flatten_layers():
         if isinstance(layer, BatchNorm) and layer.moving_mean is not None:
             yield layer
+
+
+@contextmanager
+def _synchronised(layers: list[Any], config: Mapping[str, Any]) -> Iterator[None]:
+    """Let layers normalise with the batches of all participants, within the block."""
+    joint = _JointBatch(*meeting_of(config))
+    for layer in layers:
+        _check_plain(layer, (BatchNorm, FreezableBatchNormalization))
+    for layer in layers:
+        layer.call = partial(joint.call, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.call
+    if not joint.used and any(layer.trainable for layer in layers):
+        raise ColearnError(
+            "synchronised normalization: expected gradients to be computed eagerly in the block, "
+            "found that no layer was called there; a step compiled before it (tf.function, "
+            "model.fit) knows nothing of it"
+        )
+
+
+class _JointBatch:
+    """Batch norm over the batches of all participants at a meeting, for one of them.
+
+    Parameters
+    ----------
+    meeting : Meeting
+        Of the participants, who call the same layers in the same order.
+    rank : int
+        The participant's.
+
+    Notes
+    -----
+    TensorFlow promises no order for the backward pass, but sums must be those of the same layer
+    everywhere. So every layer hands a number on to the next, its turn: its own gradient depends on
+    the number's, which comes back only when the next one has had its turn.
+    """
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self.used = False
+        self._meeting, self._rank = meeting, rank
+        self._turn = tf.zeros(())
+
+    def call(self, layer: Any, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        """Take the place of a layer's ``call``."""
+        if not training or not layer.trainable:
+            return type(layer).call(layer, inputs, training=training, mask=mask)
+        if mask is not None:
+            raise ColearnError("synchronised normalization: expected inputs without a mask")
+        if not tf.executing_eagerly():
+            raise ColearnError(
+                "synchronised normalization: expected gradients computed eagerly, since layers "
+                "that wait for other participants would hold up TensorFlow's threads, found a "
+                "compiled step (tf.function, model.fit)"
+            )
+        self.used = True
+        inputs = _wide(inputs)
+        normal, self._turn = self._normalise(layer, inputs)
+        return _affine(layer, normal, _axes(layer, inputs)[1])
+
+    def _normalise(self, layer: Any, inputs: Any) -> Any:
+        """Return the normal inputs, and the next layer's turn."""
+
+        @tf.custom_gradient
+        def normalise(inputs: Any, turn: Any) -> Any:
+            normal, *saved = self._forward(layer, inputs)
+
+            def backward(gradient: Any, next_turn: Any) -> Any:
+                return self._backward(layer, gradient, normal, *saved), next_turn
+
+            return (ops.cast(normal, inputs.dtype), turn), backward
+
+        return normalise(inputs, self._turn)
+
+    def _forward(self, layer: Any, inputs: Any) -> tuple[Any, Any, float, float]:
+        """Return inputs (normal), sigma, the joint number of values, the share of the examples."""
+        axes, shape = _axes(layer, inputs)
+        wide = ops.cast(inputs, "float64")
+        numbers = np.prod([inputs.shape[axis] for axis in axes]), inputs.shape[0]
+        sums = np.append(ops.sum(wide, axes).numpy(), numbers)
+        *sums, total, examples = self._meeting.sum(self._rank, sums)
+        mean = np.array(sums) / total
+        centered = wide - ops.reshape(mean, shape)
+        squares = ops.sum(ops.square(centered), axes).numpy()
+        variance = self._meeting.sum(self._rank, squares) / total
+        _track(layer, mean, variance)  # biased, as Keras has it
+        sigma = ops.reshape(np.sqrt(variance + layer.epsilon), shape)
+        return centered / sigma, sigma, total, inputs.shape[0] / examples
+
+    def _backward(
+        self, layer: Any, gradient: Any, normal: Any, sigma: Any, total: float, share: float
+    ) -> Any:
+        """Return the gradient by the inputs."""
+        axes, shape = _axes(layer, gradient)
+        wide = ops.cast(gradient, "float64")
+        # Everyone differentiates the mean loss of its own batch; the joint loss is the mean with
+        # the shares as weights, with which the server will average the gradients.
+        own = np.stack([ops.sum(wide, axes).numpy(), ops.sum(wide * normal, axes).numpy()]) * share
+        sums = self._meeting.sum(self._rank, own) / (total * share)
+        through = ops.reshape(sums[0], shape) + normal * ops.reshape(sums[1], shape)
+        return ops.cast((wide - through) / sigma, gradient.dtype)
 
 
 class _Moments:
@@ -281,6 +386,13 @@ def _axes(layer: Any, inputs: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _wide(inputs: Any) -> Any:
     """Return inputs of mixed precision as float32, in which statistics are taken."""
     return ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
+
+
+def _track(layer: Any, mean: Any, variance: Any) -> None:
+    """Move a layer's statistics towards those of a batch."""
+    for moving, batch in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
+        batch = ops.cast(batch, moving.dtype)
+        moving.assign(moving * layer.momentum + batch * (1.0 - layer.momentum))
 
 
 def _affine(layer: Any, normal: Any, shape: tuple[int, ...]) -> Any:

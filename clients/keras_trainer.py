@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -208,7 +208,8 @@ class KerasTrainer:
         self._loss_scale.assign(1.0)
         with self._on_device():
             step_seed = np.array([derive_seed(own_seed, 0), 0])
-            loss, found = self._gradients(batch.inputs, batch.labels, step_seed)
+            given = (batch.inputs, batch.labels, step_seed)
+            loss, found = self._gradients(*(tf.constant(each) for each in given))
         arrays = self.get_weights()
         for name in names:
             gradient = found.get(name)
@@ -237,9 +238,21 @@ class KerasTrainer:
             arrays = recalibrated(self.model, batches, lambda variable: names[id(variable)])
         return arrays, count - lonely
 
-    def normalised(self, config: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Return a block in which batch norm trains as the server's scheme says."""
-        return normalised(self.model, config)
+    @contextmanager
+    def normalised(self, config: Mapping[str, Any]) -> Iterator[None]:
+        """Return a block in which batch norm trains as the server's scheme says.
+
+        Under `Synchronised`, `gradients` computes eagerly there: see
+        `clients.keras_normalization.normalised`.
+        """
+        compiled = self._gradients
+        if config.get("normalization") == "synchronised":
+            self._gradients = self._loss_and_gradients
+        try:
+            with normalised(self.model, config):
+                yield
+        finally:
+            self._gradients = compiled
 
     def evaluate(self) -> dict[str, float]:
         """Return ``num-examples``, mean ``loss`` and the objective's metrics on the test set."""

@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from flwr_colearn import (
 )
 from flwr_colearn.normalization import layer_arrays
 from flwr_colearn.roles import assign_roles
+from flwr_colearn.sidebyside import Meeting, _meetings
 
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
@@ -206,7 +209,7 @@ def test_what_keras_cannot_have_is_refused():
     ):
         pass
     with (
-        pytest.raises(ColearnError, match="PyTorch participants side by side"),
+        pytest.raises(ColearnError, match="side by side in one process"),
         normalised(network(), {"normalization": "synchronised"}),
     ):
         pass
@@ -222,6 +225,15 @@ def test_a_layer_that_does_more_than_batch_norm_is_not_converted_in_silence():
         with pytest.raises(ColearnError, match=r"expected Keras's own.*Activated"):
             convert(model, scheme)
     assert convert(model, Pooled()) is model
+    for layer in (Activated(), BatchNorm(renorm=True)):
+        model = keras.Sequential([keras.Input((3,)), layer])
+        with pytest.raises(ColearnError, match=r"expected Keras's own"):
+            side_by_side([model] * 2, [np.ones((2, 3))] * 2, tape_gradients)
+        with pytest.raises(ColearnError, match=r"expected Keras's own"):
+            convert(model, Frozen(1))
+    renormed = convert(network(), BatchRenorm())  # would train as plain batch norm
+    with pytest.raises(ColearnError, match=r"BatchRenormalization.*something else"):
+        side_by_side([renormed], data(4), tape_gradients)
 
 
 def test_other_schemes_change_nothing():
@@ -230,3 +242,219 @@ def test_other_schemes_change_nothing():
     assert np.array_equal(convert(model, Pooled())(x), wanted)
     with normalised(model, {"normalization": "pooled"}):
         assert {type(layer) for layer in batch_norms(model)} == {keras.layers.BatchNormalization}
+
+
+# Synchronised ------------------------------------------------------------------------------------
+
+BatchNorm = keras.layers.BatchNormalization
+
+
+def side_by_side(models, data, work):
+    """Run ``work(model_k, data_k)`` for every participant, at a meeting, in threads."""
+    meeting, results, errors = Meeting(len(data)), [None] * len(data), []
+    _meetings[999] = meeting
+
+    def run(rank):
+        config = {"normalization": "synchronised", "meeting": 999, "meeting-rank": rank}
+        try:
+            with normalised(models[rank], config):
+                results[rank] = work(models[rank], data[rank])
+        except Exception as error:
+            errors.append(error)
+            meeting.leave()
+
+    threads = [threading.Thread(target=run, args=(k,), daemon=True) for k in range(len(data))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads)
+    del _meetings[999]
+    assert not any("call" in vars(layer) for model in models for layer in batch_norms(model))
+    if errors:
+        raise errors[0]
+    return results, meeting
+
+
+def step(model, x):
+    """Return outputs, and the gradients of a mean loss by the weights and by the inputs."""
+    x = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = model(x, training=True)
+        loss = tf.reduce_mean(y**2 + y)
+    weights = [variable.value for variable in model.trainable_variables]
+    *found, by_inputs = tape.gradient(loss, [*weights, x])
+    return y.numpy(), [gradient.numpy() for gradient in found], by_inputs.numpy()
+
+
+def other_axis():
+    """Layers without gamma or beta over another axis, in front of all that is trained."""
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((5, 5, 3)),
+            BatchNorm(axis=1, center=False, epsilon=1e-2),
+            keras.layers.Activation("tanh"),
+            BatchNorm(axis=2, scale=False, momentum=0.6),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2),
+        ]
+    )
+
+
+def assert_close(found, wanted, rtol=1e-9, atol=1e-12):
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def weighted_mean(parts, sizes):
+    return [
+        sum(n * each for n, each in zip(sizes, values, strict=True)) / sum(sizes)
+        for values in zip(*parts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("make", "widths"), [(network, 6 + 4), (other_axis, 5 + 5)])
+def test_synchronised_equals_one_batch_norm_over_the_joint_batch(make, widths):
+    sizes = (4, 6, 11)
+    models, parts = [make() for _ in sizes], data(*sizes)
+    found, meeting = side_by_side(models, parts, step)
+    alone = make()
+    outputs, gradients, by_inputs = step(alone, np.concatenate(parts))
+    assert_close(np.concatenate([y for y, _, _ in found]), outputs)
+    # Each by the mean loss of its own batch.
+    assert_close(weighted_mean([g for _, g, _ in found], sizes), gradients)
+    shares = [n / sum(sizes) * g for n, (_, _, g) in zip(sizes, found, strict=True)]
+    assert_close(np.concatenate(shares), by_inputs)
+    for model in models:
+        assert_close(model.non_trainable_variables, alone.non_trainable_variables)
+    # A layer moves, each way: sums, count and examples; squares; two sums of gradients.
+    assert meeting.bytes == 2 * 3 * 8 * (4 * widths + 2 * 2)
+
+
+def test_synchronised_weights_after_steps_with_momentum_are_those_of_the_joint_batch():
+    sizes = (4, 6, 11)
+    models, parts, alone = [network() for _ in sizes], data(*sizes), network()
+
+    def descend(model, gradients, velocity):
+        for variable, gradient, speed in zip(
+            model.trainable_variables, gradients, velocity, strict=True
+        ):
+            speed *= 0.9
+            speed += gradient
+            variable.assign(variable - 0.05 * speed)
+
+    velocities = [
+        [np.zeros(variable.shape) for variable in model.trainable_variables]
+        for model in (alone, *models)
+    ]
+    start = [variable.numpy() for variable in alone.trainable_variables]
+    for _ in range(4):
+        found, _ = side_by_side(models, parts, step)
+        mean = weighted_mean([gradients for _, gradients, _ in found], sizes)
+        for model, velocity in zip(models, velocities[1:], strict=True):
+            descend(model, mean, velocity)
+        descend(alone, step(alone, np.concatenate(parts))[1], velocities[0])
+    for model in models:
+        assert_close(model.variables, alone.variables, rtol=1e-8, atol=1e-10)
+    moved = [np.abs(a - b).max() for a, b in zip(start, alone.trainable_variables, strict=True)]
+    # Biases before a batch norm have none.
+    assert sorted(moved)[2] > 1e-3
+
+
+class Branches(keras.Model):
+    """Two branches of equal shape, called in one order and added in another."""
+
+    def __init__(self, last_first):
+        super().__init__()
+        self.convs = [keras.layers.Conv2D(4, 2) for _ in range(2)]
+        self.norms = [BatchNorm(), BatchNorm()]
+        self.last_first = last_first
+
+    def call(self, x, training=None):
+        pairs = zip(self.convs, self.norms, strict=True)
+        first, last = [norm(conv(x), training=training) for conv, norm in pairs]
+        first, last = tf.tanh(first), tf.square(last)
+        return last + first if self.last_first else first + last
+
+
+def test_synchronised_sums_are_of_the_same_layer_in_whatever_order_gradients_flow():
+    # TensorFlow's backward pass goes through branches by the order of the addition.
+    def branches(last_first=False):
+        keras.utils.set_random_seed(0)
+        model = Branches(last_first)
+        model(parts[0])
+        return model
+
+    sizes = (4, 6)
+    parts = data(*sizes)
+    found, _ = side_by_side([branches(), branches(last_first=True)], parts, step)
+    _, gradients, _ = step(branches(), np.concatenate(parts))
+    assert_close(weighted_mean([g for _, g, _ in found], sizes), gradients)
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_synchronised_ends_for_all_when_a_participant_leaves(phase):
+    def work(model, x):
+        if len(x) == 6 and phase == "forward":
+            raise RuntimeError("the power is out")
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(x, training=True))
+        if len(x) == 6:
+            raise RuntimeError("the power is out")
+        try:
+            tape.gradient(loss, model.trainable_variables[0].value)
+        except ColearnError as error:
+            left.append(str(error))
+            raise
+
+    left = []
+    with pytest.raises((ColearnError, RuntimeError)):
+        side_by_side([network() for _ in range(3)], data(4, 6, 11), work)
+    assert len(left) == (2 if phase == "backward" else 0)
+    assert all("one has left" in reason for reason in left)
+
+
+def test_synchronised_layers_that_are_not_trained_use_their_statistics():
+    models, (x,) = [network(), network()], data(4)
+    wanted = models[0](x, training=False)
+    for model in models:
+        for layer in batch_norms(model):
+            layer.trainable = False
+    found, meeting = side_by_side(models, [x, x], lambda model, x: model(x, training=True))
+    assert_close(found, [wanted, wanted])
+    assert meeting.bytes == 0
+
+
+def test_synchronised_in_a_compiled_step_is_refused():
+    compiled = tf.function(lambda x: model(x, training=True))
+    model, (x,) = network(), data(4)
+    with pytest.raises(ColearnError, match="expected gradients computed eagerly"):
+        side_by_side([model], [x], lambda _, x: compiled(x))
+    compiled(x)
+    with pytest.raises(ColearnError, match="no layer was called there"):
+        side_by_side([model], [x], lambda _, x: compiled(x))
+
+
+def test_synchronised_with_a_mask_is_refused():
+    model = keras.Sequential([keras.Input((2, 3)), keras.layers.Masking(), BatchNorm()])
+    with pytest.raises(ColearnError, match="without a mask"):
+        side_by_side([model], [np.ones((4, 2, 3))], lambda model, x: model(x, training=True))
+
+
+def test_synchronised_in_mixed_precision_rounds_once_as_keras_does():
+    def layer():
+        model = keras.Sequential([keras.Input((3,)), BatchNorm(dtype="mixed_bfloat16")])
+        model.layers[0].gamma.assign([0.3, 1.7, 5.1])
+        model.layers[0].beta.assign([0.1, 0.7, -3.3])
+        return model
+
+    rng = np.random.default_rng(2)
+    parts = [tf.cast(rng.normal(k, k + 1, (200, 3)), tf.bfloat16) for k in range(2)]
+    models = [layer(), layer()]
+    found, _ = side_by_side(models, parts, lambda model, x: model(x, training=True))
+    found, wanted = tf.concat(found, 0), layer()(tf.concat(parts, 0), training=True)
+    assert found.dtype == wanted.dtype == tf.bfloat16
+    # But for ties that the last bit of float32 decides.
+    assert np.mean(found.numpy() == wanted.numpy()) > 0.98

@@ -14,11 +14,15 @@ from clients.tf_setup import keras, tf
 from flwr_colearn import (
     BatchRenorm,
     CoLearn,
+    ColearnError,
     Frozen,
     GroupNorm,
     InProcessGrid,
     Pooled,
     Recalibrated,
+    Recovery,
+    SideBySideGrid,
+    Synchronised,
     SynchronousSGD,
 )
 
@@ -201,13 +205,13 @@ def record_of(trainer):
     return ArrayRecord({name: Array(array) for name, array in trainer.get_weights().items()})
 
 
-def run(strategy_of, data, scheme=None, rounds=5, norm=True):
+def run(strategy_of, data, scheme=None, rounds=5, norm=True, grid=InProcessGrid, **options):
     """Train a strategy's rounds with one participant for each part of the data."""
     scheme = scheme or Pooled()
-    trainers = [trainer_of(convert(network(norm), scheme), part) for part in data]
+    trainers = [trainer_of(convert(network(norm), scheme), part, **options) for part in data]
     app = make_client_app(lambda context: trainers[context.node_config["partition-id"]])
     strategy = strategy_of(len(data), roles=trainers[0].roles(), normalization=scheme)
-    result = strategy.start(InProcessGrid(app, len(data)), record_of(trainers[0]), rounds)
+    result = strategy.start(grid(app, len(data)), record_of(trainers[0]), rounds)
     return {name: array.numpy() for name, array in result.arrays.items()}
 
 
@@ -236,6 +240,58 @@ def test_plain_batch_norm_interferes():
     # The counterpart of the test above: the equality is not for free.
     found, one = run(synchronous, shards()), run(synchronous, [joint()])
     assert np.abs(found["dense/kernel"] - one["dense/kernel"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_synchronised_batch_norm_is_sgd_on_the_joint_batch_too(jit_compile):
+    def doubled(inputs, training, seed):
+        assert tf.is_tensor(inputs)  # eagerly too
+        assert tf.is_tensor(seed)
+        return 2.0 * inputs
+
+    options = {"transform": doubled, "jit_compile": jit_compile}
+    found = run(synchronous, shards(), Synchronised(), grid=SideBySideGrid, **options)
+    alone = trainer_of(network(), joint(), momentum=0.9, weight_decay=0.01, **options)
+    for _ in range(5):
+        alone.train_epoch(0.1, seed=0)  # one batch: a step of the trainer's own SGD
+    for name, wanted in alone.get_weights().items():
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_synchronised_in_mixed_precision_is_near_that_of_float32():
+    found = [
+        run(synchronous, shards(), Synchronised(), grid=SideBySideGrid, precision=precision)
+        for precision in ("float32", "bfloat16")
+    ]
+    for name, wanted in found[0].items():
+        assert found[1][name].dtype == wanted.dtype
+        np.testing.assert_allclose(found[1][name], wanted, rtol=0.05, atol=0.05, err_msg=name)
+
+
+def test_after_the_block_gradients_are_compiled_again():
+    trainer = trainer_of(network(), examples(16))
+    compiled = trainer._gradients
+    with (
+        pytest.raises(ColearnError, match="that is alone"),
+        trainer.normalised({"normalization": "synchronised"}),
+    ):
+        pass
+    assert trainer._gradients is compiled
+
+
+def test_synchronised_with_a_participant_that_fails_ends_with_the_reason():
+    trainers = [trainer_of(network(), part) for part in shards()]
+    app = make_client_app(lambda context: trainers[context.node_config["partition-id"]])
+    strategy = synchronous(
+        K,
+        roles=trainers[0].roles(),
+        normalization=Synchronised(),
+        recovery=Recovery(max_restarts=0),
+    )
+    grid = SideBySideGrid(app, K)
+    grid.contexts[2].node_config["partition-id"] = 99  # there is no such trainer
+    with pytest.raises(ColearnError, match="participant"):
+        strategy.start(grid, record_of(trainers[0]), num_rounds=1)
 
 
 def test_recalibrated_runs_through_the_app():
