@@ -268,7 +268,8 @@ class _Synchronise(torch.autograd.Function):
         normal = centered / (variance.view(shape) + layer.eps).sqrt()
         ctx.save_for_backward(normal, variance)
         ctx.job = layer.eps, meeting, rank, total, inputs.shape[0] / examples
-        return normal.to(inputs.dtype)
+        # A copy in float64 too: an activation may work in place, and `normal` is saved.
+        return normal.to(inputs.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]

@@ -240,6 +240,16 @@ def test_synchronised_equals_one_batch_norm_over_the_joint_batch(make):
     assert meeting.bytes == 2 * 3 * 8 * sum(4 * width + 2 for width in widths)
 
 
+def test_what_follows_a_synchronised_layer_without_gamma_may_act_in_place():
+    net = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.ReLU(inplace=True)).double()
+    parts = [x.requires_grad_() for x in batches([6, 6])]
+    side_by_side(net, parts, lambda own, x: own(x).square().mean().backward())
+    joint = torch.cat([x.detach() for x in parts]).requires_grad_()
+    net(joint).square().mean().backward()
+    gradient = torch.cat([x.grad / 2 for x in parts])
+    torch.testing.assert_close(gradient, joint.grad, rtol=1e-9, atol=1e-13)
+
+
 @pytest.mark.parametrize("make", [network, acting])
 def test_in_evaluation_synchronised_layers_meet_nobody(make):
     net, (x,) = make().eval(), batches([4])
