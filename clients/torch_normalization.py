@@ -1,6 +1,7 @@
 """PyTorch's half of the normalization schemes; layers are found by module type, never by name."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -69,12 +70,34 @@ class BatchRenormLayer(BatchNorm):
             raise ValueError(f"expected at least 2 dimensions, found {input.dim()}")
 
 
+class _Acting(nn.Module):
+    """Mixin that lets `drop` and `act` follow a norm, as in timm's ``BatchNormAct2d``.
+
+    They are children beside the norm's arrays, which thus keep their names (``bn.weight``).
+    """
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(inputs)))  # type: ignore[no-any-return]
+
+
+class GroupNormAct(_Acting, nn.GroupNorm):
+    """Group norm in the place of a batch norm that `drop` and `act` follow."""
+
+
+class BatchRenormAct(_Acting, BatchRenormLayer):
+    """Batch renormalization in the place of a batch norm that `drop` and `act` follow."""
+
+
 def convert(model: nn.Module, scheme: Normalization) -> nn.Module:
     """Return a copy of a model with its batch-norm layers as the scheme has them.
 
     `GroupNorm` and `LayerNorm` take their place with gamma and beta; `BatchRenorm` keeps the
     statistics as well. Other schemes change no layer. Layer norm is over channels and positions
-    together, with gamma and beta by channel: group norm with one group.
+    together, with gamma and beta by channel: group norm with one group. Where dropout and an
+    activation are part of the layer (timm's ``BatchNormAct2d``), they go on following the norm.
 
     Parameters
     ----------
@@ -91,7 +114,7 @@ def convert(model: nn.Module, scheme: Normalization) -> nn.Module:
     Raises
     ------
     ColearnError
-        If a layer that would be converted computes more than batch norm.
+        If a layer that would be converted computes anything else besides batch norm.
     """
     model = copy.deepcopy(model)
     if not isinstance(scheme, GroupNorm | LayerNorm | BatchRenorm):
@@ -105,7 +128,8 @@ def normalised(model: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
 
     One line around the training loop, for the schemes under which layers compute otherwise than
     they usually do: in the second phase of `Frozen` they normalise with the shared statistics,
-    whatever ``model.train()`` says; `Synchronised` ones use the batch of all participants.
+    whatever ``model.train()`` says; `Synchronised` ones use the batch of all participants. What
+    follows the norm in a layer (timm's dropout) trains as ever.
 
     Parameters
     ----------
@@ -126,18 +150,16 @@ def normalised(model: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
         with normalised(model, message.content["config"]):
             train(model, data)
     """
-    scheme = config.get("normalization")
     layers = [layer for layer in model.modules() if isinstance(layer, BatchNorm)]
-    if scheme == "synchronised":
-        meeting, rank = meeting_of(config)
-        for layer in layers:
-            _check_plain(layer)
-            layer.forward = partial(_synchronised_forward, layer, meeting, rank)
-    frozen = bool(config.get("normalization-frozen"))
     try:
-        if frozen:
+        if config.get("normalization") == "synchronised":
+            meeting, rank = meeting_of(config)
             for layer in layers:
-                layer.eval()
+                acts = _acts(layer)
+                layer.forward = partial(_synchronised_forward, layer, acts, meeting, rank)
+        if config.get("normalization-frozen"):
+            for layer in layers:
+                layer.training = False
                 layer.train = partial(_stay, layer)  # type: ignore[method-assign]
         yield
     finally:
@@ -182,7 +204,7 @@ def recalibrated(
     ]
     model.eval()  # dropout is no part of the statistics
     for layer in layers.values():
-        layer.train()
+        layer.training = True  # not train(): dropout may be a part of the layer
     try:
         for inputs in batches:
             model(inputs)
@@ -246,7 +268,8 @@ class _Synchronise(torch.autograd.Function):
         normal = centered / (variance.view(shape) + layer.eps).sqrt()
         ctx.save_for_backward(normal, variance)
         ctx.job = layer.eps, meeting, rank, total, inputs.shape[0] / examples
-        return normal.to(inputs.dtype)
+        # A copy in float64 too: an activation may work in place, and `normal` is saved.
+        return normal.to(inputs.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
@@ -264,7 +287,9 @@ class _Synchronise(torch.autograd.Function):
         return result.to(gradient.dtype), None, None, None
 
 
-def _synchronised_forward(layer: BatchNorm, meeting: Meeting, rank: int, inputs: Tensor) -> Tensor:
+def _synchronised_forward(
+    layer: BatchNorm, acts: bool, meeting: Meeting, rank: int, inputs: Tensor
+) -> Tensor:
     if not layer.training:
         return type(layer).forward(layer, inputs)
     if inputs.device.type != "cpu":
@@ -274,10 +299,10 @@ def _synchronised_forward(layer: BatchNorm, meeting: Meeting, rank: int, inputs:
             f"{inputs.device}"
         )
     normal = _Synchronise.apply(inputs, layer, meeting, rank)
-    if not layer.affine:
-        return normal  # type: ignore[no-any-return]
-    shape = [1, -1] + [1] * (inputs.dim() - 2)
-    return normal * layer.weight.view(shape) + layer.bias.view(shape)  # type: ignore[no-any-return]
+    if layer.affine:
+        shape = [1, -1] + [1] * (inputs.dim() - 2)
+        normal = normal * layer.weight.view(shape) + layer.bias.view(shape)
+    return layer.act(layer.drop(normal)) if acts else normal  # type: ignore[no-any-return,operator]
 
 
 def _track(layer: BatchNorm, mean: Tensor, variance: Tensor) -> None:
@@ -291,7 +316,9 @@ def _track(layer: BatchNorm, mean: Tensor, variance: Tensor) -> None:
 
 
 def _stay(layer: nn.Module, mode: bool = True) -> nn.Module:
-    """Take the place of ``train`` in a frozen layer."""
+    """Take the place of ``train`` in a frozen layer; dropout that is a part of it is not frozen."""
+    for child in layer.children():
+        child.train(mode)
     return layer
 
 
@@ -303,30 +330,41 @@ def _replace(module: nn.Module, convert_layer: Callable[[BatchNorm], nn.Module])
     return module
 
 
-def _check_plain(layer: BatchNorm) -> None:
-    """Raise a ColearnError for a layer that does more than batch norm, which would be lost."""
-    known = (BatchNorm, nn.SyncBatchNorm, BatchRenormLayer)
-    if type(layer).forward not in [each.forward for each in known]:
+def _acts(layer: BatchNorm) -> bool:
+    """Return whether `drop` and `act` follow a layer's batch norm.
+
+    Raise a ColearnError for a layer that does anything else besides, which would be lost.
+    """
+    timm = sys.modules.get("timm.layers")  # not imported: participants work without it
+    plain = [BatchNorm, nn.SyncBatchNorm, BatchRenormLayer]
+    acting = [_Acting, timm.BatchNormAct2d] if timm else [_Acting]
+    forward = type(layer).forward
+    if forward not in [kind.forward for kind in plain + acting]:
         raise ColearnError(
-            "normalization: expected batch-norm layers of torch's own, found "
-            f"{type(layer).__module__}.{type(layer).__name__}, whose forward does something else "
-            "besides (an activation, say); use a scheme that leaves layers as they are, or another "
-            "model"
+            "normalization: expected batch-norm layers of torch's own or timm's BatchNormAct2d, "
+            f"found {type(layer).__module__}.{type(layer).__name__}, whose forward does something "
+            "else besides; use a scheme that leaves layers as they are, or another model"
         )
+    return forward in [kind.forward for kind in acting]
 
 
 def _converted(layer: BatchNorm, scheme: GroupNorm | LayerNorm | BatchRenorm) -> nn.Module:
-    _check_plain(layer)
+    acts = _acts(layer)
     channels, state = layer.num_features, layer.state_dict()
     like = next((tensor for tensor in state.values() if tensor.is_floating_point()), None)
     where: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
     new: nn.Module
     if isinstance(scheme, BatchRenorm):
         options = {"eps": layer.eps, "momentum": layer.momentum, "affine": layer.affine}
-        new = BatchRenormLayer(channels, scheme, **options, **where)
+        renorm = BatchRenormAct if acts else BatchRenormLayer
+        new = renorm(channels, scheme, **options, **where)
     else:
         groups = scheme.groups_of(channels) if isinstance(scheme, GroupNorm) else 1
-        new = nn.GroupNorm(groups, channels, layer.eps, layer.affine, **where)
+        norm = GroupNormAct if acts else nn.GroupNorm
+        new = norm(groups, channels, layer.eps, layer.affine, **where)
     # Not strict: a layer that tracked no statistics has none to keep.
     new.load_state_dict({n: a for n, a in state.items() if n in new.state_dict()}, strict=False)
-    return new.train(layer.training)
+    new.train(layer.training)
+    if acts:
+        new.drop, new.act = layer.drop, layer.act
+    return new

@@ -8,6 +8,7 @@ told to the participants. It is one value, ``CoLearn(..., normalization=LocalSta
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import Signature, signature
 from typing import Any, ClassVar
 
 from .errors import ColearnError, expected, whole_number
@@ -312,7 +313,7 @@ def scheme_named(name: str, **parameters: Any) -> Normalization:
     Raises
     ------
     ColearnError
-        If there is none.
+        If there is none, or if it has other parameters.
 
     Examples
     --------
@@ -321,6 +322,11 @@ def scheme_named(name: str, **parameters: Any) -> Normalization:
     """
     if name not in SCHEMES:
         raise expected("normalization", f"one of {', '.join(SCHEMES)}", name)
+    wanted = signature(SCHEMES[name]).replace(return_annotation=Signature.empty)
+    try:
+        wanted.bind(**parameters)
+    except TypeError:  # an unknown parameter, or one too few
+        raise expected(f"normalization {name}", f"parameters {wanted}", parameters) from None
     return SCHEMES[name](**parameters)
 
 

@@ -28,7 +28,12 @@ from flwr_colearn import (
     participant_mod,
 )
 from flwr_colearn.keeping import LocalArrays
-from flwr_colearn.normalization import as_normalization, layer_arrays, statistics_of
+from flwr_colearn.normalization import (
+    as_normalization,
+    layer_arrays,
+    scheme_named,
+    statistics_of,
+)
 from flwr_colearn.roles import assign_roles
 
 K = 3
@@ -378,6 +383,20 @@ def test_schemes_for_statistics_refuse_a_model_without_any(scheme):
 def test_only_an_object_is_a_scheme(value):
     with pytest.raises(ColearnError, match="a scheme such as Pooled"):
         as_normalization(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("group-norm", {"wrong": 1}, r"group-norm: .*\(groups: int = 8\), found {'wrong': 1}"),
+        ("pooled", {"every": 2}, r"pooled: expected parameters \(\), found {'every': 2}"),
+        ("frozen", {}, r"frozen: expected parameters \(after: int\), found {}"),
+        ("batchnorm", {}, r"one of average, pooled, .*, found 'batchnorm'"),
+    ],
+)
+def test_a_name_with_other_parameters_is_no_scheme(name, parameters, message):
+    with pytest.raises(ColearnError, match=message):
+        scheme_named(name, **parameters)
 
 
 def test_arguments_are_checked():

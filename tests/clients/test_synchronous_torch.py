@@ -34,6 +34,12 @@ def network(norm=None):
     return nn.Sequential(*(layer for layer in layers if layer)).double()
 
 
+def batch_norm_act(channels):
+    return pytest.importorskip("timm.layers", reason="timm is not installed").BatchNormAct2d(
+        channels
+    )
+
+
 def data():
     generator = torch.Generator().manual_seed(1)
     shards = []
@@ -117,8 +123,9 @@ def test_frozen_and_unused_parameters():
     assert result.num_examples == 4
 
 
-def test_synchronised_batch_norm_equals_single_site_sgd_too():
-    model, shards = network(nn.BatchNorm2d), data()
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, batch_norm_act])
+def test_synchronised_batch_norm_equals_single_site_sgd_too(norm):
+    model, shards = network(norm), data()
     sgd = {"momentum": 0.9}
     wanted = single_site(model, shards, STEPS, lr=0.1, **sgd)
     found, strategy = synchronous(

@@ -1,5 +1,7 @@
 import copy
+import sys
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -53,6 +55,35 @@ def deep():
             nn.Flatten(), nn.Linear(20, 6), nn.BatchNorm1d(6), nn.Linear(6, 2),
         ).double()
     )  # fmt: skip
+
+
+def timm_layers():
+    return pytest.importorskip("timm.layers", reason="timm is not installed")
+
+
+class Shift(nn.Module):
+    """Stands for dropout: changes its inputs in training only, but always in the same way."""
+
+    def forward(self, inputs):
+        return inputs - 0.3 if self.training else inputs
+
+
+def acting():
+    """Norms that timm's way of dropping and acting is a part of; in place, and with a weight."""
+    norm = timm_layers().BatchNormAct2d
+    torch.manual_seed(0)
+    return scramble(
+        nn.Sequential(
+            nn.Conv2d(3, CHANNELS, 3), norm(CHANNELS, drop_layer=Shift),
+            nn.Conv2d(CHANNELS, 5, 2), norm(5, drop_layer=Shift, act_layer="prelu"),
+            nn.Flatten(), nn.Linear(20, 2),
+        ).double()
+    )  # fmt: skip
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, inputs):
+        return 2 * super().forward(inputs)
 
 
 def scramble(net):
@@ -127,6 +158,18 @@ def test_recalibration_leaves_the_model_as_it_was():
     assert not any(module._forward_pre_hooks for module in net.modules())
 
 
+def test_dropout_within_a_layer_is_no_part_of_recalibrated_statistics():
+    net, (x,) = acting().train(), batches([6])
+    found = recalibrated(net, [x])
+    inside = nn.functional.batch_norm(
+        net[0](x), None, None, net[1].weight, net[1].bias, training=True
+    )
+    values = net[2](inside.relu()).transpose(0, 1).flatten(1).detach().numpy()
+    np.testing.assert_allclose(found["3.running_mean"], values.mean(1), rtol=1e-9)
+    np.testing.assert_allclose(found["3.running_var"], values.var(1), rtol=1e-9)
+    assert all(module.training for module in net.modules())
+
+
 def test_recalibration_without_data_is_refused():
     with pytest.raises(ColearnError, match="at least one batch"):
         recalibrated(network(), [])
@@ -162,7 +205,7 @@ def side_by_side(net, data, work):
     return nets, meeting
 
 
-@pytest.mark.parametrize("make", [network, deep])
+@pytest.mark.parametrize("make", [network, deep, acting])
 def test_synchronised_equals_one_batch_norm_over_the_joint_batch(make):
     net, data = make().train(), batches([4, 6, 11])
     for x in data:
@@ -192,17 +235,39 @@ def test_synchronised_equals_one_batch_norm_over_the_joint_batch(make):
     for own in nets:
         for name, buffer in net.named_buffers():
             torch.testing.assert_close(own.get_buffer(name), buffer, rtol=1e-10, atol=1e-12)
-    layers = 1 if make is network else 3
-    widths = CHANNELS if make is network else CHANNELS + 5 + 6
+    widths = {network: [CHANNELS], deep: [CHANNELS, 5, 6], acting: [CHANNELS, 5]}[make]
     # A layer moves, each way: sums, count and examples; squares; two sums of gradients.
-    assert meeting.bytes == 2 * 3 * 8 * (4 * widths + 2 * layers)
+    assert meeting.bytes == 2 * 3 * 8 * sum(4 * width + 2 for width in widths)
 
 
-def test_in_evaluation_synchronised_layers_meet_nobody():
-    net, (x,) = network().eval(), batches([4])
-    nets, meeting = side_by_side(net, [x, x], lambda own, x: own(x))
+def test_what_follows_a_synchronised_layer_without_gamma_may_act_in_place():
+    net = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.ReLU(inplace=True)).double()
+    parts = [x.requires_grad_() for x in batches([6, 6])]
+    side_by_side(net, parts, lambda own, x: own(x).square().mean().backward())
+    joint = torch.cat([x.detach() for x in parts]).requires_grad_()
+    net(joint).square().mean().backward()
+    gradient = torch.cat([x.grad / 2 for x in parts])
+    torch.testing.assert_close(gradient, joint.grad, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("make", [network, acting])
+def test_in_evaluation_synchronised_layers_meet_nobody(make):
+    net, (x,) = make().eval(), batches([4])
+    outputs = []
+    nets, meeting = side_by_side(net, [x, x], lambda own, x: outputs.append(own(x)))
     assert meeting.bytes == 0
+    assert all(torch.equal(output, net(x)) for output in outputs)
     assert all(type(layer).forward is layer.forward.__func__ for layer in nets[0].modules())
+
+
+def test_synchronised_refuses_a_layer_that_does_anything_else_and_leaves_the_model_as_it_was():
+    net = nn.Sequential(nn.BatchNorm2d(3), Doubled(3))
+    _meetings[999] = Meeting(1)
+    config = {"normalization": "synchronised", "meeting": 999, "meeting-rank": 0}
+    with pytest.raises(ColearnError, match=r"found .*\.Doubled"), normalised(net, config):
+        pass
+    del _meetings[999]
+    assert not any("forward" in vars(layer) for layer in net)
 
 
 def test_one_that_leaves_ends_the_meeting_of_all():
@@ -244,6 +309,18 @@ def test_frozen_layers_normalise_with_the_shared_statistics_while_training():
     assert not torch.allclose(net(x), wanted)
 
 
+def test_dropout_within_a_frozen_layer_goes_on():
+    net, (x,) = acting().train(), batches([6])
+    inside, norm = net[0](x), net[1]
+    normal = nn.functional.batch_norm(
+        inside, norm.running_mean, norm.running_var, norm.weight, norm.bias
+    )
+    with normalised(net, {"normalization": "frozen", "normalization-frozen": True}):
+        torch.testing.assert_close(net[1](inside), (normal - 0.3).relu())
+        torch.testing.assert_close(net.train()[1](inside), (normal - 0.3).relu())
+        torch.testing.assert_close(net.eval()[1](inside), normal.relu())
+
+
 def test_other_schemes_change_nothing():
     net, (x,) = network(), batches([6])
     wanted = copy.deepcopy(net).train()(x)
@@ -274,6 +351,57 @@ def test_every_layer_is_converted_by_type_and_weights_are_kept(build, scheme):
     new(torch.randn(2, 3, 32, 32)).sum().backward()
 
 
+@pytest.mark.parametrize(("name", "size"), [("resnetv2_50", 32), ("inception_v4", 75)])
+def test_timm_networks_under_batch_renorm_with_r_1_and_d_0_compute_what_they_did(name, size):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(0)
+    net = scramble(timm.create_model(name, num_classes=10)).double().train()
+    net.get_classifier().reset_parameters()  # timm's has weights of 0.01: hardly any outputs
+    new = convert(net, BatchRenorm(r_max=1, d_max=0, warmup=0))
+    assert sum(isinstance(layer, BatchRenormLayer) for layer in new.modules()) > 40
+    before, after = net.state_dict(), new.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    x = torch.randn(4, 3, size, size, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(new(x), net(x), rtol=1e-8, atol=1e-8)
+    for (name, found), wanted in zip(new.named_buffers(), net.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8, msg=name)
+
+
+def test_a_timm_network_with_group_norm_acts_after_it():
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(0)
+    net = scramble(timm.create_model("resnetv2_50", num_classes=10)).train()
+    new, kind = convert(net, GroupNorm(4)), timm_layers().BatchNormAct2d
+    norms = {name: layer for name, layer in net.named_modules() if isinstance(layer, kind)}
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert list(new.state_dict()) == [n for n in net.state_dict() if not n.endswith(statistics)]
+    seen = []
+
+    def check(name, layer, args, output):
+        old = norms[name]
+        wanted = nn.functional.group_norm(args[0], 4, old.weight, old.bias, old.eps).relu()
+        torch.testing.assert_close(output, wanted)
+        seen.append(name)
+
+    for name in norms:
+        new.get_submodule(name).register_forward_hook(partial(check, name))
+    new(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert sorted(seen) == sorted(norms)
+
+
+@pytest.mark.parametrize("scheme", [GroupNorm(2), LayerNorm(), BatchRenorm()])
+def test_what_follows_a_norm_stays_with_its_arrays_and_its_mode(scheme):
+    net = acting().train()
+    net[1].drop.eval()
+    new = convert(convert(net, BatchRenorm()), scheme)  # by way of a layer of our own
+    assert torch.equal(new.state_dict()["3.act.weight"], net[3].act.weight)
+    assert [new[1].drop.training, new[3].drop.training] == [False, True]
+    (x,) = batches([4], features=CHANNELS)
+    assert (new[1](x) >= 0).all()
+
+
 def test_other_schemes_convert_nothing():
     net = network()
     assert str(convert(net, Pooled())) == str(net)
@@ -294,13 +422,15 @@ def test_layer_norm_is_torchs_over_channels_and_positions():
     torch.testing.assert_close(new[1](inside), wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_batch_renorm_evaluates_as_batch_norm():
-    net, (x,) = deep().eval(), batches([5])
+@pytest.mark.parametrize("make", [deep, acting])
+def test_batch_renorm_evaluates_as_batch_norm(make):
+    net, (x,) = make().eval(), batches([5])
     assert torch.equal(convert(net, BatchRenorm())(x), net(x))
 
 
-def test_batch_renorm_with_r_1_and_d_0_is_batch_norm_forward_and_backward():
-    net, (x,) = deep().train(), batches([5])
+@pytest.mark.parametrize("make", [deep, acting])
+def test_batch_renorm_with_r_1_and_d_0_is_batch_norm_forward_and_backward(make):
+    net, (x,) = make().train(), batches([5])
     new = convert(net, BatchRenorm(warmup=10**9)).train()
     for each in (net, new):
         (each(x) ** 2).sum().backward()
@@ -329,13 +459,27 @@ def test_batch_renorm_with_open_limits_is_the_running_statistics_without_their_g
     torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-11)
 
 
-def test_a_layer_that_does_more_than_batch_norm_is_not_converted_in_silence():
-    timm_layers = pytest.importorskip("timm.layers")
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), timm_layers.BatchNormAct2d(4))  # with its ReLU
+@pytest.mark.parametrize("timm_is", ["installed", "absent"])
+def test_a_layer_that_does_anything_else_is_not_converted_in_silence(timm_is, monkeypatch):
+    if timm_is == "installed":
+        timm_layers()
+    else:
+        monkeypatch.setitem(sys.modules, "timm.layers", None)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Doubled(4))
     for scheme in (GroupNorm(2), LayerNorm(), BatchRenorm()):
-        with pytest.raises(ColearnError, match=r"expected batch-norm.*found timm.*BatchNormAct2d"):
+        with pytest.raises(ColearnError, match=r"expected batch-norm.*found .*\.Doubled"):
             convert(net, scheme)
+        convert(net[:2], scheme)
     assert convert(net, Pooled())(torch.zeros(1, 3, 5, 5)).shape == (1, 4, 3, 3)
+
+
+def test_a_timm_layer_of_another_forward_is_not_converted_in_silence():
+    class Other(timm_layers().BatchNormAct2d):
+        def forward(self, inputs):
+            return self.drop(self.act(inputs))
+
+    with pytest.raises(ColearnError, match=r"found .*Other"):
+        convert(nn.Sequential(Other(4)), GroupNorm(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
