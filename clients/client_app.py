@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.numpy_client import train_locally
@@ -17,6 +17,7 @@ from flwr_colearn import (
     participant_mod,
     wire_mod,
 )
+from flwr_colearn._flwr import to_record, view
 from flwr_colearn.synchronous import GRADIENTS
 
 Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
@@ -111,12 +112,10 @@ def _offered(trainer: Trainer, method: str) -> Any:
 
 
 def _reply(arrays: dict[str, NDArray], metrics: dict[str, float], message: Message) -> Message:
-    record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
-    content = RecordDict({"arrays": record, "metrics": MetricRecord(metrics)})
+    content = RecordDict({"arrays": to_record(arrays), "metrics": MetricRecord(metrics)})
     return Message(content=content, reply_to=message)
 
 
 def _load(trainer: Trainer, message: Message) -> Trainer:
-    arrays = cast(ArrayRecord, message.content["arrays"])
-    trainer.set_weights({name: array.numpy() for name, array in arrays.items()})
+    trainer.set_weights(view(cast(ArrayRecord, message.content["arrays"])))
     return trainer

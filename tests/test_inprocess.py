@@ -1,3 +1,7 @@
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -149,6 +153,32 @@ def test_two_grids_give_the_same_replies():
     first, second = (grid_of(train, run_config={"seed": 3}) for _ in range(2))
     for _ in range(2):
         assert metrics_of(ask(first, 1, 2, 3), "x") == metrics_of(ask(second, 1, 2, 3), "x")
+
+
+PAGE_FAULTS = """
+import resource
+import numpy as np
+from flwr.clientapp import ClientApp
+from flwr_colearn import InProcessGrid
+
+def models():
+    arrays = [np.ones(2**20) for _ in range(4)]  # 8 MiB each
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    del arrays
+    arrays = [np.ones(2**20) for _ in range(4)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first = [models() for _ in range(3)][-1]
+grid = InProcessGrid(ClientApp(), 1)
+print(first, [models() for _ in range(3)][-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other habits")
+def test_the_memory_of_models_is_not_fetched_anew_every_time():
+    run = subprocess.run([sys.executable, "-c", PAGE_FAULTS], check=True, capture_output=True)
+    before, after = map(int, run.stdout.split())
+    assert after < 100 < before
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.0, True, "3"])

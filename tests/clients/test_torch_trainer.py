@@ -147,6 +147,15 @@ def test_nothing_but_the_seed_decides():
     assert same(run(5), run(6))
 
 
+def test_training_on_the_cpu_seeds_no_other_device(monkeypatch):
+    def seed(value):
+        raise AssertionError("who called is written down, for a device that nobody uses")
+
+    trainer = make()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seed)
+    train(trainer)
+
+
 def test_the_gradient_is_clipped_to_the_norm():
     data = examples(16)
     model = network().train()
