@@ -17,7 +17,7 @@ from flwr_colearn import (
     participant_mod,
     wire_mod,
 )
-from flwr_colearn._flwr import to_record, view
+from flwr_colearn.records import to_record, view
 from flwr_colearn.synchronous import GRADIENTS
 
 Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]

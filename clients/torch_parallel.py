@@ -4,6 +4,7 @@ The paper's sites have four GPUs each, and name synchronized batch norm as the w
 """
 
 import copy
+import sys
 import tempfile
 import traceback
 import weakref
@@ -150,7 +151,7 @@ class _Replica(TorchTrainer):
         # The pickled model's tensors are shared memory: each replica needs its own.
         model = copy.deepcopy(model)
         if torch.device(options["device"]).type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = synchronised(model)
         super().__init__(model, *args, **options)
         self.rank, self.world = rank, world
         device_ids = [self.device] if self.device.type == "cuda" else None
@@ -169,6 +170,16 @@ class _Replica(TorchTrainer):
             usable = len(batch) // self.world * self.world
             if usable:
                 yield batch[self.rank : usable : self.world]
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    """Return a model whose batch-norm layers take the batches of all devices together.
+
+    timm's layers may hold an activation, which torch's own conversion would drop.
+    """
+    timm = sys.modules.get("timm.layers")  # not imported: participants work without it
+    convert = timm.convert_sync_batchnorm if timm else nn.SyncBatchNorm.convert_sync_batchnorm
+    return convert(model)  # type: ignore[no-any-return]
 
 
 def _serve(

@@ -22,7 +22,6 @@ from flwr.common import DEFAULT_TTL, log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ._flwr import Outgoing, data_bytes, view
 from .checkpoint import CheckpointFolder
 from .errors import ColearnError, expected, real_number, whole_number
 from .folding import Folding
@@ -31,6 +30,7 @@ from .loop import Loop
 from .normalization import PARTIAL, Average, Normalization, Pooled
 from .normalization_grid import NormalizationGrid
 from .recalibration import recalibrate
+from .records import Outgoing, data_bytes, view
 from .recovery import Event, Quorum, RecoveringGrid, Recovery
 from .replies import examples_of
 from .roles import Arrays, Roles

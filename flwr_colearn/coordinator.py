@@ -13,7 +13,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ._flwr import Outgoing, records_of, view
 from .averaging import RunningMean, check_model, trainable
 from .balancing import Balance, squared_distance, squared_norm
 from .dynamic_history import DynamicRecord
@@ -33,6 +32,7 @@ from .exchange import (
 from .loop import REPORT_WITHIN
 from .metering import MeteredGrid, Transfers
 from .operators import Operator
+from .records import Outgoing, records_of, view
 from .recovery import RecoveringGrid, Recovery
 from .replies import arrays_of, echo_of
 from .roles import Arrays, Role

@@ -14,12 +14,12 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from ._flwr import data_bytes, to_record, view
 from .checkpoint import Checkpoint, CheckpointFolder, check_same_configuration, describe_arrays
 from .coordinator import Coordinator, Pending, Reference
 from .dynamic_history import DynamicHistory, DynamicRecord
 from .errors import ColearnError, expected, real_number, whole_number
 from .operators import Absolute, Dynamic, Operator, Relative
+from .records import data_bytes, to_record, view
 from .recovery import Quorum, Recovery
 from .roles import NDArray, Roles, assign_roles
 from .sampling import wait_for_nodes

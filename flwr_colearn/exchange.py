@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
-from ._flwr import records_of
 from .errors import ColearnError, expected
+from .records import records_of
 from .replies import failure_of
 from .roles import Arrays
 

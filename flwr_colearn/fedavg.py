@@ -11,13 +11,13 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ._flwr import Outgoing, data_bytes, records_of, view
 from .averaging import RunningMean
 from .errors import ColearnError, expected
 from .history import History, RoundRecord
 from .normalization import PARTIAL, Average, Normalization, as_normalization
 from .normalization_grid import NormalizationGrid
 from .recalibration import recalibrate
+from .records import Outgoing, data_bytes, records_of, view
 from .roles import Roles, assign_roles
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 
 from flwr.app import Message, MessageType, RecordDict
 
-from ._flwr import data_bytes
 from .errors import ColearnError
+from .records import data_bytes
 from .replies import (
     arrays_of,
     check_train_reply,

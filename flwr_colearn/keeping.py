@@ -10,9 +10,9 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.common import log
 
-from ._flwr import records_of, to_record, view
 from .errors import ColearnError
 from .participant import name_of
+from .records import records_of, to_record, view
 from .roles import NDArray
 from .sgd import SGD
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from ._flwr import records_of, view
 from .averaging import check_model
 from .errors import ColearnError
 from .exchange import (
@@ -19,6 +18,7 @@ from .exchange import (
     Report,
 )
 from .local_model import LocalModel, recall, remember
+from .records import records_of, view
 from .replies import arrays_of, examples_of
 from .wire import ADD_THE_MOD, WIRE
 

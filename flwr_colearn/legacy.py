@@ -17,9 +17,10 @@ from flwr.common import (
 from flwr.server import ClientManager
 from flwr.server.strategy import FedAvg
 
-from ._flwr import ClientProxy, Outgoing, fit_clients, view_bytes
+from ._flwr import ClientProxy, fit_clients
 from .errors import ColearnError, expected
 from .history import History
+from .records import Outgoing, view_bytes
 from .recovery import LONGEST_PAUSE, Event, Quorum, Recovery
 from .roles import Arrays, Roles
 from .rule import CoLearningRule, Weighting

@@ -12,10 +12,11 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
-from ._flwr import config_to_str, data_bytes, to_record
+from ._flwr import config_to_str
 from .checkpoint import Checkpoint, check_same_configuration, describe_arrays
 from .errors import ColearnError, expected
 from .normalization import PARTIAL
+from .records import data_bytes, to_record
 from .recovery import RecoveringGrid
 
 if TYPE_CHECKING:

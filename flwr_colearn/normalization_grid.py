@@ -8,11 +8,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, Rec
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ._flwr import data_bytes, records_of, view
 from .errors import ColearnError
 from .grids import WrappingGrid
 from .keeping import RECORD
 from .normalization import Normalization
+from .records import data_bytes, records_of, view
 from .replies import failure_of
 from .roles import Role, Roles, assign_roles
 

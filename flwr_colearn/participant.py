@@ -11,7 +11,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.common import log
 
-from ._flwr import records_of
+from .records import records_of
 from .replies import ECHO
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from ._flwr import data_bytes, to_record, view
 from .averaging import RunningMean
 from .errors import ColearnError
 from .normalization_grid import RECALIBRATE
+from .records import data_bytes, to_record, view
 from .recovery import RecoveringGrid
 from .replies import arrays_of, examples_of
 from .roles import Role

@@ -14,9 +14,10 @@ from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ._flwr import data_bytes, node_names, records_of
+from ._flwr import node_names
 from .errors import ColearnError, expected, real_number, whole_number
 from .grids import WrappingGrid
+from .records import data_bytes, records_of
 from .replies import ECHO, check_train_reply, echo_of, failure_of
 
 LONGEST_PAUSE = 60.0

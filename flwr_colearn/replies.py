@@ -4,9 +4,9 @@ import math
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
-from ._flwr import records_of
 from .averaging import check_model
 from .errors import ColearnError, expected
+from .records import records_of
 from .roles import Arrays
 from .wire import WIRE, Broadcast
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
-from ._flwr import records_of
 from .errors import ColearnError
 from .inprocess import InProcessGrid
+from .records import records_of
 from .roles import NDArray
 
 MEETING = "meeting"

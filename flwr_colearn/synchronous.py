@@ -7,10 +7,10 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
-from ._flwr import records_of, to_record, view
 from .colearn import CoLearn
 from .errors import expected
 from .plan import LocalPlan
+from .records import records_of, to_record, view
 from .roles import Arrays, NDArray, Role, assign_roles
 from .schedules import LearningRate
 from .sgd import SGD

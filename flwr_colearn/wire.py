@@ -24,8 +24,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.common import log
 
-from ._flwr import to_record, view
 from .errors import ColearnError, expected
+from .records import to_record, view
 from .roles import Arrays, NDArray
 
 VERSION, LEARNER_VERSION = 1, 2

@@ -8,10 +8,10 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.common import log
 
-from ._flwr import records_of, to_record, view
 from .errors import ColearnError, expected
 from .exchange import CONFIG, SET, TRAIN
 from .local_model import reference_in
+from .records import records_of, to_record, view
 from .roles import Arrays, NDArray
 from .wire import WIRE, BFloat16, Codec, agreed_codecs, difference
 

@@ -27,11 +27,11 @@ from flwr_colearn import (
     participant_mod,
     wire_mod,
 )
-from flwr_colearn._flwr import view
 from flwr_colearn.balancing import divergence
 from flwr_colearn.coordinator import Coordinator
 from flwr_colearn.exchange import FETCH, SET, Ask, checksum
 from flwr_colearn.operators import Dynamic, FractionAveraging, Never, Periodic
+from flwr_colearn.records import view
 from flwr_colearn.wire import WIRE
 from flwr_colearn.wire_participant import RESIDUAL
 

@@ -178,7 +178,8 @@ print(first, [models() for _ in range(3)][-1])
 def test_the_memory_of_models_is_not_fetched_anew_every_time():
     run = subprocess.run([sys.executable, "-c", PAGE_FAULTS], check=True, capture_output=True)
     before, after = map(int, run.stdout.split())
-    assert after < 100 < before
+    assert before > 0
+    assert after < before / 10
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.0, True, "3"])

@@ -32,7 +32,7 @@ from flwr_colearn import (
     participant_mod,
     wire_mod,
 )
-from flwr_colearn._flwr import data_bytes
+from flwr_colearn.records import data_bytes
 from flwr_colearn.wire import VERSION, WIRE, Broadcast, codec_named
 from flwr_colearn.wire_participant import RESIDUAL
 

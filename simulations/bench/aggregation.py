@@ -21,7 +21,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from flwr_colearn import CoLearn, InProcessGrid
-from flwr_colearn._flwr import Outgoing, data_bytes, to_record
+from flwr_colearn.records import Outgoing, data_bytes, to_record
 
 REPEATS = 5
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from clients.torch_parallel import ParallelTrainer, _Replica
+from clients.torch_parallel import ParallelTrainer, _Replica, synchronised
 from clients.torch_trainer import TorchTrainer
 from clients.trainer import derive_seed
 from flwr_colearn import ColearnError
@@ -96,3 +96,17 @@ def test_every_device_draws_augmentation_of_its_own_from_the_epochs_seed():
     seeds = [_Replica.own_seed(SimpleNamespace(rank=rank), 7) for rank in (0, 1)]
     assert seeds == [derive_seed(7, 0), derive_seed(7, 1)]
     assert len(set(seeds)) == 2
+
+
+@pytest.mark.parametrize("kind", ["torch", "timm"])
+def test_synchronised_layers_do_what_they_did(kind):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3)
+    if kind == "timm":
+        norm = pytest.importorskip("timm.layers").BatchNormAct2d(3)
+    model, inputs = nn.Sequential(norm).eval(), torch.randn(4, 3, 2, 2)
+    expected = model(inputs)
+    converted = synchronised(model)
+    assert isinstance(converted[0], nn.SyncBatchNorm)
+    assert torch.equal(converted(inputs), expected)
+    assert (expected.min() >= 0) == (kind == "timm")  # its activation is a ReLU

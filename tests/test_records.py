@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flwr.app import Array
 
-from flwr_colearn._flwr import Outgoing, data_bytes, to_record, view
 from flwr_colearn.errors import ColearnError
+from flwr_colearn.records import Outgoing, data_bytes, to_record, view
 
 ARRAYS = {
     "matrix": np.arange(6, dtype=np.float32).reshape(2, 3),
