@@ -46,7 +46,7 @@ from .synchronous import SynchronousSGD
 from .wire import BFloat16, Float16, Float32, Int8, Wire
 from .wire_participant import wire_mod
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "Average",
