@@ -253,7 +253,8 @@ INTRODUCTION = """# The paper's study
 Made by `python -m simulations.study paper page` from the result files beside it, and by nothing
 else; cells without a run say "not run". Ours are means and spreads (sample standard deviation) over
 seeds. All arms of a table have the same number of local epochs per participant; test accuracy is
-of the last round, never of the best.
+of the last round, never of the best. The studies of [normalization schemes](normalization.md#study)
+and of [dynamic averaging](dynamic.md) have pages of their own.
 
 ## The paper's claims
 
