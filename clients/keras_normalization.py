@@ -283,7 +283,9 @@ class _JointBatch:
         if not training or not layer.trainable:
             return type(layer).call(layer, inputs, training=training, mask=mask)
         if mask is not None:
-            raise ColearnError("synchronised normalization: expected inputs without a mask")
+            raise ColearnError(
+                "synchronised normalization: expected inputs without a mask, found one"
+            )
         if not tf.executing_eagerly():
             raise ColearnError(
                 "synchronised normalization: expected gradients computed eagerly, since layers "

@@ -83,11 +83,11 @@ class _Acting(nn.Module):
         return self.act(self.drop(super().forward(inputs)))  # type: ignore[no-any-return]
 
 
-class GroupNormAct(_Acting, nn.GroupNorm):
+class ActingGroupNorm(_Acting, nn.GroupNorm):
     """Group norm in the place of a batch norm that `drop` and `act` follow."""
 
 
-class BatchRenormAct(_Acting, BatchRenormLayer):
+class ActingBatchRenorm(_Acting, BatchRenormLayer):
     """Batch renormalization in the place of a batch norm that `drop` and `act` follow."""
 
 
@@ -155,7 +155,12 @@ def normalised(model: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
         if config.get("normalization") == "synchronised":
             meeting, rank = meeting_of(config)
             for layer in layers:
-                acts = _acts(layer)
+                if isinstance(layer, BatchRenormLayer):
+                    raise ColearnError(
+                        "synchronised normalization: expected batch norm, found a layer with batch "
+                        "renorm, which would train as plain batch norm; convert the model anew"
+                    )
+                acts = holds_activation(layer)
                 layer.forward = partial(_synchronised_forward, layer, acts, meeting, rank)
         if config.get("normalization-frozen"):
             for layer in layers:
@@ -330,12 +335,20 @@ def _replace(module: nn.Module, convert_layer: Callable[[BatchNorm], nn.Module])
     return module
 
 
-def _acts(layer: BatchNorm) -> bool:
+def timm_layers() -> Any:
+    """Return the module ``timm.layers`` if it is in use; participants work without timm."""
+    return sys.modules.get("timm.layers")
+
+
+def holds_activation(layer: BatchNorm) -> bool:
     """Return whether `drop` and `act` follow a layer's batch norm.
 
-    Raise a ColearnError for a layer that does anything else besides, which would be lost.
+    Raises
+    ------
+    ColearnError
+        If the layer does anything else besides, which would be lost.
     """
-    timm = sys.modules.get("timm.layers")  # not imported: participants work without it
+    timm = timm_layers()
     plain = [BatchNorm, nn.SyncBatchNorm, BatchRenormLayer]
     acting = [_Acting, timm.BatchNormAct2d] if timm else [_Acting]
     forward = type(layer).forward
@@ -349,18 +362,18 @@ def _acts(layer: BatchNorm) -> bool:
 
 
 def _converted(layer: BatchNorm, scheme: GroupNorm | LayerNorm | BatchRenorm) -> nn.Module:
-    acts = _acts(layer)
+    acts = holds_activation(layer)
     channels, state = layer.num_features, layer.state_dict()
     like = next((tensor for tensor in state.values() if tensor.is_floating_point()), None)
     where: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
     new: nn.Module
     if isinstance(scheme, BatchRenorm):
         options = {"eps": layer.eps, "momentum": layer.momentum, "affine": layer.affine}
-        renorm = BatchRenormAct if acts else BatchRenormLayer
+        renorm = ActingBatchRenorm if acts else BatchRenormLayer
         new = renorm(channels, scheme, **options, **where)
     else:
         groups = scheme.groups_of(channels) if isinstance(scheme, GroupNorm) else 1
-        norm = GroupNormAct if acts else nn.GroupNorm
+        norm = ActingGroupNorm if acts else nn.GroupNorm
         new = norm(groups, channels, layer.eps, layer.affine, **where)
     # Not strict: a layer that tracked no statistics has none to keep.
     new.load_state_dict({n: a for n, a in state.items() if n in new.state_dict()}, strict=False)

@@ -4,7 +4,6 @@ The paper's sites have four GPUs each, and name synchronized batch norm as the w
 """
 
 import copy
-import sys
 import tempfile
 import traceback
 import weakref
@@ -20,7 +19,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, Dataset
 
-from clients.torch_normalization import BatchRenormLayer
+from clients.torch_normalization import (
+    BatchNorm,
+    BatchRenormLayer,
+    holds_activation,
+    timm_layers,
+)
 from clients.torch_trainer import TorchTrainer, roles_of
 from clients.trainer import EpochResult, NDArray, derive_seed
 from flwr_colearn import ColearnError, Role
@@ -75,6 +79,9 @@ class ParallelTrainer:
                 "devices: expected CUDA devices for a network with batch norm, which torch "
                 f"synchronises on them only, found {list(devices)}"
             )
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                holds_activation(module)  # refuses a layer of which more would be lost
         self.model = model
         self._folder = tempfile.TemporaryDirectory()
         meeting_point = Path(self._folder.name, "rendezvous").as_uri()
@@ -151,7 +158,7 @@ class _Replica(TorchTrainer):
         # The pickled model's tensors are shared memory: each replica needs its own.
         model = copy.deepcopy(model)
         if torch.device(options["device"]).type == "cuda":
-            model = synchronised(model)
+            model = convert_sync_batchnorm(model)
         super().__init__(model, *args, **options)
         self.rank, self.world = rank, world
         device_ids = [self.device] if self.device.type == "cuda" else None
@@ -172,13 +179,12 @@ class _Replica(TorchTrainer):
                 yield batch[self.rank : usable : self.world]
 
 
-def synchronised(model: nn.Module) -> nn.Module:
+def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
     """Return a model whose batch-norm layers take the batches of all devices together.
 
     timm's layers may hold an activation, which torch's own conversion would drop.
     """
-    timm = sys.modules.get("timm.layers")  # not imported: participants work without it
-    convert = timm.convert_sync_batchnorm if timm else nn.SyncBatchNorm.convert_sync_batchnorm
+    convert = (timm_layers() or nn.SyncBatchNorm).convert_sync_batchnorm
     return convert(model)  # type: ignore[no-any-return]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from .blocks import BLOCK, Blocks, Part, flat
-from .errors import ColearnError, expected
+from .errors import NOT_FINITE, ColearnError, expected
 from .joined import JoinedSum, PooledStatistics
 from .roles import Arrays, NDArray, Role, Roles, assign_roles, pair_statistics
 
@@ -364,7 +364,8 @@ def relative_change(
     Returns
     -------
     float
-        At least 0; ``inf`` against a model of zeros, 0 where both are zeros.
+        At least 0; ``inf`` against a model of zeros, and for a change whose square float64 does not
+        hold; 0 where both models are zeros.
 
     Raises
     ------
@@ -399,7 +400,7 @@ def relative_change(
     # One sum over all blocks in order: the same bits with any number of threads.
     sums = [pair for share in Blocks(old_arrays).map(squares) for pair in share]
     change, size = (sum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
-    if size == 0.0:
+    if size == 0.0 or math.isinf(change):
         return 0.0 if change == 0.0 else math.inf
     return math.sqrt(change) / math.sqrt(size)
 
@@ -409,7 +410,8 @@ def _sum_of_squares(vector: NDArray) -> float:
 
     A BLAS product would start threads of its own, and its last bit would depend on their number.
     """
-    return float(np.square(vector, out=vector).sum())
+    with np.errstate(over="ignore"):
+        return float(np.square(vector, out=vector).sum())
 
 
 def trainable(arrays: Arrays, roles: Mapping[str, Role]) -> dict[str, NDArray]:
@@ -444,4 +446,4 @@ def _check_finite(arrays: Arrays) -> None:
 def _refuse_first(wrong: Sequence[str | None]) -> None:
     for name in wrong:
         if name is not None:
-            raise ColearnError(f"array '{name}': expected finite numbers, found NaN or Inf")
+            raise ColearnError(f"array '{name}': {NOT_FINITE}")

@@ -32,7 +32,7 @@ from .exchange import (
 from .loop import REPORT_WITHIN
 from .metering import MeteredGrid, Transfers
 from .operators import Operator
-from .records import Outgoing, records_of, view
+from .records import into_record, records_of, view
 from .recovery import RecoveringGrid, Recovery
 from .replies import arrays_of, echo_of
 from .roles import Arrays, Role
@@ -226,7 +226,7 @@ class Coordinator:
         self._ask([self._question(FETCH, node) for node in self.present], weigh=lambda report: 1)
         self._collecting = False
         self.record.collected = asdict(self._meter.take())
-        return Outgoing().record(self._mean.mean())
+        return into_record(self._mean.mean())
 
     def close(self) -> DynamicRecord:
         """End the round; return its record."""
@@ -290,7 +290,7 @@ class Coordinator:
 
     def _settle(self, members: list[int], full: bool) -> None:
         """Make the members' mean pending; where they are all, it is the new reference."""
-        record = Outgoing().record(dict(self.wire.arriving(self._mean.mean())))
+        record = into_record(dict(self.wire.arriving(self._mean.mean())))
         self.pending = Pending(members, record)
         self.record.synchronised = "full" if full else "partial"
         if full:

@@ -20,6 +20,10 @@ class ColearnError(Exception):
     result: Any = None
 
 
+NOT_FINITE = "expected finite numbers, found NaN or Inf"
+"""What is wrong with a model that has diverged, after the name of its first such array."""
+
+
 def expected(what: str, wanted: str, found: object) -> ColearnError:
     """Build the error ``{what}: expected {wanted}, found {found}``."""
     return ColearnError(f"{what}: expected {wanted}, found {found!r}")

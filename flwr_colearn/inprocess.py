@@ -47,6 +47,11 @@ class InProcessGrid(Grid):
 
         grid = InProcessGrid(client_app, num_supernodes=5, run_config={"seed": 0})
         result = strategy.start(grid, initial_arrays)
+
+    Notes
+    -----
+    With glibc, the process keeps up to 64 MiB of memory that it freed from then on: participants in
+    turn need as much again.
     """
 
     def __init__(
@@ -60,7 +65,7 @@ class InProcessGrid(Grid):
         if node_configs is not None and len(node_configs) != k:
             raise expected("node_configs", f"one for each of {k} participants", len(node_configs))
         assume_identity()
-        keep_freed_memory()
+        _keep_freed_memory()
         self.client_app = client_app
         self._run: Any = empty_run(1)
         self._pushed: dict[str, Message] = {}
@@ -153,7 +158,7 @@ class InProcessGrid(Grid):
         return reply
 
 
-def keep_freed_memory() -> None:
+def _keep_freed_memory() -> None:
     """Have the C library keep some freed memory, where every participant needs as much again.
 
     glibc returns what is free at the end of its heap once that exceeds twice the largest block that

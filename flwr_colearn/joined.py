@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .errors import ColearnError
+from .errors import NOT_FINITE, ColearnError
 from .roles import Arrays, NDArray
 
 
@@ -23,7 +23,8 @@ class JoinedSum:
 
     def __init__(self, like: Arrays) -> None:
         self._kinds = {name: (array.shape, array.dtype) for name, array in like.items()}
-        self._ends = np.cumsum([array.size for array in like.values()], dtype=int)
+        self._sizes = np.array([array.size for array in like.values()], int)
+        self._ends = np.cumsum(self._sizes)
         self.total: NDArray = np.zeros(0)
 
     def clear(self) -> None:
@@ -46,24 +47,23 @@ class JoinedSum:
         (wrong,) = np.nonzero(~np.isfinite(self.total))
         if wrong.size:
             name = list(self._kinds)[np.searchsorted(self._ends, wrong[0], side="right")]
-            raise ColearnError(f"array '{name}': expected finite numbers, found NaN or Inf")
+            raise ColearnError(f"array '{name}': {NOT_FINITE}")
 
     def split(self, vector: NDArray) -> dict[str, NDArray]:
         """Return a joined vector's arrays, in their own shapes and types."""
-        starts = [0, *self._ends[:-1]]
+        starts = self._ends - self._sizes
         return {
             name: vector[start:end].reshape(shape).astype(dtype)
             for (name, (shape, dtype)), start, end in zip(
-                self._kinds.items(), starts, self._ends, strict=False
+                self._kinds.items(), starts, self._ends, strict=True
             )
         }
 
     @property
     def largest(self) -> NDArray:
         """The largest numbers that the types of the joined elements hold, in float64."""
-        sizes = np.diff(self._ends, prepend=0)
         most = [float(np.finfo(dtype).max) for _, dtype in self._kinds.values()]
-        return np.repeat(most, sizes)
+        return np.repeat(most, self._sizes)
 
 
 class PooledStatistics:

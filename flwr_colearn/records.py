@@ -44,6 +44,16 @@ def to_record(arrays: dict[str, NDArray]) -> ArrayRecord:
     return ArrayRecord({name: _record_of(array) for name, array in arrays.items()})
 
 
+def into_record(arrays: dict[str, NDArray]) -> ArrayRecord:
+    """Return named arrays as an ArrayRecord, and empty `arrays`.
+
+    Each array's memory, if nothing else holds it, is free for the bytes of the next: for a large
+    model that takes a quarter of `to_record`'s time, which is spent on memory the system finds
+    anew, and one model less of it.
+    """
+    return Outgoing().record(arrays)
+
+
 class Outgoing:
     """Memory for a model that is to travel: its arrays are computed in the bytes of their record.
 
@@ -67,8 +77,8 @@ class Outgoing:
     def record(self, arrays: dict[str, NDArray]) -> ArrayRecord:
         """Return named arrays as an ArrayRecord, and empty `arrays`.
 
-        Those that `empty` made are not copied and must not be written to any more. The memory of
-        each of the others, if nothing else holds it, is free for the bytes of the next.
+        Those that `empty` made are not copied, and must not be written to any more; with the others
+        it is as with `into_record`.
         """
         record = ArrayRecord()
         for name in list(arrays):

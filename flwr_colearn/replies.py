@@ -1,6 +1,7 @@
 """What a train reply must be: the checks that keep one bad participant from poisoning a round."""
 
 import math
+import re
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
@@ -10,6 +11,10 @@ from .records import records_of
 from .roles import Arrays
 from .wire import WIRE, Broadcast
 
+_EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
+
+_LONGEST_REASON = 300
+
 ECHO = "colearn"
 """Key of the ConfigRecord in which a participant echoes its name and the round."""
 
@@ -18,10 +23,11 @@ def failure_of(reply: Message) -> str | None:
     """Return why Flower or the participant's own code failed, or None for a reply with content."""
     if not reply.has_error():
         return None
-    lines = (reply.error.reason or "").strip().splitlines()
-    return (
-        f"the participant failed (code {reply.error.code}): {lines[-1] if lines else 'no reason'}"
-    )
+    lines = ((reply.error.reason or "").strip() or "no reason").splitlines()
+    # A traceback ends with the exception, whose message may be of several lines.
+    last = max((i for i, line in enumerate(lines) if _EXCEPTION.match(line)), default=-1)
+    reason = " ".join(line.strip() for line in lines[last:] if line.strip())
+    return f"the participant failed (code {reply.error.code}): {reason[:_LONGEST_REASON]}"
 
 
 def examples_of(reply: Message, weighted_by_key: str) -> float:

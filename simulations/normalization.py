@@ -41,6 +41,7 @@ from flwr_colearn import (
     SideBySideGrid,
     SynchronousSGD,
 )
+from flwr_colearn.errors import NOT_FINITE
 from flwr_colearn.normalization import SCHEMES, scheme_named
 from simulations.arms import ARMS, schedules
 from simulations.server_app import to_record
@@ -86,7 +87,7 @@ class Unit:
     config : dict
         The settings that gave it.
     diverged : bool
-        Whether training ended in numbers that are not finite; then there is no accuracy.
+        Whether a participant's numbers ceased to be finite; then there is no accuracy.
     """
 
     training: str
@@ -94,8 +95,8 @@ class Unit:
     scheme: str
     seed: int
     shared_accuracy: float | None
-    sites_accuracy: float
-    local_accuracy: float
+    sites_accuracy: float | None
+    local_accuracy: float | None
     rounds: int
     bytes: int
     scheme_bytes: int
@@ -166,17 +167,19 @@ def run_cell(cell: Cell) -> Unit:
     strategy = strategy_of(cell, scheme, judge)
     shared = train(cell, strategy, grid, to_record(judge))
     history: History = strategy.history
-    accuracies, local = [0.0], [0.0]
+    overall = local = whole = None
     if shared is not None:
-        accuracies, local = evaluate(judge, shared, grid, participants, scheme.is_local)
+        sites, locals_ = evaluate(judge, shared, grid, participants, scheme.is_local)
+        overall, local = statistics.mean(sites), statistics.mean(locals_)
+        whole = None if scheme.is_local else sites[0]
     return Unit(
         cell.training,
         participants.partition,
         cell.scheme,
         participants.seed,
-        None if scheme.is_local or shared is None else accuracies[0],
-        statistics.mean(accuracies),
-        statistics.mean(local),
+        whole,
+        overall,
+        local,
         len(history),
         history.bytes_total,
         sum(record.normalization.get("bytes", 0) for record in history),
@@ -189,7 +192,10 @@ def run_cell(cell: Cell) -> Unit:
 def train(
     cell: Cell, strategy: CoLearn | NormalizedFedAvg, grid: InProcessGrid, initial: ArrayRecord
 ) -> dict[str, NDArray] | None:
-    """Return the model that a cell's training ends with, or None if it diverges."""
+    """Return the model that a cell's training ends with, or None if it diverges.
+
+    One participant that diverges is enough: whatever is averaged without it is another experiment.
+    """
     config = ConfigRecord()
     if cell.training == "fedavg":
         rate = cell.settings.learning_rate
@@ -198,12 +204,14 @@ def train(
     try:
         result = strategy.start(grid, initial, rounds, train_config=config)
     except ColearnError as error:
-        if "expected finite numbers" in str(error):  # what a diverged participant is refused with
+        if NOT_FINITE in str(error):
             return None
         raise
+    history: History = strategy.history
+    refusals = [entry["reason"] for record in history for entry in record.refusals]
     shared = {name: array.numpy() for name, array in result.arrays.items()}
     finite = all(np.isfinite(array).all() for array in shared.values())
-    return shared if finite else None
+    return shared if finite and not any(NOT_FINITE in reason for reason in refusals) else None
 
 
 def strategy_of(

@@ -260,11 +260,17 @@ def test_in_evaluation_synchronised_layers_meet_nobody(make):
     assert all(type(layer).forward is layer.forward.__func__ for layer in nets[0].modules())
 
 
-def test_synchronised_refuses_a_layer_that_does_anything_else_and_leaves_the_model_as_it_was():
-    net = nn.Sequential(nn.BatchNorm2d(3), Doubled(3))
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [(Doubled, r"found .*\.Doubled"), (BatchRenormLayer, "found a layer with batch renorm")],
+)
+def test_synchronised_refuses_a_layer_that_does_anything_else_and_leaves_the_model_as_it_was(
+    other, found
+):
+    net = nn.Sequential(nn.BatchNorm2d(3), other(3))
     _meetings[999] = Meeting(1)
     config = {"normalization": "synchronised", "meeting": 999, "meeting-rank": 0}
-    with pytest.raises(ColearnError, match=r"found .*\.Doubled"), normalised(net, config):
+    with pytest.raises(ColearnError, match=found), normalised(net, config):
         pass
     del _meetings[999]
     assert not any("forward" in vars(layer) for layer in net)

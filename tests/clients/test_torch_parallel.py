@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from clients.torch_parallel import ParallelTrainer, _Replica, synchronised
+from clients.torch_parallel import ParallelTrainer, _Replica, convert_sync_batchnorm
 from clients.torch_trainer import TorchTrainer
 from clients.trainer import derive_seed
 from flwr_colearn import ColearnError
@@ -98,6 +98,15 @@ def test_every_device_draws_augmentation_of_its_own_from_the_epochs_seed():
     assert len(set(seeds)) == 2
 
 
+def test_a_layer_of_which_more_would_be_lost_is_refused():
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, inputs):
+            return 2 * super().forward(inputs)
+
+    with pytest.raises(ColearnError, match="Doubled, whose forward does something else"):
+        ParallelTrainer(nn.Sequential(Doubled(3)), data(8), devices=["cuda:0", "cuda:1"])
+
+
 @pytest.mark.parametrize("kind", ["torch", "timm"])
 def test_synchronised_layers_do_what_they_did(kind):
     torch.manual_seed(0)
@@ -106,7 +115,7 @@ def test_synchronised_layers_do_what_they_did(kind):
         norm = pytest.importorskip("timm.layers").BatchNormAct2d(3)
     model, inputs = nn.Sequential(norm).eval(), torch.randn(4, 3, 2, 2)
     expected = model(inputs)
-    converted = synchronised(model)
+    converted = convert_sync_batchnorm(model)
     assert isinstance(converted[0], nn.SyncBatchNorm)
     assert torch.equal(converted(inputs), expected)
     assert (expected.min() >= 0) == (kind == "timm")  # its activation is a ReLU

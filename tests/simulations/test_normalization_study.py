@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord
 
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import shards
@@ -101,9 +102,11 @@ def test_the_table_says_what_is_local_and_what_was_not_run():
     assert set(average.values()) == {"federated averaging", "average", "not run", ""}
 
 
-@pytest.mark.parametrize("training", ["colearn", "fedavg"])
-def test_training_that_diverges_is_a_result_of_its_own(training):
-    diverging = cell(training, "average")
+@pytest.mark.parametrize(
+    ("training", "scheme"), [("colearn", "average"), ("fedavg", "average"), ("fedavg", "pooled")]
+)
+def test_training_that_diverges_is_a_result_of_its_own(training, scheme):
+    diverging = cell(training, scheme)
     diverging = replace(diverging, settings=replace(SETTINGS, learning_rate=1e12))
     found = run_cell(replace(diverging, test_examples=20))
     assert found.diverged
@@ -114,6 +117,19 @@ def test_training_that_diverges_is_a_result_of_its_own(training):
     assert row["MB"] == ""
     (row,) = rows(both, [diverging])
     assert row["two classes each: global"] == "1 of 2 diverged"
+
+
+def test_one_participant_that_diverges_is_enough(monkeypatch):
+    def poison(message, context, call_next):
+        reply = call_next(message, context)
+        if context.node_id == 2:
+            arrays = {name: array.numpy() for name, array in reply.content["arrays"].items()}
+            arrays["0.weight"] = arrays["0.weight"] * np.float32(np.nan)
+            reply.content["arrays"] = ArrayRecord({n: Array(a) for n, a in arrays.items()})
+        return reply
+
+    monkeypatch.setattr(normalization, "count_epochs", poison)
+    assert run_cell(replace(cell("fedavg", "pooled"), test_examples=20)).diverged
 
 
 def test_other_failures_of_a_cell_are_not_taken_for_divergence(monkeypatch):
