@@ -451,7 +451,7 @@ def save_figure(units: Sequence[Unit], path: Path, title: str) -> None:
     axes[0][0].plot([], [], "o", color="grey", label="shared model, common test set")
     axes[0][0].plot([], [], "D", color="grey", label="sites' own models, common test set")
     axes[0][0].plot([], [], "o", color="grey", markerfacecolor="none", label="local labels")
-    axes[0][0].legend(fontsize=7, loc="lower left")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=6)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
