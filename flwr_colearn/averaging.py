@@ -318,7 +318,7 @@ def _add_scaled(total: NDArray, term: NDArray, weight: float, scratch: NDArray) 
 def _scale(term: NDArray, weight: float, out: NDArray) -> NDArray:
     """Return weight * term, written to `out` in float64."""
     if weight == 1:
-        # Faster than np.multiply or np.add, which convert a few elements at a time.
+        # Faster than np.multiply, which converts a few elements at a time.
         np.copyto(out, term)
         return out
     return np.multiply(term, weight, out=out, dtype=np.float64)

@@ -1,7 +1,6 @@
 """Arrays to and from Flower's records, in fewer copies than Flower's own and with its bytes."""
 
 import io
-import math
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -104,8 +103,7 @@ def view_bytes(name: str, data: bytes) -> NDArray:
     try:
         start = _HEADER_AT + int.from_bytes(data[8:_HEADER_AT], "little")
         shape, fortran_order, dtype = _read_header(data[:start])
-        flat = np.frombuffer(data, dtype, count=math.prod(shape), offset=start)
-        return flat.reshape(shape, order="F" if fortran_order else "C")
+        return np.ndarray(shape, dtype, data, start, order="F" if fortran_order else "C")
     except Exception as error:  # anything may be in the bytes
         reason = str(error) or type(error).__name__
     raise expected(f"array '{name}'", "a serialised numpy array", reason)
@@ -123,6 +121,8 @@ def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
+    if not dtype.itemsize:
+        raise ValueError("its elements have no size")
     return shape, fortran_order, dtype
 
 

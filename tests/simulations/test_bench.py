@@ -16,7 +16,7 @@ from clients.tasks.registry import participant_trainer, server_trainer
 from clients.trainer import derive_seed, follow
 from flwr_colearn import ColearnError, CyclicalRate, History, InProcessGrid, LocalPlan, RoundRecord
 from simulations.bench import __main__ as bench
-from simulations.bench import communication, overhead, scale
+from simulations.bench import aggregation, communication, overhead, scale
 from simulations.bench.app.noop.client_app import app as noop_app
 from simulations.bench.app.noop.rounds import (
     STRATEGIES,
@@ -278,3 +278,16 @@ def test_the_command_prints_every_table_and_writes_the_result(tmp_path, capsys, 
     printed = capsys.readouterr().out
     for part in ("|   K |", "|   R^2 |", "0.75", "threads: 3, repeats: 7", "scale.json"):
         assert part in printed
+
+
+def test_aggregation_is_timed_at_hand_and_one_by_one():
+    models = [random_model(0.01) for _ in range(3)]
+    seconds = aggregation.time_rounds(3, models[0], models)
+    assert list(seconds) == ["FedAvg", "CoLearn", "one by one"]
+    assert {len(each) for each in seconds.values()} == {aggregation.REPEATS}
+
+
+@pytest.mark.parametrize("k", [3, 6])
+def test_memory_of_the_aggregation_is_that_of_three_models_whatever_k(k):
+    assert aggregation.peak_memory("CoLearn", k) < 3.2
+    assert aggregation.peak_memory("FedAvg", k) > k + 1
