@@ -49,9 +49,10 @@ def measure(k: int, mebibytes: float, rounds: int) -> dict[str, Any]:
         seconds = timed(strategy(k), InProcessGrid(app, k), model, rounds)
         row[f"{name} s"] = round(statistics.median(seconds), 4)
     for name, strategy in STRATEGIES.items():
+        grid = InProcessGrid(app, k)  # which takes, and gives back, more than a small model
         gc.collect()
         tracemalloc.start()
-        timed(strategy(k), InProcessGrid(app, k), model, 1)
+        timed(strategy(k), grid, model, 1)
         row[f"{name} MiB"] = round(tracemalloc.get_traced_memory()[1] / MIB, 2)
         tracemalloc.stop()
     return row
