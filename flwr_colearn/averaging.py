@@ -51,6 +51,10 @@ class RunningMean:
     empty : callable, optional
         ``(name, like) -> array``: gives the memory of the averages, C-contiguous and of the shape
         and type of `like`.
+    models : int, default 256
+        How many models are added at most. A model is refused if so many like it would add up to
+        more than int64, float64 or the weight hold; so whether a model is accepted depends on that
+        model alone, and never on what others sent.
 
     Raises
     ------
@@ -66,8 +70,15 @@ class RunningMean:
     array([2., 3.], dtype=float32)
     """
 
-    def __init__(self, like: Arrays, roles: Roles = None, empty: Empty = empty_array) -> None:
+    def __init__(
+        self,
+        like: Arrays,
+        roles: Roles = None,
+        empty: Empty = empty_array,
+        models: int = 256,
+    ) -> None:
         self.roles = assign_roles(like, roles)
+        self.models = models
         self._empty = empty
         pairs = pair_statistics(like, self.roles)
         self._statistics = PooledStatistics(like, pairs)
@@ -92,7 +103,6 @@ class RunningMean:
         """
         self._like = dict(like)
         self._integers: dict[str, NDArray] = {}
-        self._bounds: dict[str, float] = {}
         self._averages: dict[str, NDArray] | None = None
         self._at_once = False
         self._small.clear()
@@ -113,24 +123,38 @@ class RunningMean:
         Raises
         ------
         ColearnError
-            If the weight is not positive, or an array is missing, unexpected, of another shape or
-            type, not finite, or too large to be summed. The mean is then as it was.
+            As `check` does, and if there are as many models as there may be. The mean is then as it
+            was.
         """
-        check_model(arrays, self._like)
+        self.check(arrays, weight)
         self.add_checked(arrays, weight)
 
-    def add_checked(self, arrays: Arrays, weight: float = 1) -> None:
-        """Do what `add` does, with a model that `check_model` has passed already.
+    def check(self, arrays: Arrays, weight: float = 1) -> None:
+        """Raise a ColearnError unless a model can be added, whatever other models are.
+
+        This is the one condition of acceptance: who checks replies before they are added uses it.
 
         Raises
         ------
         ColearnError
-            As `add`, if the weight is not positive or an array is too large to be summed.
+            If the weight is not positive, an array is missing, unexpected, of another shape or
+            type or not finite, or `models` such models could not be summed.
+        """
+        check_model(arrays, self._like)
+        self._check_sizes(arrays, self._check_weight(weight))
+
+    def add_checked(self, arrays: Arrays, weight: float = 1) -> None:
+        """Do what `add` does, with a model that `check` has passed with the same weight.
+
+        Raises
+        ------
+        ColearnError
+            If there are as many models as there may be.
         """
         if self._at_once:
             raise ColearnError("mean: expected none added after add_all, found another model")
-        weight = _check_weight(weight)
-        self._bounds.update(self._new_bounds(arrays, weight))
+        self._check_room(1)
+        weight = _plain(weight)
         self._add_large(arrays, weight)
         self._add_rest(arrays, weight)
 
@@ -158,12 +182,13 @@ class RunningMean:
                 f"mean: expected models for an empty mean, found {len(models)} for one of "
                 f"{self.count}"
             )
+        self._check_room(len(models))
         for arrays, _ in models:
             _check_structure(arrays, self._like)
-        weighted = [(arrays, _check_weight(weight)) for arrays, weight in models]
+        weighted = [(arrays, self._check_weight(weight)) for arrays, weight in models]
         try:
             for arrays, weight in weighted:
-                self._bounds.update(self._new_bounds(arrays, weight))
+                self._check_sizes(arrays, weight)
                 self._add_rest(arrays, weight)
             self._small.check()
             self._statistics.check()
@@ -247,22 +272,33 @@ class RunningMean:
         _refuse_first(Blocks(averages).map(average))
         return averages
 
-    def _new_bounds(self, arrays: Arrays, weight: float) -> dict[str, float]:
-        """Return bounds of the magnitudes that the sums would have with a model; check them."""
-        bounds = {}
+    def _check_room(self, more: int) -> None:
+        if self.count + more > self.models:
+            raise ColearnError(
+                f"mean: expected at most {self.models} models, found {self.count + more}"
+            )
+
+    def _check_weight(self, weight: float) -> float:
+        """Return the weight of a model, as an int if it is whole."""
+        if not (weight > 0 and math.isfinite(weight)):
+            raise expected("weight of a model", "a positive finite number", weight)
+        most = _LARGEST_WEIGHT // self.models
+        if weight > most:
+            raise expected("weight of a model", f"at most {most}", weight)
+        return _plain(weight)
+
+    def _check_sizes(self, arrays: Arrays, weight: float) -> None:
+        """Raise a ColearnError unless `models` models of these magnitudes can be summed."""
         for name in self._bounded:
             array = arrays[name]
             is_float = array.dtype.kind == "f"
+            # Python's numbers: the magnitude of the least integer is none of its own type's.
             largest = max(abs(array.max().item()), abs(array.min().item()))
-            bounds[name] = self._bounds.get(name, 0) + largest * weight
-            if bounds[name] >= (sys.float_info.max if is_float else 2**63):
-                kind = (
-                    "numbers that sum within float64"
-                    if is_float
-                    else ("integers that sum within int64")
-                )
-                raise expected(f"array '{name}'", kind, largest)
-        return bounds
+            most = sys.float_info.max if is_float else 2**63 - 1
+            if largest * weight * self.models > most:
+                kind = "numbers" if is_float else "integers"
+                held = "float64" if is_float else "int64"
+                raise expected(f"array '{name}'", f"{kind} that sum within {held}", largest)
 
     def _divide_large(self) -> dict[str, NDArray]:
         averages = {name: self._empty(name, self._like[name]) for name in self._large}
@@ -285,12 +321,8 @@ class RunningMean:
         return np.asarray(quotient + (rest >= self.weight - rest)).astype(dtype)
 
 
-def _check_weight(weight: float) -> float:
-    """Return the weight of a model, as an int if it is whole."""
-    if not (weight > 0 and math.isfinite(weight)):
-        raise expected("weight of a model", "a positive finite number", weight)
-    if weight > _LARGEST_WEIGHT:
-        raise expected("weight of a model", f"at most {_LARGEST_WEIGHT}", weight)
+def _plain(weight: float) -> float:
+    """Return a weight as an int if it is whole: integers are then summed exactly."""
     return int(weight) if float(weight).is_integer() else float(weight)
 
 

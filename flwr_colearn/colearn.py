@@ -179,6 +179,7 @@ class CoLearn(FedAvg):
             history,
             normalization,
             self._outgoing.empty,
+            self.num_participants,
         )
         self.normalization = normalization
         if normalization.side_by_side and not self.exchanges_steps:

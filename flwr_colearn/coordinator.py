@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from .averaging import RunningMean, check_model, trainable
+from .averaging import RunningMean, trainable
 from .balancing import Balance, squared_distance, squared_norm
 from .dynamic_history import DynamicRecord
 from .errors import ColearnError
@@ -171,7 +171,7 @@ class Coordinator:
         bounds = self.operator.bounds(len(nodes), self.reference.square, self.random)
         self._bounds = dict(zip(nodes, bounds, strict=True))
         self.record = DynamicRecord(server_round, server_round * b, delta=min(bounds))
-        self._mean = RunningMean(self.reference.arrays, self.reference.roles)
+        self._mean = self._new_mean()
         self._opened = time.monotonic()
         self._meter.take()
         anew = self._travelling(self.reference.record) if server_round == 1 else None
@@ -221,7 +221,7 @@ class Coordinator:
         ColearnError
             If no learner sent its model.
         """
-        self._mean = RunningMean(self.reference.arrays, self.reference.roles)
+        self._mean = self._new_mean()
         self._collecting = True
         self._ask([self._question(FETCH, node) for node in self.present], weigh=lambda report: 1)
         self._collecting = False
@@ -241,6 +241,11 @@ class Coordinator:
     def reply_within(self) -> float | None:
         """Seconds to wait for a reply: Flower takes some to notice that a process has ended."""
         return None if self.timeout is None else self.timeout + REPORT_WITHIN
+
+    def _new_mean(self) -> RunningMean:
+        return RunningMean(
+            self.reference.arrays, self.reference.roles, models=max(len(self.nodes), 1)
+        )
 
     # Steps of a round ---------------------------------------------------------------------------
 
@@ -401,7 +406,7 @@ class Coordinator:
 
     def _check(self, reply: Message) -> None:
         """Raise a ColearnError for a reply that is no good; recovery then asks again."""
-        report_of(reply)
+        report = report_of(reply)
         echoed = echo_of(reply).get("server-round", self.record.round)
         if echoed != self.record.round:
             raise ColearnError(
@@ -409,7 +414,7 @@ class Coordinator:
             )
         model = self._model_in(reply)
         if model is not None:
-            check_model(model, like=self.reference.arrays)
+            self._mean.check(model, report.examples)
 
     def _follow(self, asked: Sequence[int]) -> None:
         """Take over from the recovering grid who took whose place, and what happened."""

@@ -58,7 +58,8 @@ class Folding:
         if sent.metadata.message_type != MessageType.TRAIN:
             check_train_reply(sent, reply, self.weighted_by_key)
             return
-        self._checked = reply, checked_model(sent, reply, self.weighted_by_key, self.broadcast)
+        model = checked_model(sent, reply, self.weighted_by_key, self.broadcast, self.rule.check)
+        self._checked = reply, model
 
     def fold(self, replies: Iterable[Message]) -> list[tuple[str, RecordDict]]:
         """Add the replies' models to the mean; return participants and metrics of those that fit.

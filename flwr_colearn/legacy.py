@@ -110,6 +110,7 @@ class CoLearn(FedAvg):
             roles,
             history,
             empty=self._outgoing.empty,
+            participants=self.min_fit_clients,
         )
         self.recovery = recovery
         self._shared: Parameters | None = None

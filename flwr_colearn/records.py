@@ -1,6 +1,7 @@
 """Arrays to and from Flower's records, in fewer copies than Flower's own and with its bytes."""
 
 import io
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -9,6 +10,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from .errors import expected
 from .roles import NDArray
+
+NUMPY = "numpy.ndarray"
+"""How Flower marks an array that is serialised in numpy's format."""
 
 Record = TypeVar("Record", ArrayRecord, MetricRecord, ConfigRecord)
 
@@ -41,6 +45,30 @@ def data_bytes(record: ArrayRecord) -> int:
 def to_record(arrays: dict[str, NDArray]) -> ArrayRecord:
     """Return named arrays as an ArrayRecord."""
     return ArrayRecord({name: _record_of(array) for name, array in arrays.items()})
+
+
+def types_of(record: ArrayRecord) -> dict[str, str]:
+    """Return the types of a record's ordinary arrays by name, as numpy spells them."""
+    return {name: array.dtype for name, array in record.items() if array.stype == NUMPY}
+
+
+def cast_record(record: ArrayRecord, types: Mapping[str, str]) -> ArrayRecord:
+    """Return a record whose arrays have the types given by name; itself, if they have them already.
+
+    Numbers become integers by rounding, halves upwards, as `RunningMean` rounds. Arrays that
+    `types` does not name, and those that are no ordinary ones, stay as they are.
+    """
+    cast = {
+        name: _record_of(_as_type(_view(name, record[name]), np.dtype(types[name])))
+        for name, dtype in types_of(record).items()
+        if types.get(name, dtype) != dtype
+    }
+    return ArrayRecord({**record, **cast}) if cast else record
+
+
+def _as_type(array: NDArray, dtype: np.dtype[Any]) -> NDArray:
+    whole = dtype.kind in "iub" and array.dtype.kind == "f"
+    return np.asarray(np.floor(array + 0.5) if whole else array).astype(dtype)
 
 
 def into_record(arrays: dict[str, NDArray]) -> ArrayRecord:
@@ -89,7 +117,7 @@ class Outgoing:
         made, file = self._made.pop(name, (None, None))
         if file is None or made is not array:
             return _record_of(array)
-        return Array(str(array.dtype), array.shape, "numpy.ndarray", file.getvalue())
+        return Array(str(array.dtype), array.shape, NUMPY, file.getvalue())
 
 
 def view_bytes(name: str, data: bytes) -> NDArray:
@@ -127,7 +155,7 @@ def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _view(name: str, array: Array) -> NDArray:
-    if array.stype != "numpy.ndarray":
+    if array.stype != NUMPY:
         raise expected(f"array '{name}'", "a serialised numpy array", array.stype)
     return view_bytes(name, array.data)
 
@@ -139,7 +167,7 @@ def _record_of(array: NDArray) -> Array:
         return Array(array)
     header = _header_of(array.dtype, array.shape)
     data = b"".join((header, array.reshape(-1).view(np.uint8).data))
-    return Array(str(array.dtype), tuple(array.shape), "numpy.ndarray", data)
+    return Array(str(array.dtype), tuple(array.shape), NUMPY, data)
 
 
 def _header_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from ._flwr import node_names
 from .errors import ColearnError, expected, real_number, whole_number
 from .grids import WrappingGrid
-from .records import data_bytes, records_of
+from .records import cast_record, data_bytes, records_of, types_of
 from .replies import ECHO, check_train_reply, echo_of, failure_of
 
 LONGEST_PAUSE = 60.0
@@ -149,7 +149,9 @@ class RecoveringGrid(WrappingGrid):
     """A Grid around any Grid that restarts participants which fail, in the same round.
 
     ``CoLearn.start`` puts one around its grid by itself; any other Flower strategy can be given
-    one: ``FedAvg().start(RecoveringGrid(grid), ...)``.
+    one: ``FedAvg().start(RecoveringGrid(grid), ...)``. Arrays that a strategy returned in other
+    types than it was first given (FedAvg makes averages of counters float64) are sent in the types
+    of the first train message, integers rounded.
 
     A train message is sent again (a new message with the same content) when its participant
     raised, its process was killed, its SuperNode left and came back, it did not reply within the
@@ -198,6 +200,7 @@ class RecoveringGrid(WrappingGrid):
         self.sent = 0
         self._directory = _Directory()
         self._events: list[Event] = []
+        self._types: dict[str, str] = {}
 
     def name_of(self, node_id: int) -> str:
         """Return a participant's name where known, else its node id."""
@@ -256,12 +259,27 @@ class RecoveringGrid(WrappingGrid):
         batch = list(messages)
         if not batch or not _is_train(batch[0]):
             return self.grid.send_and_receive(batch, timeout=timeout)
+        self._keep_types(batch)
         participants = [_Participant(message.metadata.dst_node_id, message) for message in batch]
         self._directory.seen.update(self.grid.get_node_ids())
         self._directory.registered.update(node_names(self.grid))
         self.sent = 0
         self._push(participants, participants)
         return self._replies(participants, timeout)
+
+    def _keep_types(self, messages: list[Message]) -> None:
+        """Give the arrays of messages the types that the first train message had."""
+        cast: dict[int, ArrayRecord] = {}  # one for all messages that share a record
+        for message in messages:
+            for key, record in list(records_of(message.content, ArrayRecord).items()):
+                if id(record) not in cast:
+                    cast[id(record)] = self._as_first(record)
+                message.content[key] = cast[id(record)]
+
+    def _as_first(self, record: ArrayRecord) -> ArrayRecord:
+        if set(record) != set(self._types):
+            self._types = types_of(record)
+        return cast_record(record, self._types)
 
     def _replies(
         self, participants: list[_Participant], timeout: float | None
@@ -327,17 +345,19 @@ class RecoveringGrid(WrappingGrid):
     def _check_identity(
         self, participant: _Participant, reply: Message, participants: list[_Participant]
     ) -> None:
-        name = echo_of(reply).get("participant")
-        if name is None:
-            return
+        directory = self._directory
+        answered = echo_of(reply).get("participant")
+        registered = directory.registered.get(participant.node_id)
         for other in participants:
-            if other is not participant and self._directory.answered.get(other.node_id) == name:
-                raise expected(
-                    f"reply of node {participant.node_id}",
-                    "a participant of its own",
-                    f"{name}, which is node {other.node_id} too; do two sites share a node config?",
-                )
-        self._directory.answered[participant.node_id] = str(name)
+            if other is participant:
+                continue
+            if answered is not None and directory.answered.get(other.node_id) == answered:
+                raise _shared_name(participant, other, str(answered))
+            # Whoever replies first is taken at its word.
+            if registered and other.replied and directory.call(other.node_id) == registered:
+                raise _shared_name(participant, other, registered)
+        if answered is not None:
+            directory.answered[participant.node_id] = str(answered)
 
     def _watch_clock(
         self, participant: _Participant, timeout: float | None, participants: list[_Participant]
@@ -475,6 +495,14 @@ class RecoveringGrid(WrappingGrid):
         name = self.name_of(participant.node_id)
         self._events.append(Event(kind, name, reason, size))
         log(WARNING, "Recovery: %s of participant %s: %s", kind, name, reason)
+
+
+def _shared_name(one: _Participant, other: _Participant, name: str) -> ColearnError:
+    return expected(
+        f"reply of node {one.node_id}",
+        "a participant of its own",
+        f"{name}, which is node {other.node_id} too; do two sites share a node config?",
+    )
 
 
 def _is_train(message: Message) -> bool:

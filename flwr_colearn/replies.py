@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
@@ -86,26 +87,37 @@ def check_train_reply(sent: Message, reply: Message, weighted_by_key: str = "num
     if sent.metadata.message_type.partition(".")[0] == MessageType.TRAIN:
         request = records_of(sent.content, ConfigRecord).get(WIRE)
         broadcast = Broadcast.received(arrays_of(sent), request)
-        checked_model(sent, reply, weighted_by_key, broadcast)
+        checked_model(
+            sent,
+            reply,
+            weighted_by_key,
+            broadcast,
+            lambda model, examples: check_model(model, broadcast.reference),
+        )
 
 
 def checked_model(
-    sent: Message, reply: Message, weighted_by_key: str, broadcast: Broadcast
+    sent: Message,
+    reply: Message,
+    weighted_by_key: str,
+    broadcast: Broadcast,
+    check: Callable[[Arrays, float], None],
 ) -> Arrays:
     """Return the model in a train reply, decoded.
 
-    It must carry one ArrayRecord with the names, shapes and types of the model that was broadcast,
-    all numbers finite, and one MetricRecord with a positive number of examples. Where the
-    participant echoes its round, it must be the one that was asked for.
+    It must carry one ArrayRecord and one MetricRecord with a positive number of examples, and
+    ``check(model, examples)`` must accept the model: by the names, shapes and types of the model
+    that was broadcast, all numbers finite. Where the participant echoes its round, it must be the
+    one that was asked for.
 
     Raises
     ------
     ColearnError
         If it does not.
     """
-    examples_of(reply, weighted_by_key)
+    examples = examples_of(reply, weighted_by_key)
     model = model_of(reply, broadcast)
-    check_model(model, like=broadcast.reference)
+    check(model, examples)
     echoed = echo_of(reply).get("server-round")
     for config in records_of(sent.content, ConfigRecord).values():
         asked = config.get("server-round", echoed)

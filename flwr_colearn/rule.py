@@ -70,6 +70,8 @@ class CoLearningRule:
         What the average does with normalization layers; by default `Pooled`.
     empty : callable, optional
         Gives the memory of the averages; see `RunningMean`.
+    participants : int, default 256
+        K, or more: how many models a round has at most.
 
     Raises
     ------
@@ -87,6 +89,7 @@ class CoLearningRule:
         history: str | Path | History | None = None,
         normalization: Normalization = Pooled(),  # noqa: B008  (an immutable value)
         empty: Empty = empty_array,
+        participants: int = 256,
     ) -> None:
         if weighting not in ("uniform", "weighted"):
             raise expected("weighting", "'uniform' or 'weighted'", weighting)
@@ -111,6 +114,7 @@ class CoLearningRule:
         self.normalization = as_normalization(normalization)
         self._given_roles = roles
         self._empty = empty
+        self._participants = participants
         self._roles: dict[str, Role] = {}
         self._open_round: _OpenRound | None = None
         self._sent: Arrays = {}
@@ -214,7 +218,7 @@ class CoLearningRule:
         size : int
             Bytes received.
         checked : bool, default False
-            Whether `arrays` passed `check_model` already: once is enough for a large model.
+            Whether `arrays` passed `check` already: once is enough for a large model.
 
         Returns
         -------
@@ -235,6 +239,10 @@ class CoLearningRule:
             return False
         record.participants.append(participant)
         return True
+
+    def check(self, arrays: Arrays, examples: float) -> None:
+        """Raise a ColearnError unless the model can be folded, whatever the others are."""
+        self._round.mean.check(arrays, self.weight(examples))
 
     def fold_all(self, models: Sequence[tuple[str, Arrays, float, int]]) -> list[bool]:
         """Do what `fold` does with each of these, in one pass over memory if none is refused.
@@ -437,7 +445,7 @@ class CoLearningRule:
 
     def _new_mean(self, arrays: Arrays) -> RunningMean:
         if self._mean is None:
-            self._mean = RunningMean(arrays, self._roles, self._empty)
+            self._mean = RunningMean(arrays, self._roles, self._empty, self._participants)
         else:
             self._mean.renew(arrays)
         return self._mean

@@ -11,14 +11,12 @@ from flwr.common import log
 from .errors import ColearnError, expected
 from .exchange import CONFIG, SET, TRAIN
 from .local_model import reference_in
-from .records import records_of, to_record, view
+from .records import NUMPY, records_of, to_record, view
 from .roles import Arrays, NDArray
 from .wire import WIRE, BFloat16, Codec, agreed_codecs, difference
 
 RESIDUAL = "colearn.residual"
 """Keys in ``context.state`` begin so: what rounding kept back from the server."""
-
-_NUMPY = "numpy.ndarray"  # as Flower marks ordinary arrays
 
 
 def wire_mod(
@@ -170,7 +168,7 @@ def _plain(arrays: ArrayRecord, decoded: Arrays) -> ArrayRecord:
     """Return what arrived as ordinary arrays."""
     return ArrayRecord(
         {
-            name: array if array.stype == _NUMPY else Array(np.asarray(decoded[name]))
+            name: array if array.stype == NUMPY else Array(np.asarray(decoded[name]))
             for name, array in arrays.items()
         }
     )

@@ -1,6 +1,7 @@
 import contextlib
 import math
 import tracemalloc
+from functools import partial
 from itertools import permutations
 
 import numpy as np
@@ -149,7 +150,7 @@ def test_models_at_once_are_all_there_are():
 
 def test_doubles_whose_block_sums_to_more_than_float64_holds_are_still_averaged():
     model = {"w": np.full(_SMALL, 0.5 * np.finfo(np.float64).max)}
-    mean = RunningMean(model)
+    mean = RunningMean(model, models=1)
     with pytest.raises(ColearnError):  # the mean of one by one takes over
         mean.add_all([(model, 1)])
     mean.add(model)
@@ -412,6 +413,52 @@ def test_a_model_of_absurd_weight_is_added_whole_or_not_at_all(weight):
     with contextlib.suppress(ColearnError):
         mean.add(model, weight)
     assert bits(mean.mean()) == bits(model)
+
+
+@pytest.mark.parametrize(
+    ("models", "dtype", "value", "weight", "accepted"),
+    [
+        (5, np.int64, (2**63 - 1) // 5, 1, True),
+        (5, np.int64, (2**63 - 1) // 5 + 1, 1, False),
+        (5, np.int64, -((2**63 - 1) // 5), 1, True),
+        (5, np.int64, (2**63 - 1) // 10, 2, True),
+        (5, np.int64, (2**63 - 1) // 10 + 1, 2, False),
+        (1, np.int64, 2**63 - 1, 1, True),
+        (1, np.uint64, 2**63, 1, False),
+        (5, np.float64, 3.5e307, 1, True),
+        (5, np.float64, 3.7e307, 1, False),
+        (5, np.float32, 3e38, 1, True),
+        (4, np.float64, 1.0, 2**51, True),
+        (4, np.float64, 1.0, 2**51 + 1, False),
+    ],
+)
+def test_what_is_accepted_depends_on_the_model_alone(models, dtype, value, weight, accepted):
+    model = {"a": np.array([0, 0], dtype), "n": np.array([0, value], dtype)}
+    for others in range(models):
+        mean = RunningMean(model, models=models)
+        for _ in range(others):
+            mean.add(
+                {"a": model["a"], "n": np.array([value if accepted else 1, 1], dtype)},
+                weight if accepted else 1,
+            )
+        if accepted:
+            mean.add(model, weight)
+            assert np.isfinite(mean.mean()["n"]).all()
+        else:
+            with pytest.raises(ColearnError, match=r"array 'n': expected|weight of a model"):
+                mean.add(model, weight)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_no_more_models_are_added_than_there_may_be(at_once):
+    model = {"w": np.ones(2)}
+    mean = RunningMean(model, models=2)
+    if not at_once:
+        mean.add(model)
+        mean.add(model)
+    add = partial(mean.add_all, [(model, 1)] * 3) if at_once else partial(mean.add, model)
+    with pytest.raises(ColearnError, match="expected at most 2 models, found 3"):
+        add()
 
 
 # Relative change --------------------------------------------------------------------------------

@@ -16,14 +16,16 @@ from faults import (
     bits,
     numpy_of,
     outcome,
+    participants,
     random_faults,
     record_of,
     strategy_of,
     train,
 )
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.common import DEFAULT_TTL
-from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAdam, FedAvg
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -323,15 +325,87 @@ def test_a_participant_that_stays_away_is_absent_from_every_round(clock):
         assert [absence["participant"] for absence in record.absences] == ["partition-2"]
 
 
-@pytest.mark.parametrize("policy", ["fail", "wait", Quorum(3)])
-def test_models_that_cannot_be_summed_are_not_left_out_beyond_the_policy(policy, clock):
-    def huge(k, plan, arrays):  # passes every check, but only two of them fit into int64
-        return {"w": arrays["w"], "n": np.array(2**62 - 1)}
+BEYOND_THE_SUM = {  # kind: array of participant 2's first reply, its number of examples
+    "integer": ("n", np.array(2**63 - 1), 1),
+    "least integer": ("n", np.array(-(2**63)), 1),
+    "integer that two others would not fit beside": ("n", np.array(2**61), 1),
+    "float64": ("d", np.full(3, 1e308), 1),
+    "examples": ("n", np.array(1), 2**60),
+}
 
-    grid = FaultyGrid(clock, train=huge)
-    strategy = strategy_of(recovery=Recovery(1, policy=policy))
-    with pytest.raises(ColearnError):
-        strategy.start(grid, record_of({"w": np.ones(2), "n": np.array(0)}), num_rounds=1)
+
+@pytest.mark.parametrize("policy", ["fail", Quorum(1)])
+@pytest.mark.parametrize("kind", BEYOND_THE_SUM)
+def test_a_reply_that_cannot_be_summed_is_refused_and_nobody_elses(kind, policy, clock):
+    name, value, examples = BEYOND_THE_SUM[kind]
+    initial = {"w": np.ones(2, np.float32), "n": np.array(1), "d": np.zeros(3)}
+    sent = []
+
+    def spoil(message, context, call_next):
+        reply = call_next(message, context)
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 2:
+            if not sent:
+                reply.content["arrays"][name] = Array(value)
+                reply.content["metrics"]["num-examples"] = examples
+            sent.append(1)
+        return reply
+
+    def add(k, plan, arrays):
+        return {name: array + np.asarray(k, array.dtype) for name, array in arrays.items()}
+
+    grid = FaultyGrid(clock, k=5, train=add)
+    grid.client_app = participants(add, mods=[spoil])
+    strategy = strategy_of(5, recovery=Recovery(policy=policy), weighting="weighted")
+    result = strategy.start(grid, record_of(initial), num_rounds=1)
+    (record,) = strategy.history
+    assert record.participants == [f"partition-{k}" for k in range(5)]
+    assert [entry["participant"] for entry in record.refusals] == ["partition-2"]
+    assert [entry["participant"] for entry in record.restarts] == ["partition-2"]
+    weights = [EXAMPLES[k % K] for k in range(5)]
+    expected = 1 + np.average(range(5), weights=weights)
+    np.testing.assert_allclose(result.arrays["w"].numpy(), expected, rtol=1e-6)
+
+
+def test_one_registered_name_of_two_nodes_is_refused_at_the_second(clock):
+    grid = FaultyGrid(clock, named=False)
+    grid.registered = {1: "site-a", 2: "site-b", 3: "site-a", 4: "site-d"}
+    strategy = strategy_of(recovery=Recovery(1, policy=Quorum(3)))
+    strategy.start(grid, record_of(MODEL), num_rounds=1)
+    (record,) = strategy.history
+    assert record.participants == ["site-a", "site-b", "site-d"]
+    assert all(entry["participant"] == "site-a" for entry in record.refusals)
+    assert "node 3" in record.refusals[0]["reason"]
+    assert "node 1 too" in record.refusals[0]["reason"]
+
+
+@pytest.mark.parametrize("strategy", [FedAvg, FedAdam])
+def test_stock_strategies_keep_the_types_that_were_sent_first(strategy):
+    """Batch norm's counter comes back from FedAvg as float64, everything from FedAdam."""
+    torch = pytest.importorskip("torch")
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    app, seen = ClientApp(), []
+
+    @app.train()
+    def _(message, context):
+        state = message.content["arrays"].to_torch_state_dict()
+        seen.append({name: tensor.dtype for name, tensor in state.items()})
+        net.load_state_dict(state)
+        k = context.node_config["partition-id"]
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(k))
+        net(inputs).square().mean().backward()
+        optimizer.step()
+        content = {"arrays": ArrayRecord(net.state_dict())}
+        content["metrics"] = MetricRecord({"num-examples": 8 + k})
+        return Message(RecordDict(content), reply_to=message)
+
+    initial = ArrayRecord(net.state_dict())
+    grid = RecoveringGrid(InProcessGrid(app, 3))
+    wrapped = strategy(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
+    wrapped.start(grid, initial, num_rounds=3)
+    assert len(seen) == 9
+    assert all(types == {n: t.dtype for n, t in net.state_dict().items()} for types in seen)
+    assert grid.take_events() == []
 
 
 @pytest.mark.parametrize(
