@@ -8,10 +8,18 @@ from clients.client_app import make_client_app
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import participant_trainer
 from clients.trainer import Trainer
+from flwr_colearn import ColearnError
 
 
 def build(context: Context) -> Trainer:
-    """Return the trainer that a participant's run config and node config describe."""
+    """Return the trainer that a participant's run config and node config describe.
+
+    Raises
+    ------
+    ColearnError
+        If the node config has a ``data-dir`` beside a ``partition-id``.
+    """
+    _refuse_own_data(context)
     settings = _settings(context)
     return _trainer(
         settings,
@@ -20,8 +28,21 @@ def build(context: Context) -> Trainer:
     )
 
 
+def _refuse_own_data(context: Context) -> None:
+    """Raise a ColearnError for a site's own data, of which it would train on a share only."""
+    if {"data-dir", "partition-id"} <= set(context.node_config):
+        raise ColearnError(
+            "node config: expected either 'data-dir' or 'partition-id', found both. A site with a "
+            "'partition-id' trains on its share of one data set that all sites have, here one of "
+            f"{context.node_config.get('num-partitions', 'several')} parts of "
+            f"{context.node_config['data-dir']}; training on all of a site's own data is not "
+            "supported yet. Leave 'data-dir' out of --node-config, and name the folder of the "
+            "common data in the run config: flwr run . LINK --run-config 'data-dir=\"...\"'"
+        )
+
+
 def _settings(context: Context) -> ParticipantSettings:
-    # What a site sets in its node config (data-dir, devices, workers) goes before the run's.
+    # What a site sets in its node config (devices, workers) goes before the run's.
     return ParticipantSettings.from_config({**context.run_config, **context.node_config})
 
 

@@ -12,7 +12,7 @@ from clients.app import app, build
 from clients.settings import ParticipantSettings
 from clients.tasks import digits
 from clients.tasks.registry import server_trainer, shards
-from flwr_colearn import InProcessGrid, LocalPlan
+from flwr_colearn import ColearnError, InProcessGrid, LocalPlan
 from simulations.server_app import to_record
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
@@ -42,6 +42,13 @@ def test_run_config_and_node_config_describe_the_trainer():
 
 def test_what_a_site_sets_goes_before_the_runs_config():
     assert build(context_of(0, {"batch-size": 8}, **{"batch-size": 4})).batch_size == 4
+
+
+@pytest.mark.parametrize("partitions", [{}, {"num-partitions": 5}])
+def test_a_sites_own_data_beside_a_partition_is_refused_with_both_keys(partitions):
+    config = {"partition-id": 0, "data-dir": "/srv/data", **partitions}
+    with pytest.raises(ColearnError, match=r"'data-dir' or 'partition-id', found both.*/srv/data"):
+        build(Context(1, 1, config, RecordDict(), {}))
 
 
 @pytest.mark.parametrize("partition", ["iid", "classes"])
