@@ -18,7 +18,7 @@ from flwr_colearn import (
     wire_mod,
 )
 from flwr_colearn.records import to_record, view
-from flwr_colearn.synchronous import GRADIENTS
+from flwr_colearn.strategies.synchronous import GRADIENTS
 
 Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
 

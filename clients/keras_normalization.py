@@ -21,7 +21,7 @@ from flwr_colearn import (
     LayerNorm,
     Normalization,
 )
-from flwr_colearn.sidebyside import Meeting, meeting_of
+from flwr_colearn.grids.threaded import Meeting, meeting_of
 
 ops = keras.ops
 BatchNorm = keras.layers.BatchNormalization

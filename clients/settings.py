@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from flwr_colearn import ColearnError, Frozen, Normalization
-from flwr_colearn.normalization import scheme_named
+from flwr_colearn.normalization.schemes import scheme_named
 
 
 class FromConfig:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flwr_colearn import BatchRenorm, ColearnError, GroupNorm, LayerNorm, Normalization
-from flwr_colearn.sidebyside import Meeting, meeting_of
+from flwr_colearn.grids.threaded import Meeting, meeting_of
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 

@@ -4,18 +4,21 @@ On the server ``CoLearn`` takes the place of ``FedAvg``; a participant iterates 
 that it finds in its train config. The rest are the values that the two are made of.
 """
 
-from .averaging import RunningMean, relative_change
+from .aggregation.mean import RunningMean, relative_change
 from .checkpoint import CheckpointFolder
-from .colearn import CoLearn
-from .dynamic import DynamicAveraging, ModelAveraging
-from .dynamic_history import DynamicHistory, DynamicRecord
+from .compression.client import wire_mod
+from .compression.codecs import BFloat16, Float16, Float32, Int8, Wire
+from .dynamic.client import learner
+from .dynamic.operators import Relative
+from .dynamic.record import DynamicHistory, DynamicRecord
+from .dynamic.strategy import DynamicAveraging, ModelAveraging
 from .errors import ColearnError
-from .fedavg import NormalizedFedAvg
+from .grids.in_process import InProcessGrid
+from .grids.threaded import SideBySideGrid
 from .history import History, RoundRecord
-from .inprocess import InProcessGrid
-from .keeping import normalization_mod
-from .learner import learner
-from .normalization import (
+from .normalization.client import normalization_mod
+from .normalization.grid import NormalizationGrid
+from .normalization.schemes import (
     Average,
     BatchRenorm,
     Frozen,
@@ -28,11 +31,9 @@ from .normalization import (
     Recalibrated,
     Synchronised,
 )
-from .normalization_grid import NormalizationGrid
-from .operators import Relative
-from .participant import introduce, participant_mod
 from .plan import Epoch, LocalPlan
-from .recovery import Quorum, RecoveringGrid, Recovery
+from .recovery.client import introduce, participant_mod
+from .recovery.grid import Quorum, RecoveringGrid, Recovery
 from .roles import Role
 from .schedules import (
     ConstantRate,
@@ -41,10 +42,9 @@ from .schedules import (
     FixedEpochs,
     IncreasingEpochs,
 )
-from .sidebyside import SideBySideGrid
-from .synchronous import SynchronousSGD
-from .wire import BFloat16, Float16, Float32, Int8, Wire
-from .wire_participant import wire_mod
+from .strategies.averaging import NormalizedFedAvg
+from .strategies.colearn import CoLearn
+from .strategies.synchronous import SynchronousSGD
 
 __version__ = "0.4.0"
 

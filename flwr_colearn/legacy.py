@@ -21,11 +21,11 @@ from ._flwr import ClientProxy, fit_clients
 from .errors import ColearnError, expected
 from .history import History
 from .records import Outgoing, view_bytes
-from .recovery import LONGEST_PAUSE, Event, Quorum, Recovery
+from .recovery.grid import LONGEST_PAUSE, Event, Quorum, Recovery
+from .recovery.membership import participant_arguments
 from .roles import Arrays, Roles
-from .rule import CoLearningRule, Weighting
-from .sampling import participant_arguments
 from .schedules import EpochRule, LearningRate
+from .strategies.algorithm import CoLearningRule, Weighting
 
 Metrics = list[tuple[int, dict[str, Scalar]]]
 FitFailure = tuple[ClientProxy, FitRes] | BaseException

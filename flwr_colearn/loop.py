@@ -15,12 +15,12 @@ from flwr.serverapp.strategy import Result
 from ._flwr import config_to_str
 from .checkpoint import Checkpoint, check_same_configuration, describe_arrays
 from .errors import ColearnError, expected
-from .normalization import PARTIAL
+from .normalization.schemes import PARTIAL
 from .records import data_bytes, to_record
-from .recovery import RecoveringGrid
+from .recovery.grid import RecoveringGrid
 
 if TYPE_CHECKING:
-    from .colearn import CoLearn
+    from .strategies.colearn import CoLearn
 
 REPORT_WITHIN = 120.0
 """Seconds that Flower may take to report the end of a participant's process."""

@@ -30,7 +30,7 @@ from clients.tasks import cifar10, mnist
 from clients.torch_tasks import normalise, tensors_of
 from clients.trainer import derive_seed
 from flwr_colearn import ColearnError, InProcessGrid, ModelAveraging
-from flwr_colearn.operators import (
+from flwr_colearn.dynamic.operators import (
     Dynamic,
     FractionAveraging,
     Never,

@@ -42,7 +42,7 @@ from flwr_colearn import (
     SynchronousSGD,
 )
 from flwr_colearn.errors import NOT_FINITE
-from flwr_colearn.normalization import SCHEMES, scheme_named
+from flwr_colearn.normalization.schemes import SCHEMES, scheme_named
 from simulations.arms import ARMS, schedules
 from simulations.server_app import to_record
 from simulations.settings import RunSettings, check_keys, read_config

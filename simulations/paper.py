@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr_colearn import ColearnError
-from flwr_colearn.report import Curve, save_panels
+from flwr_colearn.reporting.figures import Curve, save_panels
 from simulations.arms import ARMS
 from simulations.claims import claims_table
 from simulations.settings import read_config

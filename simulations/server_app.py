@@ -16,8 +16,8 @@ from clients.settings import ParticipantSettings
 from clients.tasks.registry import load_task, server_trainer
 from clients.trainer import Trainer
 from flwr_colearn import CoLearn, ColearnError, History, Normalization, Pooled
-from flwr_colearn.report import curve, save_figure
-from flwr_colearn.wire import Wire, codec_named
+from flwr_colearn.compression.codecs import Wire, codec_named
+from flwr_colearn.reporting.figures import curve, save_figure
 from simulations.arms import arm_named, schedules
 from simulations.settings import RunSettings
 

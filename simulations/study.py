@@ -27,7 +27,7 @@ from tqdm import tqdm
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import load_task
 from flwr_colearn import ColearnError
-from flwr_colearn.report import Curve, save_figure
+from flwr_colearn.reporting.figures import Curve, save_figure
 from simulations.arms import ARMS
 from simulations.calibration import calibrate
 from simulations.settings import RunSettings, check_keys, read_config

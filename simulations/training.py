@@ -13,8 +13,8 @@ from clients.settings import ParticipantSettings
 from clients.tasks.registry import load_task, participant_trainer, server_trainer
 from clients.trainer import NDArray, Trainer, derive_seed, follow
 from flwr_colearn import ExponentialRate, History, InProcessGrid, LocalPlan
-from flwr_colearn.report import doublings
-from flwr_colearn.wire import codec_named
+from flwr_colearn.compression.codecs import codec_named
+from flwr_colearn.reporting.figures import doublings
 from simulations.arms import Arm, arm_named, schedules
 from simulations.server_app import evaluate_with, make_strategy, to_record
 from simulations.settings import RunSettings

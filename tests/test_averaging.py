@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from flwr_colearn import ColearnError, Role, RunningMean, relative_change
-from flwr_colearn.averaging import _SMALL, trainable
-from flwr_colearn.blocks import BLOCK
-from flwr_colearn.rule import CoLearningRule
+from flwr_colearn.aggregation.chunks import BLOCK
+from flwr_colearn.aggregation.mean import _SMALL, trainable
+from flwr_colearn.strategies.algorithm import CoLearningRule
 
 
 @pytest.fixture(autouse=True, scope="module", params=["joined", "each by itself"])
@@ -21,7 +21,7 @@ def joined(request):
     """Small arrays are summed in one vector; all that holds of the mean must hold without, too."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "joined":
-            patch.setattr("flwr_colearn.averaging._SMALL", 0)
+            patch.setattr("flwr_colearn.aggregation.mean._SMALL", 0)
         yield
 
 
@@ -100,7 +100,7 @@ def test_models_added_at_once_give_the_bits_of_models_added_one_by_one(seed, wei
 
 
 def test_models_larger_than_a_block_are_added_at_once_with_threads_too(monkeypatch):
-    monkeypatch.setattr("flwr_colearn.blocks._THREADED", 1)
+    monkeypatch.setattr("flwr_colearn.aggregation.chunks._THREADED", 1)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     rng = np.random.default_rng(0)
     models = [{"w": rng.normal(size=(3, BLOCK)).astype(np.float32)} for _ in range(3)]

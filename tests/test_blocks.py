@@ -5,15 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flwr_colearn import RunningMean, blocks, relative_change
-from flwr_colearn.averaging import check_model
+from flwr_colearn import RunningMean, relative_change
+from flwr_colearn.aggregation import chunks as blocks
+from flwr_colearn.aggregation.mean import check_model
 from flwr_colearn.errors import ColearnError
 
 
 def small_blocks(monkeypatch, threads):
     """Blocks of 7 elements, threads from the first element on."""
-    for module in ("blocks", "averaging"):
-        monkeypatch.setattr(f"flwr_colearn.{module}.BLOCK", 7)
+    for module in ("chunks", "mean"):
+        monkeypatch.setattr(f"flwr_colearn.aggregation.{module}.BLOCK", 7)
     monkeypatch.setattr(blocks, "_THREADED", 1)
     monkeypatch.setattr(blocks.os, "cpu_count", lambda: threads)
 

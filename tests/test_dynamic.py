@@ -28,8 +28,8 @@ from flwr_colearn import (
     learner,
     participant_mod,
 )
-from flwr_colearn.balancing import divergence
-from flwr_colearn.operators import (
+from flwr_colearn.dynamic.balancing import divergence
+from flwr_colearn.dynamic.operators import (
     Continuous,
     Dynamic,
     FractionAveraging,

@@ -27,13 +27,13 @@ from flwr_colearn import (
     participant_mod,
     wire_mod,
 )
-from flwr_colearn.balancing import divergence
-from flwr_colearn.coordinator import Coordinator
-from flwr_colearn.exchange import FETCH, SET, Ask, checksum
-from flwr_colearn.operators import Dynamic, FractionAveraging, Never, Periodic
+from flwr_colearn.compression.client import RESIDUAL
+from flwr_colearn.compression.codecs import WIRE
+from flwr_colearn.dynamic.balancing import divergence
+from flwr_colearn.dynamic.coordinator import Coordinator
+from flwr_colearn.dynamic.messages import FETCH, SET, Ask, checksum
+from flwr_colearn.dynamic.operators import Dynamic, FractionAveraging, Never, Periodic
 from flwr_colearn.records import view
-from flwr_colearn.wire import WIRE
-from flwr_colearn.wire_participant import RESIDUAL
 
 M = 4
 MODS = (participant_mod, wire_mod)

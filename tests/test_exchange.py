@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flwr_colearn import ColearnError, InProcessGrid
-from flwr_colearn.exchange import Ask, Report, control_bytes, report_of
+from flwr_colearn.dynamic.messages import Ask, Report, control_bytes, report_of
 
 
 @given(

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from flwr_colearn import ColearnError
-from flwr_colearn.joined import JoinedSum, PooledStatistics
+from flwr_colearn.aggregation.buckets import JoinedSum, PooledStatistics
 
 LIKE = {
     "matrix": np.zeros((2, 3), np.float32),

@@ -3,7 +3,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.clientapp import ClientApp
 
 from flwr_colearn import InProcessGrid
-from flwr_colearn.metering import MeteredGrid, Transfers
+from flwr_colearn.grids.metering import MeteredGrid, Transfers
 
 MODEL = ArrayRecord([np.zeros(4, np.float32)])
 BYTES = 128 + 16  # numpy's header and four numbers

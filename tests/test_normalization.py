@@ -27,8 +27,8 @@ from flwr_colearn import (
     normalization_mod,
     participant_mod,
 )
-from flwr_colearn.keeping import LocalArrays
-from flwr_colearn.normalization import (
+from flwr_colearn.normalization.client import LocalArrays
+from flwr_colearn.normalization.schemes import (
     as_normalization,
     layer_arrays,
     scheme_named,

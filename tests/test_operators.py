@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flwr_colearn import ColearnError
-from flwr_colearn.balancing import Balance
-from flwr_colearn.operators import (
+from flwr_colearn.dynamic.balancing import Balance
+from flwr_colearn.dynamic.operators import (
     Absolute,
     Continuous,
     Dynamic,

@@ -8,7 +8,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 
 from flwr_colearn import InProcessGrid, introduce, participant_mod
-from flwr_colearn.replies import echo_of
+from flwr_colearn.aggregation.replies import echo_of
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -249,7 +249,7 @@ def test_patience_ends_for_a_node_that_does_not_come_back(away, clock):
 
 
 def test_pauses_double_up_to_a_minute(clock, monkeypatch):
-    monkeypatch.setattr("flwr_colearn.recovery.LONGEST_POLL", 0.01)
+    monkeypatch.setattr("flwr_colearn.recovery.grid.LONGEST_POLL", 0.01)
     grid = FaultyGrid(clock, failing(k=0, attempts=range(8)))
     run(grid, rounds=2, recovery=Recovery(max_restarts=8))
     times = [each.at for each in grid.attempts if (each.round, each.k) == (2, 0)]

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from flwr_colearn import CoLearn, ColearnError, InProcessGrid, Quorum, Recovery
-from flwr_colearn.replies import (
+from flwr_colearn.aggregation.replies import (
     arrays_of,
     check_train_reply,
     echo_of,

@@ -7,7 +7,7 @@ from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 
 from flwr_colearn import CoLearn, ColearnError, InProcessGrid, Recovery, SideBySideGrid
-from flwr_colearn.sidebyside import Meeting, meeting_of
+from flwr_colearn.grids.threaded import Meeting, meeting_of
 
 K = 3
 

@@ -17,7 +17,7 @@ from flwr_colearn import (
     SynchronousSGD,
     normalization_mod,
 )
-from flwr_colearn.sgd import SGD
+from flwr_colearn.aggregation.sgd import SGD
 
 K = 3
 

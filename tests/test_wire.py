@@ -32,9 +32,9 @@ from flwr_colearn import (
     participant_mod,
     wire_mod,
 )
+from flwr_colearn.compression.client import RESIDUAL
+from flwr_colearn.compression.codecs import VERSION, WIRE, Broadcast, codec_named
 from flwr_colearn.records import data_bytes
-from flwr_colearn.wire import VERSION, WIRE, Broadcast, codec_named
-from flwr_colearn.wire_participant import RESIDUAL
 
 CODECS = [Float16(), BFloat16(), Int8(), Int8(0), Int8(-1)]
 INT8 = [Int8(), Int8(0), Int8(-1)]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .errors import NOT_FINITE, ColearnError
-from .roles import Arrays, NDArray
+from ..errors import NOT_FINITE, ColearnError
+from ..roles import Arrays, NDArray
 
 
 class JoinedSum:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from .roles import Arrays, NDArray
+from ..roles import Arrays, NDArray
 
 T = TypeVar("T")
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from .blocks import BLOCK, Blocks, Part, flat
-from .errors import NOT_FINITE, ColearnError, expected
-from .joined import JoinedSum, PooledStatistics
-from .roles import Arrays, NDArray, Role, Roles, assign_roles, pair_statistics
+from ..errors import NOT_FINITE, ColearnError, expected
+from ..roles import Arrays, NDArray, Role, Roles, assign_roles, pair_statistics
+from .buckets import JoinedSum, PooledStatistics
+from .chunks import BLOCK, Blocks, Part, flat
 
 _LARGEST_WEIGHT = 2**53
 

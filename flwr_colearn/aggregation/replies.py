@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
-from .averaging import check_model
-from .errors import ColearnError, expected
-from .records import records_of
-from .roles import Arrays
-from .wire import WIRE, Broadcast
+from ..compression.codecs import WIRE, Broadcast
+from ..errors import ColearnError, expected
+from ..records import records_of
+from ..roles import Arrays
+from .mean import check_model
 
 _EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
 

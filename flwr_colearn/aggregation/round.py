@@ -4,8 +4,11 @@ from collections.abc import Callable, Iterable
 
 from flwr.app import Message, MessageType, RecordDict
 
-from .errors import ColearnError
-from .records import data_bytes
+from ..compression.codecs import Broadcast, Float32
+from ..errors import ColearnError
+from ..records import data_bytes
+from ..roles import Arrays
+from ..strategies.algorithm import CoLearningRule
 from .replies import (
     arrays_of,
     check_train_reply,
@@ -14,9 +17,6 @@ from .replies import (
     metrics_of,
     model_of,
 )
-from .roles import Arrays
-from .rule import CoLearningRule
-from .wire import Broadcast, Float32
 
 
 class Folding:

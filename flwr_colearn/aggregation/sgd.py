@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import real_number
-from .roles import Arrays, NDArray
+from ..errors import real_number
+from ..roles import Arrays, NDArray
 
 
 @dataclass(frozen=True)

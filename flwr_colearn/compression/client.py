@@ -8,12 +8,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.common import log
 
-from .errors import ColearnError, expected
-from .exchange import CONFIG, SET, TRAIN
-from .local_model import reference_in
-from .records import NUMPY, records_of, to_record, view
-from .roles import Arrays, NDArray
-from .wire import WIRE, BFloat16, Codec, agreed_codecs, difference
+from ..dynamic.client_state import reference_in
+from ..dynamic.messages import CONFIG, SET, TRAIN
+from ..errors import ColearnError, expected
+from ..records import NUMPY, records_of, to_record, view
+from ..roles import Arrays, NDArray
+from .codecs import WIRE, BFloat16, Codec, agreed_codecs, difference
 
 RESIDUAL = "colearn.residual"
 """Keys in ``context.state`` begin so: what rounding kept back from the server."""

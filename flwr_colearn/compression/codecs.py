@@ -24,9 +24,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.common import log
 
-from .errors import ColearnError, expected
-from .records import to_record, view
-from .roles import Arrays, NDArray
+from ..errors import ColearnError, expected
+from ..records import to_record, view
+from ..roles import Arrays, NDArray
 
 VERSION, LEARNER_VERSION = 1, 2
 """Of what both sides say; learners, whose requests carry a session, had none before the second."""

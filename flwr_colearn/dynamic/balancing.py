@@ -9,8 +9,8 @@ from random import Random
 
 import numpy as np
 
-from .errors import ColearnError
-from .roles import Arrays
+from ..errors import ColearnError
+from ..roles import Arrays
 
 
 @dataclass

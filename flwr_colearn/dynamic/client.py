@@ -5,9 +5,13 @@ from collections.abc import Callable
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from .averaging import check_model
-from .errors import ColearnError
-from .exchange import (
+from ..aggregation.mean import check_model
+from ..aggregation.replies import arrays_of, examples_of
+from ..compression.codecs import ADD_THE_MOD, WIRE
+from ..errors import ColearnError
+from ..records import records_of, view
+from .client_state import LocalModel, recall, remember
+from .messages import (
     ARRAYS,
     CONFIG,
     FETCH_ACTION,
@@ -17,10 +21,6 @@ from .exchange import (
     Ask,
     Report,
 )
-from .local_model import LocalModel, recall, remember
-from .records import records_of, view
-from .replies import arrays_of, examples_of
-from .wire import ADD_THE_MOD, WIRE
 
 TrainFunction = Callable[[Message, Context], Message]
 

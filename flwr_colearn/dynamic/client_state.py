@@ -8,12 +8,12 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common import log
 
+from ..checkpoint import Checkpoint, CheckpointFolder
+from ..errors import ColearnError, expected
+from ..records import records_of, to_record, view
+from ..roles import Arrays
 from .balancing import squared_distance
-from .checkpoint import Checkpoint, CheckpointFolder
-from .errors import ColearnError, expected
-from .exchange import Ask, checksum
-from .records import records_of, to_record, view
-from .roles import Arrays
+from .messages import Ask, checksum
 
 _MODEL, _REFERENCE, _MEMORY, _METRICS = (
     "colearn-model",

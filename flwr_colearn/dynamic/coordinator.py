@@ -13,11 +13,17 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from .averaging import RunningMean, trainable
+from ..aggregation.mean import RunningMean, trainable
+from ..aggregation.replies import arrays_of, echo_of
+from ..compression.codecs import WIRE, Wire, check_agreed
+from ..errors import ColearnError
+from ..grids.metering import MeteredGrid, Transfers
+from ..loop import REPORT_WITHIN
+from ..records import into_record, records_of, view
+from ..recovery.grid import RecoveringGrid, Recovery
+from ..roles import Arrays, Role
 from .balancing import Balance, squared_distance, squared_norm
-from .dynamic_history import DynamicRecord
-from .errors import ColearnError
-from .exchange import (
+from .messages import (
     ARRAYS,
     CONFIG,
     FETCH,
@@ -29,14 +35,8 @@ from .exchange import (
     checksum,
     report_of,
 )
-from .loop import REPORT_WITHIN
-from .metering import MeteredGrid, Transfers
 from .operators import Operator
-from .records import into_record, records_of, view
-from .recovery import RecoveringGrid, Recovery
-from .replies import arrays_of, echo_of
-from .roles import Arrays, Role
-from .wire import WIRE, Wire, check_agreed
+from .record import DynamicRecord
 
 _LISTS = {"restart": "restarts", "refusal": "refusals", "absence": "absences"}
 

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
-from .errors import ColearnError, expected
-from .records import records_of
-from .replies import failure_of
-from .roles import Arrays
+from ..aggregation.replies import failure_of
+from ..errors import ColearnError, expected
+from ..records import records_of
+from ..roles import Arrays
 
 ARRAYS, CONFIG, METRICS, REPORT = "arrays", "config", "metrics", "learner"
 """Keys of the records in messages."""

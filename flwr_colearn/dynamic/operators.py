@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
+from ..errors import expected, real_number, whole_number
 from .balancing import Balance, augment
-from .errors import expected, real_number, whole_number
 
 ALWAYS = -1.0
 """A bound that every squared distance exceeds: the learner sends its model in any case."""

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from flwr.common import log
 
-from .history import RecordFile, from_line, to_line
-from .metering import Transfers
+from ..grids.metering import Transfers
+from ..history import RecordFile, from_line, to_line
 
 
 @dataclass

@@ -14,16 +14,16 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from .checkpoint import Checkpoint, CheckpointFolder, check_same_configuration, describe_arrays
+from ..checkpoint import Checkpoint, CheckpointFolder, check_same_configuration, describe_arrays
+from ..compression.codecs import Wire
+from ..errors import ColearnError, expected, real_number, whole_number
+from ..records import data_bytes, to_record, view
+from ..recovery.grid import Quorum, Recovery
+from ..recovery.membership import wait_for_nodes
+from ..roles import NDArray, Roles, assign_roles
 from .coordinator import Coordinator, Pending, Reference
-from .dynamic_history import DynamicHistory, DynamicRecord
-from .errors import ColearnError, expected, real_number, whole_number
 from .operators import Absolute, Dynamic, Operator, Relative
-from .records import data_bytes, to_record, view
-from .recovery import Quorum, Recovery
-from .roles import NDArray, Roles, assign_roles
-from .sampling import wait_for_nodes
-from .wire import Wire
+from .record import DynamicHistory, DynamicRecord
 
 MEAN = "mean of all learners"
 

@@ -11,8 +11,8 @@ from flwr.clientapp import ClientApp
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ._flwr import assume_identity, empty_run
-from .errors import ColearnError, expected, whole_number
+from .._flwr import assume_identity, empty_run
+from ..errors import ColearnError, expected, whole_number
 
 CLIENT_RAISED = 2  # Flower's error code for an exception in a ClientApp
 

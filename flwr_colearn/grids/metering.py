@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
-from .exchange import control_bytes
-from .grids import WrappingGrid
-from .records import data_bytes, records_of
+from ..dynamic.messages import control_bytes
+from ..records import data_bytes, records_of
+from .wrapping import WrappingGrid
 
 
 @dataclass(frozen=True)

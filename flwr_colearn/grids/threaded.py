@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
-from .errors import ColearnError
-from .inprocess import InProcessGrid
-from .records import records_of
-from .roles import NDArray
+from ..errors import ColearnError
+from ..records import records_of
+from ..roles import NDArray
+from .in_process import InProcessGrid
 
 MEETING = "meeting"
 """Config key: the number of the meeting that a participant takes part in, in this process."""

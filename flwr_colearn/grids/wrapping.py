@@ -6,7 +6,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from ._flwr import nodes_of
+from .._flwr import nodes_of
 
 
 class WrappingGrid(Grid):

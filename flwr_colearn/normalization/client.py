@@ -10,11 +10,11 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.common import log
 
-from .errors import ColearnError
-from .participant import name_of
-from .records import records_of, to_record, view
-from .roles import NDArray
-from .sgd import SGD
+from ..aggregation.sgd import SGD
+from ..errors import ColearnError
+from ..records import records_of, to_record, view
+from ..recovery.client import name_of
+from ..roles import NDArray
 
 RECORD = "normalization"
 """Key of the ConfigRecord that the server adds for the mod, of the mod's answer, and of its state.

@@ -8,13 +8,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, Rec
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from .errors import ColearnError
-from .grids import WrappingGrid
-from .keeping import RECORD
-from .normalization import Normalization
-from .records import data_bytes, records_of, view
-from .replies import failure_of
-from .roles import Role, Roles, assign_roles
+from ..aggregation.replies import failure_of
+from ..errors import ColearnError
+from ..grids.wrapping import WrappingGrid
+from ..records import data_bytes, records_of, view
+from ..roles import Role, Roles, assign_roles
+from .client import RECORD
+from .schemes import Normalization
 
 RECALIBRATE = f"{MessageType.TRAIN}.recalibrate"
 """Type of the message that asks for the statistics of a participant's data."""

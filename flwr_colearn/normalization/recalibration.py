@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from .averaging import RunningMean
-from .errors import ColearnError
-from .normalization_grid import RECALIBRATE
-from .records import data_bytes, to_record, view
-from .recovery import RecoveringGrid
-from .replies import arrays_of, examples_of
-from .roles import Role
+from ..aggregation.mean import RunningMean
+from ..aggregation.replies import arrays_of, examples_of
+from ..errors import ColearnError
+from ..records import data_bytes, to_record, view
+from ..recovery.grid import RecoveringGrid
+from ..roles import Role
+from .grid import RECALIBRATE
 
 
 @dataclass

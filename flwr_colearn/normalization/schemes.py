@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from inspect import Signature, signature
 from typing import Any, ClassVar
 
-from .errors import ColearnError, expected, whole_number
-from .roles import Arrays, Role, pair_statistics, split_name
+from ..errors import ColearnError, expected, whole_number
+from ..roles import Arrays, Role, pair_statistics, split_name
 
 PARTIAL = "incomplete: local arrays are those of the initial model; test at the participants"
 """What an evaluation of the shared model is worth where statistics or layers are local."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.common import log
 
-from .records import records_of
-from .replies import ECHO
+from ..aggregation.replies import ECHO
+from ..records import records_of
 
 
 def participant_mod(

@@ -14,11 +14,11 @@ from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ._flwr import node_names
-from .errors import ColearnError, expected, real_number, whole_number
-from .grids import WrappingGrid
-from .records import cast_record, data_bytes, records_of, types_of
-from .replies import ECHO, check_train_reply, echo_of, failure_of
+from .._flwr import node_names
+from ..aggregation.replies import ECHO, check_train_reply, echo_of, failure_of
+from ..errors import ColearnError, expected, real_number, whole_number
+from ..grids.wrapping import WrappingGrid
+from ..records import cast_record, data_bytes, records_of, types_of
 
 LONGEST_PAUSE = 60.0
 LONGEST_POLL = 3.0

@@ -7,7 +7,7 @@ from typing import Any
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from .errors import ColearnError, expected, whole_number
+from ..errors import ColearnError, expected, whole_number
 
 
 def wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:

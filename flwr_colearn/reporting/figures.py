@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import ColearnError
-from .history import RoundRecord
+from ..errors import ColearnError
+from ..history import RoundRecord
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from typing import Any, Literal
 import numpy as np
 from flwr.common import log
 
-from .averaging import Empty, RunningMean, empty_array, relative_change, trainable
-from .errors import ColearnError, expected, whole_number
-from .history import History, RoundRecord
-from .normalization import Normalization, Pooled, as_normalization
-from .plan import LocalPlan
-from .recovery import Event
-from .roles import UNTRAINED, Arrays, NDArray, Role, Roles, assign_roles
-from .schedules import (
+from ..aggregation.mean import Empty, RunningMean, empty_array, relative_change, trainable
+from ..errors import ColearnError, expected, whole_number
+from ..history import History, RoundRecord
+from ..normalization.schemes import Normalization, Pooled, as_normalization
+from ..plan import LocalPlan
+from ..recovery.grid import Event
+from ..roles import UNTRAINED, Arrays, NDArray, Role, Roles, assign_roles
+from ..schedules import (
     EpochRule,
     ExponentialRate,
     LearningRate,

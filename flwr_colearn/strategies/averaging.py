@@ -11,14 +11,14 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from .averaging import RunningMean
-from .errors import ColearnError, expected
-from .history import History, RoundRecord
-from .normalization import PARTIAL, Average, Normalization, as_normalization
-from .normalization_grid import NormalizationGrid
-from .recalibration import recalibrate
-from .records import Outgoing, data_bytes, records_of, view
-from .roles import Roles, assign_roles
+from ..aggregation.mean import RunningMean
+from ..errors import ColearnError, expected
+from ..history import History, RoundRecord
+from ..normalization.grid import NormalizationGrid
+from ..normalization.recalibration import recalibrate
+from ..normalization.schemes import PARTIAL, Average, Normalization, as_normalization
+from ..records import Outgoing, data_bytes, records_of, view
+from ..roles import Roles, assign_roles
 
 
 class NormalizedFedAvg(FedAvg):

@@ -22,22 +22,22 @@ from flwr.common import DEFAULT_TTL, log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from .checkpoint import CheckpointFolder
-from .errors import ColearnError, expected, real_number, whole_number
-from .folding import Folding
-from .history import History
-from .loop import Loop
-from .normalization import PARTIAL, Average, Normalization, Pooled
-from .normalization_grid import NormalizationGrid
-from .recalibration import recalibrate
-from .records import Outgoing, data_bytes, view
-from .recovery import Event, Quorum, RecoveringGrid, Recovery
-from .replies import examples_of
-from .roles import Arrays, Roles
-from .rule import CoLearningRule, Weighting
-from .sampling import participant_arguments, wait_for_nodes
-from .schedules import EpochRule, LearningRate
-from .wire import Broadcast, Float32, Wire
+from ..aggregation.replies import examples_of
+from ..aggregation.round import Folding
+from ..checkpoint import CheckpointFolder
+from ..compression.codecs import Broadcast, Float32, Wire
+from ..errors import ColearnError, expected, real_number, whole_number
+from ..history import History
+from ..loop import Loop
+from ..normalization.grid import NormalizationGrid
+from ..normalization.recalibration import recalibrate
+from ..normalization.schemes import PARTIAL, Average, Normalization, Pooled
+from ..records import Outgoing, data_bytes, view
+from ..recovery.grid import Event, Quorum, RecoveringGrid, Recovery
+from ..recovery.membership import participant_arguments, wait_for_nodes
+from ..roles import Arrays, Roles
+from ..schedules import EpochRule, LearningRate
+from .algorithm import CoLearningRule, Weighting
 
 
 class CoLearn(FedAvg):

@@ -7,14 +7,14 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
+from ..aggregation.sgd import SGD
+from ..errors import expected
+from ..grids.threaded import SideBySideGrid
+from ..plan import LocalPlan
+from ..records import records_of, to_record, view
+from ..roles import Arrays, NDArray, Role, assign_roles
+from ..schedules import LearningRate
 from .colearn import CoLearn
-from .errors import expected
-from .plan import LocalPlan
-from .records import records_of, to_record, view
-from .roles import Arrays, NDArray, Role, assign_roles
-from .schedules import LearningRate
-from .sgd import SGD
-from .sidebyside import SideBySideGrid
 
 GRADIENTS = "gradients"
 """Config key: the names of the arrays whose gradients a participant replies with."""

@@ -12,9 +12,9 @@ from flwr_colearn import (
     Pooled,
     RunningMean,
 )
-from flwr_colearn.normalization import layer_arrays
+from flwr_colearn.grids.threaded import Meeting, _meetings
+from flwr_colearn.normalization.schemes import layer_arrays
 from flwr_colearn.roles import assign_roles
-from flwr_colearn.sidebyside import Meeting, _meetings
 
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")

@@ -12,7 +12,7 @@ from torch import nn
 from clients.online import dump, learn, load, make_online_app
 from clients.streams import Drifting, Interleaved
 from flwr_colearn import DynamicAveraging, InProcessGrid, ModelAveraging, learner
-from flwr_colearn.operators import Continuous, Never, Periodic, Serial
+from flwr_colearn.dynamic.operators import Continuous, Never, Periodic, Serial
 
 M, FEATURES = 3, 6
 STREAMS = [Drifting((), FEATURES, 10, concept_seed=1, seed=seed) for seed in range(M)]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from clients.settings import ParticipantSettings
 from flwr_colearn import ColearnError, Frozen, GroupNorm, Pooled
-from flwr_colearn.normalization import SCHEMES
+from flwr_colearn.normalization.schemes import SCHEMES
 
 VALUES = {
     str: st.text(max_size=5),

@@ -24,8 +24,8 @@ from flwr_colearn import (
     Role,
     RunningMean,
 )
-from flwr_colearn.normalization import layer_arrays
-from flwr_colearn.sidebyside import Meeting, _meetings
+from flwr_colearn.grids.threaded import Meeting, _meetings
+from flwr_colearn.normalization.schemes import layer_arrays
 
 CHANNELS = 4
 

@@ -7,7 +7,7 @@ import torch
 
 from clients.streams import Interleaved
 from flwr_colearn import ColearnError
-from flwr_colearn.operators import Dynamic, FractionAveraging, Never, Periodic, Serial
+from flwr_colearn.dynamic.operators import Dynamic, FractionAveraging, Never, Periodic, Serial
 from simulations import dynamic, study
 from simulations.dynamic import STUDIES, Setting, build_streams, operator_named, run_unit
 

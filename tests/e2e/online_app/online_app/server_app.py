@@ -7,7 +7,7 @@ from flwr.app import Array, ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from flwr_colearn import DynamicAveraging, Wire
-from flwr_colearn.wire import codec_named
+from flwr_colearn.compression.codecs import codec_named
 
 app = ServerApp()
 

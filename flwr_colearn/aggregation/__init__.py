@@ -1,0 +1,1 @@
+"""How replies become one model: what a reply must be, the mean, pooled statistics, distances."""

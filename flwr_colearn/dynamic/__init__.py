@@ -1,0 +1,1 @@
+"""Model averaging in which models stay with the learners until they diverge."""

@@ -1,0 +1,1 @@
+"""Flower Grids: around another grid, and in one process."""

@@ -1,0 +1,1 @@
+"""What becomes of normalization layers where participants' data are unlike."""

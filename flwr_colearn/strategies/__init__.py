@@ -1,0 +1,1 @@
+"""Strategies in which every participant sends its model every round."""
