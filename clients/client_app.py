@@ -12,10 +12,7 @@ from clients.trainer import NDArray, Trainer, derive_seed
 from flwr_colearn import (
     ColearnError,
     LocalPlan,
-    introduce,
-    normalization_mod,
     participant_mod,
-    wire_mod,
 )
 from flwr_colearn.records import to_record, view
 from flwr_colearn.strategies.synchronous import GRADIENTS
@@ -43,8 +40,7 @@ def make_client_app(
     mods : sequence of Flower mods, optional
         Further ones, which see the whole model.
     """
-    app = ClientApp(mods=[participant_mod, wire_mod, normalization_mod, *mods])
-    app.query("colearn")(introduce)
+    app = ClientApp(mods=[participant_mod, *mods])
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

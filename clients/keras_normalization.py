@@ -21,7 +21,7 @@ from flwr_colearn import (
     LayerNorm,
     Normalization,
 )
-from flwr_colearn.grids.threaded import Meeting, meeting_of
+from flwr_colearn.grids.threaded import AllReduceGroup, group_of
 
 ops = keras.ops
 BatchNorm = keras.layers.BatchNormalization
@@ -238,7 +238,7 @@ def batch_norms(model: keras.Model) -> Iterator[Any]:
 @contextmanager
 def _synchronised(layers: list[Any], config: Mapping[str, Any]) -> Iterator[None]:
     """Let layers normalise with the batches of all participants, within the block."""
-    joint = _JointBatch(*meeting_of(config))
+    joint = _JointBatch(*group_of(config))
     for layer in layers:
         _check_plain(layer, (BatchNorm, FreezableBatchNormalization))
     for layer in layers:
@@ -261,7 +261,7 @@ class _JointBatch:
 
     Parameters
     ----------
-    meeting : Meeting
+    meeting : AllReduceGroup
         Of the participants, who call the same layers in the same order.
     rank : int
         The participant's.
@@ -273,7 +273,7 @@ class _JointBatch:
     the number's, which comes back only when the next one has had its turn.
     """
 
-    def __init__(self, meeting: Meeting, rank: int) -> None:
+    def __init__(self, meeting: AllReduceGroup, rank: int) -> None:
         self.used = False
         self._meeting, self._rank = meeting, rank
         self._turn = tf.zeros(())

@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from clients.streams import Stream
-from flwr_colearn import introduce, learner, participant_mod, wire_mod
+from flwr_colearn import learner, participant_mod
 
 
 def make_online_app(
@@ -25,8 +25,7 @@ def make_online_app(
     learning_rate : float
         Of plain SGD.
     """
-    app = ClientApp(mods=[participant_mod, wire_mod])
-    app.query("colearn")(introduce)
+    app = ClientApp(mods=[participant_mod])
 
     @learner(app)
     def train(message: Message, context: Context) -> Message:

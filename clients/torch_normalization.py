@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flwr_colearn import BatchRenorm, ColearnError, GroupNorm, LayerNorm, Normalization
-from flwr_colearn.grids.threaded import Meeting, meeting_of
+from flwr_colearn.grids.threaded import AllReduceGroup, group_of
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -153,7 +153,7 @@ def normalised(model: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
     layers = [layer for layer in model.modules() if isinstance(layer, BatchNorm)]
     try:
         if config.get("normalization") == "synchronised":
-            meeting, rank = meeting_of(config)
+            meeting, rank = group_of(config)
             for layer in layers:
                 if isinstance(layer, BatchRenormLayer):
                     raise ColearnError(
@@ -258,7 +258,7 @@ class _Synchronise(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, inputs: Tensor, layer: BatchNorm, meeting: Meeting, rank: int
+        ctx: Any, inputs: Tensor, layer: BatchNorm, meeting: AllReduceGroup, rank: int
     ) -> Tensor:
         axes = [axis for axis in range(inputs.dim()) if axis != 1]
         shape = [1, -1] + [1] * (inputs.dim() - 2)
@@ -293,7 +293,7 @@ class _Synchronise(torch.autograd.Function):
 
 
 def _synchronised_forward(
-    layer: BatchNorm, acts: bool, meeting: Meeting, rank: int, inputs: Tensor
+    layer: BatchNorm, acts: bool, meeting: AllReduceGroup, rank: int, inputs: Tensor
 ) -> Tensor:
     if not layer.training:
         return type(layer).forward(layer, inputs)

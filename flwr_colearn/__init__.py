@@ -1,24 +1,36 @@
-"""Co-learning across data centers as a Flower strategy: few, long rounds, nothing lost.
+"""Co-learning across data centers as a Flower strategy: few, long rounds, every failure survived.
 
 On the server ``CoLearn`` takes the place of ``FedAvg``; a participant iterates the ``LocalPlan``
 that it finds in its train config. The rest are the values that the two are made of.
 """
 
-from .aggregation.mean import RunningMean, relative_change
+from ._version import __version__
+from .aggregation import RunningMean, relative_change
 from .checkpoint import CheckpointFolder
-from .compression.client import wire_mod
-from .compression.codecs import BFloat16, Float16, Float32, Int8, Wire
-from .dynamic.client import learner
-from .dynamic.operators import Relative
-from .dynamic.record import DynamicHistory, DynamicRecord
-from .dynamic.strategy import DynamicAveraging, ModelAveraging
+from .compression import (
+    BFloat16,
+    Compression,
+    CompressionGrid,
+    Float16,
+    Int8,
+    PackedCodec,
+    Uncompressed,
+    codec_named,
+    register,
+)
+from .dynamic import (
+    DynamicAveraging,
+    DynamicHistory,
+    DynamicRecord,
+    ModelAveraging,
+    Relative,
+    learner,
+)
 from .errors import ColearnError
-from .grids.in_process import InProcessGrid
-from .grids.threaded import SideBySideGrid
+from .grids import InProcessGrid, ThreadedGrid
 from .history import History, RoundRecord
-from .normalization.client import normalization_mod
-from .normalization.grid import NormalizationGrid
-from .normalization.schemes import (
+from .loop import run
+from .normalization import (
     Average,
     BatchRenorm,
     Frozen,
@@ -27,13 +39,16 @@ from .normalization.schemes import (
     LocalBN,
     LocalStatistics,
     Normalization,
+    NormalizationGrid,
     Pooled,
     Recalibrated,
     Synchronised,
+    scheme_named,
 )
+from .participant import participant_mod
 from .plan import Epoch, LocalPlan
-from .recovery.client import introduce, participant_mod
-from .recovery.grid import Quorum, RecoveringGrid, Recovery
+from .policy import Quorum, Recovery
+from .recovery import RecoveringGrid
 from .roles import Role
 from .schedules import (
     ConstantRate,
@@ -42,19 +57,21 @@ from .schedules import (
     FixedEpochs,
     IncreasingEpochs,
 )
-from .strategies.averaging import NormalizedFedAvg
-from .strategies.colearn import CoLearn
-from .strategies.synchronous import SynchronousSGD
-
-__version__ = "0.4.0"
+from .strategies import Averaging, CoLearn, SynchronousSGD
+from .traffic import RoundTraffic
+from .transport import ConnectedGrid, Transport
 
 __all__ = [
     "Average",
+    "Averaging",
     "BFloat16",
     "BatchRenorm",
     "CheckpointFolder",
     "CoLearn",
     "ColearnError",
+    "Compression",
+    "CompressionGrid",
+    "ConnectedGrid",
     "ConstantRate",
     "CyclicalRate",
     "DynamicAveraging",
@@ -64,7 +81,6 @@ __all__ = [
     "ExponentialRate",
     "FixedEpochs",
     "Float16",
-    "Float32",
     "Frozen",
     "GroupNorm",
     "History",
@@ -78,7 +94,7 @@ __all__ = [
     "ModelAveraging",
     "Normalization",
     "NormalizationGrid",
-    "NormalizedFedAvg",
+    "PackedCodec",
     "Pooled",
     "Quorum",
     "Recalibrated",
@@ -87,15 +103,19 @@ __all__ = [
     "Relative",
     "Role",
     "RoundRecord",
+    "RoundTraffic",
     "RunningMean",
-    "SideBySideGrid",
     "Synchronised",
     "SynchronousSGD",
-    "Wire",
-    "introduce",
+    "ThreadedGrid",
+    "Transport",
+    "Uncompressed",
+    "__version__",
+    "codec_named",
     "learner",
-    "normalization_mod",
     "participant_mod",
+    "register",
     "relative_change",
-    "wire_mod",
+    "run",
+    "scheme_named",
 ]

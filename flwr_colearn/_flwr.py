@@ -3,10 +3,42 @@
 from collections.abc import Iterable
 from typing import Any
 
+from flwr.app import Error, Message, RecordDict
 from flwr.server.client_proxy import ClientProxy as ClientProxy
 from flwr.server.server import fit_clients as fit_clients
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy.strategy_utils import config_to_str as config_to_str
+
+REFUSED = 1000
+"""Code of an error reply that stands for a reply which a layer of ours refused. Flower's are below.
+"""
+
+CLIENT_RAISED = 2
+"""Flower's code for an exception in a ClientApp."""
+
+
+def set_message_id(message: Message, message_id: str) -> None:
+    """Set the id by which a message is known; Flower's grids do the same when they push one."""
+    message.metadata.__dict__["_message_id"] = message_id
+
+
+def copied(message: Message, content: RecordDict, node_id: int | None = None) -> Message:
+    """Return a new message like another, without its id, with another content and destination."""
+    metadata = message.metadata
+    return Message(
+        content=content,
+        dst_node_id=metadata.dst_node_id if node_id is None else node_id,
+        message_type=metadata.message_type,
+        ttl=metadata.ttl,
+        group_id=metadata.group_id,
+    )
+
+
+def error_reply(sent: Message, reply: Message, code: int, reason: str) -> Message:
+    """Return an error reply to `sent` that takes the place of `reply`."""
+    failed = Message(Error(code, reason), reply_to=sent)
+    set_message_id(failed, reply.metadata.message_id)
+    return failed
 
 
 def nodes_of(grid: Grid) -> Iterable[Any]:
@@ -19,6 +51,14 @@ def node_names(grid: Grid) -> dict[int, str]:
     """Return the names with which connected nodes are registered, where they have one."""
     named = {info.node_id: getattr(info, "name", "") for info in nodes_of(grid)}
     return {node_id: name for node_id, name in named.items() if name}
+
+
+def is_private(strategy: object) -> bool:
+    """Return whether a strategy is one of Flower's wrappers that add noise."""
+    return any(
+        kind.__module__.startswith("flwr.") and kind.__name__.startswith("DifferentialPrivacy")
+        for kind in type(strategy).__mro__
+    )
 
 
 def assume_identity() -> None:
@@ -44,11 +84,17 @@ def empty_run(run_id: int) -> Any:
 
 
 __all__ = [
+    "CLIENT_RAISED",
+    "REFUSED",
     "ClientProxy",
     "assume_identity",
     "config_to_str",
+    "copied",
     "empty_run",
+    "error_reply",
     "fit_clients",
+    "is_private",
     "node_names",
     "nodes_of",
+    "set_message_id",
 ]

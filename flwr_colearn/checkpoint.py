@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from flwr.common import log
@@ -18,6 +18,7 @@ from .roles import Arrays, NDArray
 
 _NAME = re.compile(r"round-(\d{6,})-([0-9a-f]{16})\.npz")
 _STATE = "state"
+_NODES = "nodes.json"
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,27 @@ class CheckpointFolder:
             return None
         return target
 
+    def note_nodes(self, server_round: int, nodes: list[int]) -> None:
+        """Write down to which nodes a round is about to be sent; until the next such note."""
+        scratch = self.path / f".{_NODES}.tmp"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with scratch.open("w") as file:
+                json.dump({"round": server_round, "nodes": nodes}, file)
+                _flush(file)
+            scratch.replace(self.path / _NODES)
+        except OSError as error:
+            log(WARNING, "Nodes of round %s not written down: %s", server_round, error)
+            _remove(scratch)
+
+    def noted_nodes(self, server_round: int) -> list[int]:
+        """Return the nodes noted for a round; none if none, or others, were."""
+        try:
+            noted = json.loads((self.path / _NODES).read_text())
+            return [int(node) for node in noted["nodes"]] if noted["round"] == server_round else []
+        except (OSError, ValueError, KeyError, TypeError):  # no note, or a damaged one
+            return []
+
     def latest(self) -> Checkpoint | None:
         """Return the newest checkpoint that is undamaged, or None if there is none at all.
 
@@ -124,6 +146,11 @@ class CheckpointFolder:
             return []
         files = [path for path in self.path.iterdir() if _NAME.fullmatch(path.name)]
         return sorted(files, key=lambda path: (_round_of(path), path.stat().st_mtime), reverse=True)
+
+
+def as_folder(value: str | Path | CheckpointFolder | None) -> CheckpointFolder | None:
+    """Return `value` as a folder of checkpoints; None stays None."""
+    return CheckpointFolder(value) if isinstance(value, str | Path) else value
 
 
 def read(path: str | Path) -> Checkpoint:
@@ -187,8 +214,12 @@ def _write(path: Path, checkpoint: Checkpoint) -> None:
     members[_STATE] = np.frombuffer(state.encode(), np.uint8)
     with path.open("wb") as file:
         np.savez(file, **members)  # type: ignore[arg-type]  # members are named, not flags
-        file.flush()
-        os.fsync(file.fileno())
+        _flush(file)
+
+
+def _flush(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _digest(path: Path) -> str:

@@ -20,6 +20,13 @@ class ColearnError(Exception):
     result: Any = None
 
 
+class NotAnsweredError(ColearnError):
+    """Raised for a reply that answers nothing yet: its participant is asked again.
+
+    Unlike a reply that is refused, there is nothing wrong with it.
+    """
+
+
 NOT_FINITE = "expected finite numbers, found NaN or Inf"
 """What is wrong with a model that has diverged, after the name of its first such array."""
 

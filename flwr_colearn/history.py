@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from logging import INFO
@@ -12,6 +13,7 @@ import numpy as np
 from flwr.common import log
 
 from .errors import ColearnError
+from .traffic import Event, RoundTraffic
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -34,10 +36,16 @@ class RoundRecord:
     relative_change : float or None
         |w^{i+1} - w^i| / |w^i| over the trainable arrays: what eq. 4 compares with epsilon to
         decide the next round's T. ``None`` until the round is closed.
-    bytes_down, bytes_up : int
-        Bytes of the serialised arrays sent to, and received from, all participants, as they
-        travelled (compressed where `flwr_colearn.Wire` says so), restarts and refused replies
-        included.
+    bytes_down, bytes_up : int or None
+        Bytes of the serialised arrays sent to, and received from, all participants for training,
+        as they travelled (compressed where `flwr_colearn.Compression` says so), restarts and
+        refused replies included. ``None`` where nothing counted them: in a loop of others, without
+        ``Transport(...).connect(grid)``.
+    control_down, control_up : int or None
+        Bytes of configs and metrics that went with them.
+    evaluation : dict
+        What the participants' evaluation of the shared model moved: ``bytes_down``, ``bytes_up``,
+        ``control_down`` and ``control_up``. Empty if they evaluated nothing.
     participants : list of str
         Those whose model is in the average.
     refusals : list of dict
@@ -47,10 +55,9 @@ class RoundRecord:
     absences : list of dict
         Participants that the round did without, each with ``participant`` and ``reason``.
     normalization : dict
-        Of a scheme that changes what travels: its name as ``scheme``; ``bytes`` that it cost over
-        exchanging the whole model once (below 0: saved), which are in bytes_down and bytes_up;
-        ``fresh``, the participants that had lost their local arrays; and, where part of the
-        model exists at the participants only, what that means as ``shared-model``.
+        Where a scheme changes what travels: its name as ``scheme``; under ``reinitialised`` the
+        participants that had lost their local arrays; and, where part of the model exists at the
+        participants only, what that means as ``shared-model``.
     seconds : float
         From the round's plan to its record.
     train_metrics, evaluate_metrics, server_metrics : dict
@@ -63,8 +70,11 @@ class RoundRecord:
     learning_rate: float
     epochs_done: int
     relative_change: float | None = None
-    bytes_down: int = 0
-    bytes_up: int = 0
+    bytes_down: int | None = None
+    bytes_up: int | None = None
+    control_down: int | None = None
+    control_up: int | None = None
+    evaluation: dict[str, int] = field(default_factory=dict)
     participants: list[str] = field(default_factory=list)
     refusals: list[dict[str, str]] = field(default_factory=list)
     restarts: list[dict[str, str]] = field(default_factory=list)
@@ -86,7 +96,7 @@ class RoundRecord:
         log(INFO, "\t├── Local epochs: %s (%s in all)", self.local_epochs, self.epochs_done)
         log(INFO, "\t├── Learning rate: from %g", self.learning_rate)
         log(INFO, "\t├── Relative change: %s", "unknown" if change is None else f"{change:.4g}")
-        log(INFO, "\t├── Bytes: %s down, %s up", f"{self.bytes_down:,}", f"{self.bytes_up:,}")
+        log(INFO, "\t├── Bytes: %s down, %s up", _spelled(self.bytes_down), _spelled(self.bytes_up))
         log(
             INFO,
             "\t└── Participants: %s averaged, %s refused, %s restarted, %s absent",
@@ -106,7 +116,19 @@ class RoundRecord:
             If the line is not a record.
         """
         numbers = ("relative_change", "train_metrics", "evaluate_metrics", "server_metrics")
-        return from_line(cls, line, numbers)
+        record = from_line(cls, line, numbers)
+        for old, new in _OLD_KEYS.items():
+            if old in record.normalization:
+                record.normalization[new] = record.normalization.pop(old)
+        return record
+
+
+_OLD_KEYS = {"fresh": "reinitialised"}
+"""Keys of a record's normalization until 0.4, and what they are called now."""
+
+
+def _spelled(size: int | None) -> str:
+    return "not counted" if size is None else f"{size:,}"
 
 
 class Record(Protocol):
@@ -200,13 +222,109 @@ class History(RecordFile[RoundRecord]):
 
     @property
     def bytes_total(self) -> int:
-        """Bytes of arrays moved in both directions."""
-        return sum(record.bytes_down + record.bytes_up for record in self.records)
+        """Bytes of arrays moved for training, in both directions, as far as they were counted."""
+        return sum((record.bytes_down or 0) + (record.bytes_up or 0) for record in self.records)
 
     @property
     def epochs_path(self) -> list[int]:
         """T_i of every round."""
         return [record.local_epochs for record in self.records]
+
+
+class RoundLog:
+    """The record of the round under way, and the history that it goes to in the end.
+
+    Parameters
+    ----------
+    history : str, Path or History, optional
+        Where the rounds are recorded: a file for JSON lines, or a `History`. By default in memory.
+
+    Attributes
+    ----------
+    history : History
+        The rounds that are complete.
+    """
+
+    def __init__(self, history: str | Path | History | None = None) -> None:
+        self.history = history if isinstance(history, History) else History(history)
+        self._record: RoundRecord | None = None
+        self._opened_at = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a round is under way."""
+        return self._record is not None
+
+    @property
+    def record(self) -> RoundRecord:
+        """The record of the round under way.
+
+        Raises
+        ------
+        ColearnError
+            If none is.
+        """
+        if self._record is None:
+            raise ColearnError(
+                "round: expected configure_train (configure_fit) before the aggregation, found none"
+            )
+        return self._record
+
+    def clear(self) -> None:
+        """Forget an earlier run."""
+        self._record = None
+        self.history.clear()
+
+    def open(self, record: RoundRecord) -> None:
+        """Begin a round."""
+        self._record, self._opened_at = record, time.perf_counter()
+
+    def note(self, **metrics: Mapping[str, Any] | None) -> None:
+        """Keep metrics (train_metrics=, evaluate_metrics=, server_metrics=) for the record."""
+        if self._record is not None:
+            for name, values in metrics.items():
+                setattr(self._record, name, dict(values or {}))
+
+    def note_events(self, events: Iterable[Event]) -> None:
+        """Record what happened to participants."""
+        record = self.record
+        lists = {
+            "restart": record.restarts,
+            "refusal": record.refusals,
+            "absence": record.absences,
+        }
+        for event in events:
+            if event.kind == "reinitialised":
+                record.normalization.setdefault(event.kind, []).append(event.participant)
+            else:
+                lists[event.kind].append(event.entry())
+
+    def note_traffic(self, traffic: RoundTraffic) -> None:
+        """Add what moved for training, and what happened."""
+        record = self.record
+        record.bytes_down = (record.bytes_down or 0) + traffic.bytes.down
+        record.bytes_up = (record.bytes_up or 0) + traffic.bytes.up
+        record.control_down = (record.control_down or 0) + traffic.control.down
+        record.control_up = (record.control_up or 0) + traffic.control.up
+        self.note_events(traffic.events)
+
+    def note_evaluation(self, traffic: RoundTraffic) -> None:
+        """Add what moved for the participants' evaluation."""
+        if self._record is None or not any(traffic.bytes + traffic.control):
+            return
+        for name, count in (("bytes", traffic.bytes), ("control", traffic.control)):
+            for direction, size in zip(("down", "up"), count, strict=True):
+                key = f"{name}_{direction}"
+                self._record.evaluation[key] = self._record.evaluation.get(key, 0) + size
+
+    def close(self, relative_change: float | None) -> None:
+        """Complete the record of the round under way and write it."""
+        record = self.record
+        record.relative_change = relative_change
+        record.participants.sort()  # they arrived in any order
+        record.seconds = round(time.perf_counter() - self._opened_at, 3)
+        self._record = None
+        self.history.append(record)
 
 
 D = TypeVar("D", bound="DataclassInstance")

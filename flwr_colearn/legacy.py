@@ -18,14 +18,15 @@ from flwr.server import ClientManager
 from flwr.server.strategy import FedAvg
 
 from ._flwr import ClientProxy, fit_clients
+from .aggregation import RoundMean, Weighting, as_weighting, relative_change, trainable
 from .errors import ColearnError, expected
-from .history import History
+from .history import History, RoundLog, RoundRecord
+from .policy import Recovery
 from .records import Outgoing, view_bytes
-from .recovery.grid import LONGEST_PAUSE, Event, Quorum, Recovery
-from .recovery.membership import participant_arguments
-from .roles import Arrays, Roles
+from .roles import Arrays, Role, Roles, assign_roles
 from .schedules import EpochRule, LearningRate
-from .strategies.algorithm import CoLearningRule, Weighting
+from .strategies import Progress, algorithm_of, participant_arguments
+from .traffic import Directions, Event, RoundTraffic
 
 Metrics = list[tuple[int, dict[str, Scalar]]]
 FitFailure = tuple[ClientProxy, FitRes] | BaseException
@@ -87,12 +88,12 @@ class CoLearn(FedAvg):
         recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
         **kwargs: Any,
     ) -> None:
-        if "wire" in kwargs:
+        if "compression" in kwargs:
             raise expected(
-                "wire",
+                "compression",
                 "none, since the legacy API knows one serialisation for all arrays of a model; "
                 "flwr_colearn.CoLearn compresses",
-                str(kwargs["wire"]),
+                str(kwargs["compression"]),
             )
         clients = participant_arguments(
             num_participants,
@@ -102,37 +103,41 @@ class CoLearn(FedAvg):
         )
         super().__init__(**{**kwargs, **clients})
         self._outgoing = Outgoing()
-        self._rule = CoLearningRule(
-            local_epochs,
-            learning_rate,
-            weighting,
-            total_epochs,
-            roles,
-            history,
-            empty=self._outgoing.empty,
-            participants=self.min_fit_clients,
-        )
+        self._algorithm = algorithm_of(local_epochs, learning_rate, total_epochs)
+        self._weighting = as_weighting(weighting)
+        self._given_roles = roles
+        self._log = RoundLog(history)
+        self._progress = Progress()
+        self._roles: dict[str, Role] = {}
+        self._mean: RoundMean | None = None
+        self._sent: Arrays = {}
+        self._change: float | None = None
         self.recovery = recovery
         self._shared: Parameters | None = None
         self._asked: dict[str, tuple[ClientProxy, FitIns]] = {}
-        self._rule.log_summary(lambda line: log(INFO, line))
+        self._algorithm.log_summary(lambda line: log(INFO, line))
 
     def __repr__(self) -> str:
         """Return the strategy's name and its two rules."""
-        return f"CoLearn({self._rule.local_epochs}, {self._rule.learning_rate})"
+        return f"CoLearn({self._algorithm.local_epochs}, {self._algorithm.learning_rate})"
 
     @property
     def history(self) -> History:
         """The rounds so far."""
-        return self._rule.history
+        return self._log.history
 
     def configure_fit(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Decide T (eq. 4) from the parameters received, and ask K participants to train."""
-        plan = self._rule.open(server_round, _named(parameters))
-        if plan is None:
+        arrays = _named(parameters)
+        if server_round <= self._progress.round:
+            self._clear()
+        self._close(arrays)
+        if self._algorithm.spent(self._progress):
             return []
+        plan, self._progress = self._algorithm.next_plan(server_round, self._progress, self._change)
+        self._begin_mean(server_round, arrays)
         config: dict[str, Scalar] = {}
         if self.on_fit_config_fn is not None:
             config.update(self.on_fit_config_fn(server_round))
@@ -140,7 +145,9 @@ class CoLearn(FedAvg):
         clients = client_manager.sample(
             num_clients=self.min_fit_clients, min_num_clients=self.min_available_clients
         )
-        self._rule.sent_down(_size(parameters) * len(clients))
+        done = self._progress.epochs_done
+        self._log.open(RoundRecord(server_round, plan.local_epochs, plan.learning_rate, done))
+        self._count(down=_size(parameters) * len(clients))
         self._asked = {client.cid: (client, FitIns(parameters, config)) for client in clients}
         return list(self._asked.values())
 
@@ -168,14 +175,17 @@ class CoLearn(FedAvg):
                 f"round {server_round}: expected no failures (accept_failures=False), "
                 f"found {len(failures)}"
             )
+        mean = self._round_mean
         metrics = self._fold_all(results)
         metrics += self._restart_missing(server_round, failures)
-        record = self._outgoing.record(self._rule.average())
+        self._log.note_events(mean.events)
+        self._log.record.participants = mean.participants
+        record = self._outgoing.record(mean.mean())
         average = Parameters([array.data for array in record.values()], "numpy.ndarray")
         aggregated: dict[str, Scalar] = {}
         if self.fit_metrics_aggregation_fn is not None:
             aggregated = self.fit_metrics_aggregation_fn(metrics)
-        self._rule.note(train_metrics=aggregated)
+        self._log.note(train_metrics=aggregated)
         return average, aggregated
 
     def evaluate(
@@ -184,7 +194,7 @@ class CoLearn(FedAvg):
         """Evaluate the shared model on the server, if an `evaluate_fn` was given."""
         outcome = super().evaluate(server_round, parameters)
         if outcome is not None:
-            self._rule.note(server_metrics={"loss": outcome[0], **outcome[1]})
+            self._log.note(server_metrics={"loss": outcome[0], **outcome[1]})
         return outcome
 
     def configure_evaluate(
@@ -192,11 +202,11 @@ class CoLearn(FedAvg):
     ) -> list[tuple[ClientProxy, EvaluateIns]]:
         """Ask participants to evaluate the shared model, as FedAvg does."""
         self._shared = parameters
-        if not self._rule.under_way:
+        if not self._log.is_open and self._algorithm.spent(self._progress):
             return []
         instructions = super().configure_evaluate(server_round, parameters, client_manager)
         if not instructions:  # then Flower does not call aggregate_evaluate
-            self._rule.close(_named(parameters))
+            self._close(_named(parameters))
         return instructions
 
     def aggregate_evaluate(
@@ -208,39 +218,76 @@ class CoLearn(FedAvg):
         """Aggregate the participants' evaluation as FedAvg does, and close the round's record."""
         counted = [item for item in results if item[1].num_examples > 0]
         loss, metrics = super().aggregate_evaluate(server_round, counted, failures)
-        self._rule.note(evaluate_metrics=metrics if loss is None else {"loss": loss, **metrics})
+        self._log.note(evaluate_metrics=metrics if loss is None else {"loss": loss, **metrics})
         if self._shared is not None:
-            self._rule.close(_named(self._shared))
+            self._close(_named(self._shared))
         return loss, metrics
+
+    @property
+    def _round_mean(self) -> RoundMean:
+        """The mean of the round under way."""
+        self._log.record  # noqa: B018  (raises if there is none)
+        assert self._mean is not None
+        return self._mean
+
+    def _begin_mean(self, server_round: int, arrays: Arrays) -> None:
+        if self._mean is None:
+            self._roles = assign_roles(arrays, self._given_roles)
+            self._mean = RoundMean(
+                arrays,
+                self._roles,
+                self._weighting,
+                self.min_fit_clients,
+                empty=self._outgoing.empty,
+            )
+        self._mean.renew(server_round, arrays)
+        self._sent = arrays
+
+    def _clear(self) -> None:
+        """Forget an earlier run."""
+        self._progress, self._mean, self._change = Progress(), None, None
+        self._log.clear()
+
+    def _close(self, arrays: Arrays) -> None:
+        """Complete the record of the round under way, if any, which ended with these arrays."""
+        if not self._log.is_open:
+            return
+        new, old = trainable(arrays, self._roles), trainable(self._sent, self._roles)
+        averaged = self._round_mean.count > 0
+        self._change = relative_change(new, old) if averaged else None
+        self._log.close(self._change)
+
+    def _count(self, down: int = 0, up: int = 0) -> None:
+        """Count bytes of tensors that travel: no Grid, and so no meter, is seen from here."""
+        self._log.note_traffic(RoundTraffic(bytes=Directions(down, up)))
 
     def _restart_missing(self, server_round: int, failures: list[FitFailure]) -> Metrics:
         """Ask participants without a usable result again, until the recovery's policy says stop."""
         metrics: Metrics = []
-        restarts = 0
-        while missing := sorted(set(self._asked) - set(self._rule.replied)):
+        recovery, mean, restarts = self.recovery, self._round_mean, 0
+        while missing := sorted(set(self._asked) - set(mean.participants)):
             reason = "; ".join(map(_describe, failures)) or "its result was refused"
-            if self.recovery is None or (
-                restarts >= self.recovery.max_restarts and self.recovery.policy != "wait"
+            if recovery is None or (
+                restarts >= recovery.max_restarts and not recovery.restarts_for_ever
             ):
                 self._give_up(server_round, missing, reason)
                 break
-            time.sleep(min(self.recovery.pause * 2**restarts, LONGEST_PAUSE))
+            time.sleep(recovery.pause_before(restarts))
             restarts += 1
-            self._rule.note_recovery(Event("restart", cid, reason) for cid in missing)
-            for cid in missing:
-                self._rule.sent_down(_size(self._asked[cid][1].parameters))
+            mean.note(Event("restart", cid, reason) for cid in missing)
             again = [self._asked[cid] for cid in missing]
+            self._count(down=sum(_size(instructions.parameters) for _, instructions in again))
             results, failures = fit_clients(again, None, None, server_round)
             metrics += self._fold_all(results)
         return metrics
 
     def _give_up(self, server_round: int, missing: list[str], reason: str) -> None:
-        self._rule.note_recovery(Event("absence", cid, reason) for cid in missing)
+        self._round_mean.note(Event("absence", cid, reason) for cid in missing)
         log(WARNING, "Round %s goes without participants %s: %s", server_round, missing, reason)
         if self.recovery is None:
             return
-        policy, replied = self.recovery.policy, len(self._rule.replied)
-        least = policy.least if isinstance(policy, Quorum) else len(self._asked)
+        replied = len(self._round_mean.participants)
+        least = self.recovery.required(len(self._asked))
         if replied < least:
             raise ColearnError(
                 f"round {server_round}: expected results from at least {least} participants, found "
@@ -250,27 +297,27 @@ class CoLearn(FedAvg):
     def _fold_all(self, results: list[tuple[ClientProxy, FitRes]]) -> Metrics:
         """Fold results into the mean by participant; return the metrics of those accepted."""
         ordered = sorted(results, key=lambda item: item[0].cid)
+        self._count(up=sum(_size(result.parameters) for _, result in ordered))
         read = [
-            (result, model)
+            (result, (client.cid, arrays, result.num_examples))
             for client, result in ordered
-            if (model := self._read(client.cid, result)) is not None
+            if (arrays := self._read(client.cid, result)) is not None
         ]
         models = [model for _, model in read]
-        if len(models) == len(self._asked):  # unless it refuses one, nobody is folded later
-            fits = self._rule.fold_all(models)
+        if len(models) == len(self._asked):  # unless one is refused, none is added later
+            fits = self._round_mean.add_all(models)
         else:
-            fits = [self._rule.fold(*model) for model in models]
+            fits = [self._round_mean.add(*model) for model in models]
         pairs = zip(read, fits, strict=True)
         return [(result.num_examples, result.metrics) for (result, _), fit in pairs if fit]
 
-    def _read(self, participant: str, result: FitRes) -> tuple[str, Arrays, float, int] | None:
-        """Return participant, model, examples and bytes; None if there is no model to read."""
+    def _read(self, participant: str, result: FitRes) -> Arrays | None:
+        """Return a participant's model; None if there is none to read."""
         try:
-            arrays = _named(result.parameters)
+            return _named(result.parameters)
         except ColearnError as error:
-            self._rule.refuse(participant, str(error))
+            self._round_mean.refuse(participant, str(error))
             return None
-        return participant, arrays, result.num_examples, _size(result.parameters)
 
 
 def _named(parameters: Parameters) -> Arrays:

@@ -1,205 +1,333 @@
-"""Loop: one run of CoLearn.start, with its clocks, budget, checkpoints and summary."""
+"""run: the rounds of any Flower strategy, with recovery, a history, checkpoints and resume."""
 
-import math
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from logging import INFO, WARNING
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any, Literal
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result
+from flwr.serverapp.strategy import Result, Strategy
 
-from ._flwr import config_to_str
-from .checkpoint import Checkpoint, check_same_configuration, describe_arrays
-from .errors import ColearnError, expected
-from .normalization.schemes import PARTIAL
-from .records import data_bytes, to_record
-from .recovery.grid import RecoveringGrid
-
-if TYPE_CHECKING:
-    from .strategies.colearn import CoLearn
-
-REPORT_WITHIN = 120.0
-"""Seconds that Flower may take to report the end of a participant's process."""
-
-SLACK = 3.0
-"""An attempt may take so many times what its local epochs are expected to take."""
+from ._flwr import config_to_str, copied, is_private
+from .checkpoint import (
+    Checkpoint,
+    CheckpointFolder,
+    as_folder,
+    check_same_configuration,
+    describe_arrays,
+)
+from .errors import ColearnError, expected, whole_number
+from .history import History, RoundLog
+from .managed import Managed
+from .normalization import PARTIAL, Keys, Recalibration
+from .policy import reply_within
+from .records import cast_record, data_bytes, to_record, types_of, view
+from .stock import Stock
+from .strategy_state import ForgottenAttributes, chain_of, restore_state, save_state
+from .transport import ConnectedGrid, Transport
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+Resume = Literal["never", "auto"]
+
+
+def run(
+    strategy: Strategy,
+    grid: Grid,
+    initial_arrays: ArrayRecord,
+    num_rounds: int | None = 3,
+    timeout: float = 3600,
+    train_config: ConfigRecord | None = None,
+    evaluate_config: ConfigRecord | None = None,
+    evaluate_fn: EvaluateFn | None = None,
+    transport: Transport | None = None,
+    checkpoints: str | Path | CheckpointFolder | None = None,
+    history: str | Path | History | None = None,
+    resume: Resume = "never",
+) -> Result:
+    """Run any Flower strategy: its own hooks, round by round, and what Flower's loop has not.
+
+    Participants that fail are restarted in the same round, every round is recorded, and with
+    checkpoints a server that was killed goes on in the round it was in. Arrays that the strategy
+    returns get the types of the initial ones back, integers rounded. For strategies of others the
+    statistics of normalization layers are pooled (see `flwr_colearn.stock.Stock`), and the replies
+    are a list in the order of the participants' names.
+
+    What a strategy remembers between rounds is saved if it says it by ``strategy_state() -> (json,
+    arrays)`` and takes it back by ``restore_strategy_state(json, arrays)``, or if it is one of
+    Flower's own. Other attributes that change are named in a warning.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        Any: FedAvg, FedProx, FedAdam, FedAdagrad, FedYogi, FedAvgM, FedMedian, FedTrimmedAvg, Krum,
+        QFedAvg, one of Flower's privacy wrappers, a subclass of your own, or one of this package.
+    grid : Grid
+        Connects to the participants.
+    initial_arrays : ArrayRecord
+        The initial model, by preference with names (``ArrayRecord(model.state_dict())``).
+    num_rounds : int or None, default 3
+        ``None`` runs until the strategy's budget is spent.
+    timeout : float, default 3600
+        Seconds that one attempt of one participant may take.
+    train_config, evaluate_config : ConfigRecord, optional
+        Further entries for the participants.
+    evaluate_fn : callable, optional
+        ``(round, arrays) -> MetricRecord | None``: the server's own evaluation, called with round 0
+        before the first one.
+    transport : Transport, optional
+        The features of the exchanges; by default the strategy's, or ``Transport()``.
+    checkpoints : str, Path or CheckpointFolder, optional
+        Where the run is saved after every round; by default the strategy's, or nowhere.
+    history : str, Path or History, optional
+        Where the rounds are recorded; by default where the strategy does, or in memory.
+    resume : {"never", "auto"}, default "never"
+        "auto" goes on from the newest checkpoint; without one it begins.
+
+    Returns
+    -------
+    Result
+        The final model and the metrics of every round, by round number.
+
+    Raises
+    ------
+    ColearnError
+        If a participant is lost, a round brings no model, the checkpoints are damaged or of
+        another configuration, or there are some although `resume` is "never". ``error.result``
+        holds what was reached.
+
+    Examples
+    --------
+    ::
+
+        from flwr.serverapp.strategy import FedAdam
+
+        result = run(
+            FedAdam(eta=0.01),
+            grid,
+            ArrayRecord(model.state_dict()),
+            num_rounds=20,
+            transport=Transport(compression=Compression(up=Int8(), down=Float16())),
+            checkpoints="/var/lib/flower/checkpoints",
+            history="/var/lib/flower/history.jsonl",
+            resume="auto",
+        )
+    """
+    if num_rounds is not None:
+        whole_number("num_rounds", num_rounds, least=1)
+    manager = _manager_of(strategy, history)
+    own = manager.transport if transport is None else manager.transport.joined(transport)
+    connected = own.connect(grid, manager.check_reply)
+    if any(map(is_private, chain_of(strategy))):
+        connected.transport.check_privacy()
+    return _Run(
+        strategy,
+        manager,
+        connected,
+        Result(arrays=initial_arrays),
+        num_rounds,
+        timeout,
+        train_config or ConfigRecord(),
+        evaluate_config or ConfigRecord(),
+        evaluate_fn,
+        as_folder(checkpoints) or manager.checkpoints,
+    ).to_the_end(resume)
+
+
+def _manager_of(strategy: Strategy, history: str | Path | History | None) -> Managed[Any]:
+    """Return the strategy of this package, wrapped or not; else what stands beside another."""
+    innermost = list(chain_of(strategy))[-1]
+    if not isinstance(innermost, Managed):
+        return Stock(strategy, RoundLog(history))
+    if history is not None:
+        innermost.log = type(innermost.log)(history)
+    return innermost
 
 
 @dataclass
-class Loop:
-    """The rounds of one run, over the strategy's own hooks.
+class _Run:
+    """One run of a strategy.
 
     Attributes
     ----------
-    strategy : CoLearn
+    strategy : Strategy
         Whose hooks are called.
-    grid : Grid
+    manager : Managed
+        The strategy, the one that it wraps, or what stands beside it.
+    grid : ConnectedGrid
         Connects to the participants.
     result : Result
         Filled as the run goes; holds the initial model at first.
+    num_rounds : int or None
+        The last round; None for the end of the budget.
     timeout : float
         Least time limit of one attempt of one participant, in seconds.
     train_config, evaluate_config : ConfigRecord
         Further entries for the participants.
     evaluate_fn : callable or None
         The server's own evaluation.
+    checkpoints : CheckpointFolder or None
+        Where the run is saved.
     """
 
-    strategy: "CoLearn"
-    grid: Grid
+    strategy: Strategy
+    manager: Managed[Any]
+    grid: ConnectedGrid
     result: Result
+    num_rounds: int | None
     timeout: float
     train_config: ConfigRecord
     evaluate_config: ConfigRecord
     evaluate_fn: EvaluateFn | None
+    checkpoints: CheckpointFolder | None
 
-    def run(self, num_rounds: int | None, resume: str) -> None:
+    def __post_init__(self) -> None:
+        self._types = types_of(self.result.arrays)
+        self._unsaved = ForgottenAttributes(self.strategy)
+
+    def to_the_end(self, resume: Resume) -> Result:
         """Run to the last round, or until the budget is spent."""
-        rule = self.strategy.rule
-        self._log_start(num_rounds)
-        server_round = self._begin(resume)
-        if server_round == 0:
-            self._evaluate_on_server(0)
-            self._save(0)
-        while (num_rounds is None or server_round < num_rounds) and not rule.spent:
-            server_round += 1
-            log(INFO, "")
-            log(INFO, "[ROUND %s%s]", server_round, f"/{num_rounds}" if num_rounds else "")
-            self._train(server_round)
-            self._evaluate(server_round)
-            self._evaluate_on_server(server_round)
-            rule.close(self.strategy.view_of(self.result.arrays))
-            self._save(server_round)
-
-    def time_limit(self, local_epochs: int) -> float | None:
-        """Return the seconds that one attempt of so many local epochs may take; None for no limit.
-
-        It grows with T from the time that a local epoch was seen to take.
-        """
-        likely = local_epochs * self.strategy.rule.progress.seconds_per_epoch
-        if SLACK * likely > self.timeout:
-            log(
-                WARNING,
-                "CoLearn: %s local epochs take about %.0f s, so an attempt may take %.0f s instead "
-                "of timeout=%.0f. Raise `timeout`, or bound the local epochs "
-                "(IncreasingEpochs(maximum=...))",
-                local_epochs,
-                likely,
-                SLACK * likely,
-                self.timeout,
-            )
-        limit = max(self.timeout, SLACK * likely)
-        return None if math.isinf(limit) else limit
-
-    def log_recovery(self) -> None:
-        """Log the run's restarts, refusals and absences by participant."""
-        for kind in ("restarts", "refusals", "absences"):
-            entries = [entry for record in self.strategy.history for entry in getattr(record, kind)]
-            if entries:
-                counts = Counter(entry["participant"] for entry in entries)
-                log(INFO, "Run: %s %s (%s)", len(entries), kind, dict(counts))
-
-    def _begin(self, resume: str) -> int:
-        """Prepare a fresh or resumed run; return the last completed round."""
-        if resume not in ("never", "auto"):
-            raise expected("resume", "'never' or 'auto'", resume)
-        folder = self.strategy.checkpoints
-        self.strategy.rule.reset()
-        saved = None if folder is None else folder.latest()
-        if folder is None or saved is None:
-            return 0
-        if resume == "never":
-            raise ColearnError(
-                f"checkpoints: expected none, since resume='never', found round {saved.round} in "
-                f"{folder.path}; pass resume='auto' or use another folder"
-            )
-        self._restore(saved)
-        log(INFO, "CoLearn: resumed after round %s", saved.round)
-        return saved.round
-
-    def _restore(self, saved: Checkpoint) -> None:
+        started = time.time()
         try:
-            self._restore_state(saved)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ColearnError(
-                "checkpoint: expected one of this version of flwr-colearn, found "
-                f"{type(error).__name__}: {error}; use another folder"
-            ) from error
+            self._rounds(self._begin(resume))
+        except ColearnError as error:
+            error.result = self.result
+            raise
+        finally:
+            self._log_events()
+            self.manager.end()
+        log(INFO, "")
+        log(INFO, "Strategy execution finished in %.2fs", time.time() - started)
+        return self.result
 
-    def _restore_state(self, saved: Checkpoint) -> None:
-        check_same_configuration(saved.state["configuration"], self._configuration())
-        self.result.arrays = to_record(dict(saved.arrays))
-        arrays = self.strategy.view_of(self.result.arrays)
-        self.strategy.rule.restore(saved.state["rule"], arrays)
-        self.strategy.restore_extra(saved.extra)
-        self.strategy.last_nodes = [int(node) for node in saved.state["nodes"]]
-        version, numbers, gauss = saved.state["random"]
-        self.strategy.random.setstate((version, tuple(numbers), gauss))
-        for record in self.strategy.history:
-            for metrics, by_round in (
-                (record.train_metrics, self.result.train_metrics_clientapp),
-                (record.evaluate_metrics, self.result.evaluate_metrics_clientapp),
-                (record.server_metrics, self.result.evaluate_metrics_serverapp),
-            ):
-                if metrics:
-                    by_round[record.round] = MetricRecord(metrics)
+    def _rounds(self, done: int) -> None:
+        while (self.num_rounds is None or done < self.num_rounds) and not self.manager.spent:
+            done += 1
+            total = f"/{self.num_rounds}" if self.num_rounds else ""
+            log(INFO, "")
+            log(INFO, "[ROUND %s%s]", done, total)
+            self._round(done)
 
-    def _save(self, server_round: int) -> None:
-        if self.strategy.checkpoints is None:
-            return
-        state = {
-            "configuration": self._configuration(),
-            "rule": self.strategy.rule.state(),
-            "random": self.strategy.random.getstate(),
-            "nodes": self.strategy.last_nodes,
-        }
-        arrays = self.strategy.view_of(self.result.arrays)
-        extra = self.strategy.extra_arrays()
-        self.strategy.checkpoints.save(Checkpoint(server_round, arrays, state, extra))
-
-    def _configuration(self) -> dict[str, str]:
-        """Return what must be the same for a run to be resumed."""
-        return {
-            **self.strategy.configuration(),
-            "model": describe_arrays(self.strategy.view_of(self.result.arrays)),
-        }
-
-    def _train(self, server_round: int) -> None:
-        messages = list(
-            self.strategy.configure_train(
-                server_round, self.result.arrays, self.train_config, self.grid
-            )
+    def _round(self, server_round: int) -> None:
+        own = getattr(self.strategy, "round", None)
+        arrays, metrics = (own or self._train)(
+            server_round, self.result.arrays, ConfigRecord({**self.train_config}), self.grid
         )
-        limit = self.strategy.time_limit
-        timeout = math.inf if limit is None else limit + REPORT_WITHIN
-        grid = self.grid
-        send = grid.stream if isinstance(grid, RecoveringGrid) else grid.send_and_receive
-        replies = send(messages=messages, timeout=timeout)
-        arrays, metrics = self.strategy.aggregate_train(server_round, replies)
-        if arrays is not None and self.strategy.normalization.due(server_round):
-            arrays = self.strategy.recalibrate(server_round, arrays, self.grid, timeout)
         if arrays is not None:
-            self.result.arrays = arrays
+            self.result.arrays = cast_record(arrays, self._types)
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             self.result.train_metrics_clientapp[server_round] = metrics
+        self._evaluate(server_round)
+        self._evaluate_on_server(server_round)
+        self.manager.close(self.result.arrays)
+        self._save(server_round)
+        self._unsaved.warn()
+
+    # Training and evaluation --------------------------------------------------------------------
+
+    def _train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: ConnectedGrid
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Train a round by Flower's hooks."""
+        manager = self.manager
+        manager.open(server_round, arrays, config)
+        messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        if isinstance(manager, Stock):
+            messages.sort(key=lambda message: message.metadata.dst_node_id)
+        messages = self._same_nodes(server_round, messages)
+        within = reply_within(manager.time_limit)
+        if manager.streams and isinstance(self.strategy, Managed):
+            replies: Iterable[Message] = grid.stream(messages, timeout=within)
+        else:
+            replies = list(grid.send_and_receive(messages, timeout=within))
+        average, metrics = self._aggregated(server_round, replies)
+        if average is not None and self.grid.transport.normalization.due(server_round):
+            average = self._recalibrated(server_round, average, within)
+        return average, metrics
+
+    def _aggregated(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return what the strategy makes of the replies."""
+        if not isinstance(self.manager, Stock):
+            return self.strategy.aggregate_train(server_round, replies)
+        # Now: the strategy may change the replies.
+        good = [reply for reply in replies if reply.has_content()]
+        names = [self.grid.name_of(reply.metadata.src_node_id) for reply in good]
+        statistics = self.manager.statistics_of(good)
+        average, metrics = self.strategy.aggregate_train(server_round, list(replies))
+        self.manager.log.note_traffic(self.grid.take())
+        self.manager.note_training(names, metrics)
+        if average is not None:
+            average = self.manager.mended(average, statistics)
+        return average, metrics
+
+    def _same_nodes(self, server_round: int, messages: list[Message]) -> list[Message]:
+        """Return the messages, to the nodes that they were sent to before the server was killed.
+
+        The nodes are saved before anything is sent, since a strategy may choose at random.
+        """
+        if self.checkpoints is None or not messages:
+            return messages
+        connected = set(self.grid.get_node_ids())
+        before = [n for n in self.checkpoints.noted_nodes(server_round) if n in connected]
+        nodes = [message.metadata.dst_node_id for message in messages]
+        if len(before) == len(nodes) and set(before) != set(nodes):
+            log(INFO, "Run: round %s goes on with the nodes that it had begun with", server_round)
+            pairs = zip(messages, before, strict=True)
+            messages, nodes = [copied(m, m.content, node) for m, node in pairs], before
+        self.checkpoints.note_nodes(server_round, nodes)
+        return messages
+
+    def _recalibrated(
+        self, server_round: int, average: ArrayRecord, within: float | None
+    ) -> ArrayRecord:
+        """Return the average with statistics that participants computed under it.
+
+        Whoever fails is restarted like a participant that trains; one that is refused is left out,
+        and if nobody is left the statistics stay as they are.
+        """
+        keys = Keys(
+            *(
+                getattr(self.strategy, name, default)
+                for name, default in (
+                    ("arrayrecord_key", "arrays"),
+                    ("configrecord_key", "config"),
+                    ("weighted_by_key", "num-examples"),
+                )
+            )
+        )
+        exchange = Recalibration(average, self.manager.roles, self.manager.weighting, keys)
+        connected = set(self.grid.get_node_ids())
+        nodes = [node for node in self.grid.node_ids if node in connected]
+        messages = exchange.messages(nodes, {"server-round": server_round})
+        replies = self.grid.send_and_receive(messages, timeout=within)
+        traffic = self.grid.take()
+        arrays, refusals = exchange.pooled(replies, traffic.names)
+        traffic.events.extend(refusals)
+        self.manager.log.note_traffic(traffic)
+        return arrays
 
     def _evaluate(self, server_round: int) -> None:
         messages = list(
             self.strategy.configure_evaluate(
-                server_round, self.result.arrays, self.evaluate_config, self.grid
+                server_round,
+                self.result.arrays,
+                ConfigRecord({**self.evaluate_config}),
+                self.grid,
             )
         )
-        replies = self.grid.send_and_receive(messages=messages, timeout=self.timeout)
+        replies = self.grid.send_and_receive(messages, timeout=self.timeout)
         metrics = self.strategy.aggregate_evaluate(server_round, replies)
+        self.manager.log.note_evaluation(self.grid.take())
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
+            self.manager.log.note(evaluate_metrics=metrics)
             self.result.evaluate_metrics_clientapp[server_round] = metrics
 
     def _evaluate_on_server(self, server_round: int) -> None:
@@ -210,14 +338,103 @@ class Loop:
         log(INFO, "\t└──> MetricRecord: %s", metrics)
         if metrics is not None:
             self.result.evaluate_metrics_serverapp[server_round] = metrics
-            self.strategy.rule.note(server_metrics=metrics)
-        if self.strategy.normalization.is_local:
+            self.manager.log.note(server_metrics=metrics)
+        if self.grid.transport.normalization.is_local:
             log(WARNING, "The shared model is %s", PARTIAL)
 
-    def _log_start(self, num_rounds: int | None) -> None:
+    # Beginning, saving, resuming ----------------------------------------------------------------
+
+    def _begin(self, resume: Resume) -> int:
+        """Prepare a new or resumed run; return the last completed round."""
+        if resume not in ("never", "auto"):
+            raise expected("resume", "'never' or 'auto'", resume)
+        self.manager.begin(self.grid, self.timeout, self.num_rounds, self._save_unfinished)
+        self._log_start()
+        folder, done = self.checkpoints, 0
+        saved = None if folder is None else folder.latest()
+        if folder is not None and saved is not None:
+            if resume == "never":
+                raise ColearnError(
+                    f"checkpoints: expected none, since resume='never', found round {saved.round} "
+                    f"in {folder.path}; pass resume='auto' or use another folder"
+                )
+            done = self._restore(saved)
+            log(INFO, "%s: resumed after round %s", type(self.strategy).__name__, done)
+        if not done:
+            self._evaluate_on_server(0)
+            self._save(0)
+        return done
+
+    def _restore(self, saved: Checkpoint) -> int:
+        """Go on from a checkpoint; return the last completed round."""
+        try:
+            self._restore_state(saved)
+            return saved.round if saved.state["complete"] else saved.round - 1
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ColearnError(
+                "checkpoint: expected one of this version of flwr-colearn, found "
+                f"{type(error).__name__}: {error}; use another folder"
+            ) from error
+
+    def _restore_state(self, saved: Checkpoint) -> None:
+        state, history = saved.state, self.manager.log.history
+        check_same_configuration(state["configuration"], self._configuration())
+        self.grid.session = str(state["session"])
+        self.result.arrays = to_record(dict(saved.arrays))
+        history.restore([history.kind.from_json(line) for line in state["history"]])
+        restore_state(self.strategy, (state["strategy"], dict(saved.extra)))
+        self.manager.restore_own_state(state["own"])
+        for record in history:
+            for name, by_round in (
+                ("train_metrics", self.result.train_metrics_clientapp),
+                ("evaluate_metrics", self.result.evaluate_metrics_clientapp),
+                ("server_metrics", self.result.evaluate_metrics_serverapp),
+            ):
+                if metrics := getattr(record, name, None):
+                    by_round[record.round] = MetricRecord(metrics)
+
+    def _save_unfinished(self, server_round: int) -> None:
+        """Save the run in the middle of a round, which a resumed run completes."""
+        self._save(server_round, complete=False)
+
+    def _save(self, server_round: int, complete: bool = True) -> None:
+        if self.checkpoints is None:
+            return
+        strategy, arrays = save_state(self.strategy)
+        state: dict[str, Any] = {
+            "configuration": self._configuration(),
+            "session": self.grid.session,
+            "complete": complete,
+            "strategy": strategy,
+            "own": self.manager.own_state(),
+            "history": [record.to_json() for record in self.manager.log.history],
+        }
+        shared = view(self.result.arrays)
+        self.checkpoints.save(Checkpoint(server_round, shared, state, arrays))
+
+    def _configuration(self) -> dict[str, str]:
+        """Return what must be the same for a run to be resumed."""
+        return {
+            **self.manager.configuration(),
+            "model": describe_arrays(view(self.result.arrays)),
+        }
+
+    # The log ------------------------------------------------------------------------------------
+
+    def _log_start(self) -> None:
         log(INFO, "Starting %s strategy:", type(self.strategy).__name__)
-        log(INFO, "\t├── Number of rounds: %s", num_rounds or "until the budget is spent")
+        log(INFO, "\t├── Number of rounds: %s", self.num_rounds or "until the budget is spent")
         log(INFO, "\t├── ArrayRecord (%.2f MB)", data_bytes(self.result.arrays) / 1024**2)
         config = config_to_str(self.train_config) if self.train_config else "(empty!)"
         log(INFO, "\t├── ConfigRecord (train): %s", config)
         self.strategy.summary()
+
+    def _log_events(self) -> None:
+        """Log the run's restarts, refusals and absences by participant."""
+        for kind in ("restarts", "refusals", "absences"):
+            entries = [
+                entry for record in self.manager.log.history for entry in getattr(record, kind)
+            ]
+            if entries:
+                counts = Counter(entry["participant"] for entry in entries)
+                log(INFO, "Run: %s %s (%s)", len(entries), kind, dict(counts))

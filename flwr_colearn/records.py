@@ -1,12 +1,13 @@
 """Arrays to and from Flower's records, in fewer copies than Flower's own and with its bytes."""
 
+import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from .errors import expected
 from .roles import NDArray
@@ -24,6 +25,40 @@ def records_of(content: RecordDict, kind: type[Record]) -> dict[str, Record]:
     model in a cycle stays in memory until the garbage collector happens to come.
     """
     return {name: record for name, record in content.items() if isinstance(record, kind)}
+
+
+def kind_of(message: Message) -> str:
+    """Return a message's type without its action: "train" for "train.recalibrate" too."""
+    return message.metadata.message_type.partition(".")[0]
+
+
+def config_of(content: RecordDict) -> ConfigRecord:
+    """Return the config of a message: the ConfigRecord that has a ``server-round``, else none."""
+    for record in records_of(content, ConfigRecord).values():
+        if "server-round" in record:
+            return record
+    return ConfigRecord()
+
+
+def describe(record: ArrayRecord) -> str:
+    """Return eight characters that differ for models of other names, shapes or types."""
+    signature = [(name, np.dtype(a.dtype).str, tuple(a.shape)) for name, a in record.items()]
+    return hashlib.sha256(repr(signature).encode()).hexdigest()[:8]
+
+
+def fingerprint(record: ArrayRecord) -> list[bytes]:
+    """Return the bytes of a record's arrays: the very objects, by which `is_unchanged` knows them.
+
+    A record may be changed in place by whoever holds it, so that its identity says nothing.
+    """
+    return [array.data for array in record.values()]
+
+
+def is_unchanged(record: ArrayRecord, earlier: list[bytes]) -> bool:
+    """Return whether a record's arrays are still those of its `fingerprint`; no bytes are read."""
+    return len(record) == len(earlier) and all(
+        array.data is data for array, data in zip(record.values(), earlier, strict=True)
+    )
 
 
 def view(record: ArrayRecord) -> dict[str, NDArray]:
@@ -64,6 +99,38 @@ def cast_record(record: ArrayRecord, types: Mapping[str, str]) -> ArrayRecord:
         if types.get(name, dtype) != dtype
     }
     return ArrayRecord({**record, **cast}) if cast else record
+
+
+class SentTypes:
+    """The types of the arrays that were sent first, which later ones are given too.
+
+    Strategies may return averages in other types than they were given: FedAvg makes averages of
+    counters float64, and others all of a model. Participants then would get, and train, models of
+    other types than their own.
+    """
+
+    def __init__(self) -> None:
+        self._types: dict[str, str] = {}
+
+    def kept(self, messages: Iterable[Message]) -> list[Message]:
+        """Return messages, their arrays in the types that those of the first one had.
+
+        Integers are rounded. Contents are changed in place, but no record.
+        """
+        batch = list(messages)
+        cast: dict[int, ArrayRecord] = {}  # one for all messages that share a record
+        for message in filter(Message.has_content, batch):
+            for key, record in list(records_of(message.content, ArrayRecord).items()):
+                if id(record) not in cast:
+                    cast[id(record)] = self._as_first(record)
+                if cast[id(record)] is not record:
+                    message.content[key] = cast[id(record)]
+        return batch
+
+    def _as_first(self, record: ArrayRecord) -> ArrayRecord:
+        if set(record) != set(self._types):
+            self._types = types_of(record)
+        return cast_record(record, self._types)
 
 
 def _as_type(array: NDArray, dtype: np.dtype[Any]) -> NDArray:

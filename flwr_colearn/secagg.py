@@ -85,7 +85,7 @@ class CoLearn(legacy.CoLearn):
                     str(role),
                 )
         super().__init__(num_participants, **kwargs)
-        self._sent: list[NDArray] = []
+        self._plain: list[NDArray] = []
 
     def configure_fit(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -97,8 +97,8 @@ class CoLearn(legacy.CoLearn):
         ColearnError
             If SecAgg+ would spoil an array of the model.
         """
-        self._sent = parameters_to_ndarrays(parameters)
-        for index, array in enumerate(self._sent):
+        self._plain = parameters_to_ndarrays(parameters)
+        for index, array in enumerate(self._plain):
             if array.dtype.kind != "f" or array.dtype.itemsize < 4:
                 raise expected(
                     f"array '{index}' under SecAgg+",
@@ -148,5 +148,5 @@ class CoLearn(legacy.CoLearn):
         """Return the average's tensors, which SecAgg+ makes float64, in the types sent."""
         average = parameters_to_ndarrays(parameters)
         # Not strict: too few or too many arrays are refused with the reason by the base class.
-        cast = [np.asarray(a, sent.dtype) for a, sent in zip(average, self._sent)]  # noqa: B905
+        cast = [np.asarray(a, sent.dtype) for a, sent in zip(average, self._plain)]  # noqa: B905
         return ndarrays_to_parameters(cast + average[len(cast) :]).tensors

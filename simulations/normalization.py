@@ -38,7 +38,7 @@ from flwr_colearn import (
     InProcessGrid,
     Normalization,
     NormalizedFedAvg,
-    SideBySideGrid,
+    ThreadedGrid,
     SynchronousSGD,
 )
 from flwr_colearn.errors import NOT_FINITE
@@ -161,7 +161,7 @@ def run_cell(cell: Cell) -> Unit:
     if cell.test_examples:
         assert isinstance(judge.test_set, TensorDataset)
         judge.test_set = TensorDataset(*(t[: cell.test_examples] for t in judge.test_set.tensors))
-    kind = SideBySideGrid if scheme.side_by_side else InProcessGrid
+    kind = ThreadedGrid if scheme.side_by_side else InProcessGrid
     k = settings.num_participants
     grid = kind(client_app(participants, scheme, k), k)
     strategy = strategy_of(cell, scheme, judge)

@@ -19,7 +19,6 @@ from flwr_colearn import (
     IncreasingEpochs,
     InProcessGrid,
     LocalPlan,
-    introduce,
     participant_mod,
 )
 
@@ -58,7 +57,7 @@ def train(k, plan, arrays):
 
 
 def participants(train=train, mods=(), named=True):
-    """A ClientApp in three lines of co-learning; without a name if `named` is false."""
+    """A ClientApp in three lines of co-learning; without its mod, and so a name, if not `named`."""
     app = ClientApp(mods=[*mods, participant_mod] if named else list(mods))
 
     @app.train()
@@ -76,8 +75,6 @@ def participants(train=train, mods=(), named=True):
         metrics = MetricRecord({"num-examples": EXAMPLES[k % K], "accuracy": k / 8})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
-    if named:
-        app.query("colearn")(introduce)
     return app
 
 
@@ -209,7 +206,7 @@ class FaultyGrid(InProcessGrid):
     partitions : dict
         The partition-id of every node that there ever was.
     bytes_up : Counter
-        Bytes of arrays that arrived in time, by round.
+        Bytes of arrays in all replies that were pulled, by the round that was under way.
     seconds_per_epoch, away : float
         What a local epoch takes, and for how long a node leaves.
     registered : dict
@@ -265,6 +262,12 @@ class FaultyGrid(InProcessGrid):
         ]
         self._mail = [each for each in self._mail if not any(each[1] is one for one in there)]
         unasked, self._unasked = self._unasked, []
+        round_ = self.attempts[-1].round if self.attempts else 0
+        for reply in unasked + there:
+            if reply.has_content():
+                records = reply.content.array_records.values()
+                arrays = [array for record in records for array in record.values()]
+                self.bytes_up[round_] += sum(len(array.data) for array in arrays)
         return unasked + there
 
     def _push(self, message):
@@ -273,7 +276,7 @@ class FaultyGrid(InProcessGrid):
             return None
         self._seen[id(message)] = message
         message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
-        if message.metadata.message_type != "train":
+        if not _is_training(message):
             return self._deliver(self._call(message))
         config = message.content["config"]
         round_, k = config["server-round"], self.partitions[node_id]
@@ -289,9 +292,6 @@ class FaultyGrid(InProcessGrid):
         reply = self._in_transit(message, self._call(message))
         if reply is None:
             return message.metadata.message_id
-        if reply.has_content():
-            arrays = [a for record in reply.content.array_records.values() for a in record.values()]
-            self.bytes_up[round_] += sum(len(array.data) for array in arrays)
         seconds = self.seconds_per_epoch * config["local-epochs"]
         return self._deliver(reply, 0.0 if reply.has_error() else seconds)
 
@@ -325,7 +325,7 @@ class FaultyGrid(InProcessGrid):
 
     def _spoil(self, message, context, call_next):
         """Flower mod: what goes wrong on the participant's side."""
-        if message.metadata.message_type != "train":
+        if not _is_training(message):
             return call_next(message, context)
         if self._fault == "raises":
             raise ValueError("disk on fire")
@@ -333,6 +333,11 @@ class FaultyGrid(InProcessGrid):
         if self._fault in BAD_REPLIES:
             BAD_REPLIES[self._fault][0](reply.content)
         return reply
+
+
+def _is_training(message):
+    """Whether a message asks for training, and not only for the participant's name."""
+    return message.metadata.message_type == "train" and "config" in message.content
 
 
 # Runs -------------------------------------------------------------------------------------------
@@ -348,7 +353,8 @@ def strategy_of(k=K, **kwargs):
 
 def outcome(strategy, result):
     """All of a run that faults from which it recovered must not change."""
-    changed_by_faults = ("restarts", "refusals", "seconds", "bytes_down", "bytes_up")
+    traffic = ("bytes_down", "bytes_up", "control_down", "control_up", "evaluation")
+    changed_by_faults = ("restarts", "refusals", "seconds", *traffic)
     records = [asdict(record) for record in strategy.history]
     for record in records:
         for name in changed_by_faults:

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from flwr_colearn import ColearnError, Role, RunningMean, relative_change
-from flwr_colearn.aggregation.chunks import BLOCK
-from flwr_colearn.aggregation.mean import _SMALL, trainable
-from flwr_colearn.strategies.algorithm import CoLearningRule
+from flwr_colearn.aggregation import RoundMean, trainable
+from flwr_colearn.aggregation.chunks import CHUNK
+from flwr_colearn.aggregation.mean import _SMALL
 
 
-@pytest.fixture(autouse=True, scope="module", params=["joined", "each by itself"])
-def joined(request):
+@pytest.fixture(autouse=True, scope="module", params=["in buckets", "each by itself"])
+def bucketed(request):
     """Small arrays are summed in one vector; all that holds of the mean must hold without, too."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param != "joined":
+        if request.param != "in buckets":
             patch.setattr("flwr_colearn.aggregation.mean._SMALL", 0)
         yield
 
@@ -103,7 +103,7 @@ def test_models_larger_than_a_block_are_added_at_once_with_threads_too(monkeypat
     monkeypatch.setattr("flwr_colearn.aggregation.chunks._THREADED", 1)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     rng = np.random.default_rng(0)
-    models = [{"w": rng.normal(size=(3, BLOCK)).astype(np.float32)} for _ in range(3)]
+    models = [{"w": rng.normal(size=(3, CHUNK)).astype(np.float32)} for _ in range(3)]
     at_once = RunningMean(models[0])
     at_once.add_all([(model, 1) for model in models])
     expected = np.mean([model["w"].astype(np.float64) for model in models], axis=0)
@@ -541,15 +541,13 @@ def test_only_trainable_arrays_count():
 
 
 @pytest.mark.parametrize(("order", "at_once"), [("C", 1), ("F", 0)])
-def test_a_rule_copies_models_in_another_memory_order_one_at_a_time(order, at_once, monkeypatch):
+def test_models_in_another_memory_order_are_copied_one_at_a_time(order, at_once, monkeypatch):
     calls, add_all = [], RunningMean.add_all
     monkeypatch.setattr(
         RunningMean, "add_all", lambda self, models: calls.append(models) or add_all(self, models)
     )
-    rule = CoLearningRule(local_epochs=1, learning_rate=0.1)
-    rule.open(1, {"w": np.zeros((2, 3))})
+    mean = RoundMean({"w": np.zeros((2, 3))})
     arrays = np.asarray(np.arange(6.0).reshape(2, 3), order=order)
-    models = [(name, {"w": arrays}, 5, arrays.nbytes) for name in "ab"]
-    assert rule.fold_all(models) == [True, True]
+    assert mean.add_all([(name, {"w": arrays}, 5) for name in "ab"]) == [True, True]
     assert len(calls) == at_once
-    assert np.array_equal(rule.average()["w"], arrays)
+    assert np.array_equal(mean.mean()["w"], arrays)

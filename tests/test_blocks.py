@@ -1,4 +1,4 @@
-"""Passes over blocks: every element once, whatever the sizes and threads."""
+"""Passes over chunks: every element once, whatever the sizes and threads."""
 
 import numpy as np
 import pytest
@@ -6,31 +6,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flwr_colearn import RunningMean, relative_change
-from flwr_colearn.aggregation import chunks as blocks
-from flwr_colearn.aggregation.mean import check_model
+from flwr_colearn.aggregation import check_model, chunks
 from flwr_colearn.errors import ColearnError
 
 
-def small_blocks(monkeypatch, threads):
-    """Blocks of 7 elements, threads from the first element on."""
-    for module in ("chunks", "mean"):
-        monkeypatch.setattr(f"flwr_colearn.aggregation.{module}.BLOCK", 7)
-    monkeypatch.setattr(blocks, "_THREADED", 1)
-    monkeypatch.setattr(blocks.os, "cpu_count", lambda: threads)
+def small_chunks(monkeypatch, threads):
+    """Chunks of 7 elements, threads from the first element on."""
+    for module in ("chunks", "mean", "distance", "validation"):
+        monkeypatch.setattr(f"flwr_colearn.aggregation.{module}.CHUNK", 7)
+    monkeypatch.setattr(chunks, "_THREADED", 1)
+    monkeypatch.setattr(chunks.os, "cpu_count", lambda: threads)
 
 
 @given(
     sizes=st.lists(st.integers(0, 60), max_size=8),
     threads=st.integers(1, 5),
 )
-def test_every_element_is_in_one_block(sizes, threads):
+def test_every_element_is_in_one_chunk(sizes, threads):
     model = {str(i): np.zeros(size) for i, size in enumerate(sizes)}
     with pytest.MonkeyPatch.context() as patch:
-        small_blocks(patch, threads)
-        shares = blocks.Blocks(model).map(lambda parts: parts)
-        for name, block in (part for share in shares for part in share):
-            assert 0 < block.stop - block.start <= 7
-            model[name][block] += 1
+        small_chunks(patch, threads)
+        shares = chunks.Chunks(model).map(lambda parts: parts)
+        for name, chunk in (part for share in shares for part in share):
+            assert 0 < chunk.stop - chunk.start <= 7
+            model[name][chunk] += 1
     assert all((array == 1).all() for array in model.values())
     assert len(shares) <= threads
 
@@ -46,7 +45,7 @@ def test_threads_change_no_bit(threads, monkeypatch):
     for model in models:
         plain.add(model, 3)
     expected, change = plain.mean(), relative_change(models[1], models[0])
-    small_blocks(monkeypatch, threads)
+    small_chunks(monkeypatch, threads)
     threaded = RunningMean(models[0])
     for model in models:
         threaded.add(model, 3)
@@ -58,11 +57,11 @@ def test_threads_change_no_bit(threads, monkeypatch):
 
 
 def test_a_large_model_is_averaged_in_threads(monkeypatch):
-    monkeypatch.setattr(blocks, "_THREADED", 1 << 20)
-    size = (1 << 20) + blocks.BLOCK // 3
+    monkeypatch.setattr(chunks, "_THREADED", 1 << 20)
+    size = (1 << 20) + chunks.CHUNK // 3
     rng = np.random.default_rng(0)
     models = [{"w": rng.standard_normal(size, dtype=np.float32)} for _ in range(2)]
-    monkeypatch.setattr(blocks.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(chunks.os, "cpu_count", lambda: 2)
     mean = RunningMean(models[0])
     for model in models:
         mean.add(model)
@@ -72,8 +71,8 @@ def test_a_large_model_is_averaged_in_threads(monkeypatch):
 
 @pytest.mark.parametrize("where", [0, 6, 7, 100, 179])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_one_bad_number_is_found_in_any_block(where, threads, monkeypatch):
-    small_blocks(monkeypatch, threads)
+def test_one_bad_number_is_found_in_any_chunk(where, threads, monkeypatch):
+    small_chunks(monkeypatch, threads)
     like = {"a": np.zeros(180, np.float32), "b": np.zeros(3, np.float32)}
     bad = {name: array.copy() for name, array in like.items()}
     bad["a"][where] = np.inf

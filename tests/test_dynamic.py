@@ -8,6 +8,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from divergence import divergence
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
@@ -24,11 +25,10 @@ from flwr_colearn import (
     RecoveringGrid,
     Recovery,
     Relative,
-    introduce,
+    __version__,
     learner,
     participant_mod,
 )
-from flwr_colearn.dynamic.balancing import divergence
 from flwr_colearn.dynamic.operators import (
     Continuous,
     Dynamic,
@@ -66,7 +66,6 @@ def sgd(w, x, y):
 def client_app(step=None, stream=batch, mods=(participant_mod,)):
     """An ordinary Flower training function over a stream, decorated."""
     app = ClientApp(mods=list(mods))
-    app.query("colearn")(introduce)
 
     @learner(app)
     def train(message, context):
@@ -97,7 +96,7 @@ def zeros():
 def models(grid):
     """What the learners have in their keeping."""
     states = [context.state for context in grid.contexts.values()]
-    return [numpy_of(state["colearn-model"]) for state in states]
+    return [numpy_of(state["colearn.model"]) for state in states]
 
 
 def run(operator, rounds, m=M, grid=None, initial=None, **kwargs):
@@ -251,7 +250,7 @@ def test_the_reference_changes_on_full_synchronisations_only():
     def look(server_round, arrays):
         if server_round:
             states = [context.state for context in grid.contexts.values()]
-            references.append([numpy_of(state["colearn-reference"])["w"] for state in states])
+            references.append([numpy_of(state["colearn.reference"])["w"] for state in states])
 
     strategy.start(grid, zeros(), num_rounds=20, evaluate_fn=look)
     before, full = np.zeros(3), 0
@@ -327,14 +326,19 @@ def test_bytes_are_those_counted_by_hand():
     assert (first["bytes_down"], first["bytes_up"]) == (4 * model, 2 * model)
     assert (second["bytes_down"], second["bytes_up"]) == (2 * model, 2 * model)
     common = len("session") + 16 + len("server-round") + 8 + len("reference-round") + 8
-    question = common + len("mini-batches") + 8 + len("batches-done") + 8 + len("bound") + 8
+    common += len("colearn-version") + len(__version__) + len("action")
+    question = (
+        common + len("train") + len("mini-batches") + 8 + len("batches-done") + 8 + len("bound") + 8
+    )
     question += len("time-limit") + 8
     echo = len("server-round") + 8 + len("participant") + len("partition-0")
+    echo += len("version") + len(__version__) + len("mod") + 8
+    described = len("model") + 8
     report = len("examples") + 8 + len("distance") + 8
     answer = echo + report + len("num-examples") + 8 + len("loss") + 8
     for moved in (first, second):
-        assert moved["control_down"] == 2 * (question + common)
-        assert moved["control_up"] == 2 * (answer + echo + report)
+        assert moved["control_down"] == 2 * (question + common + len("set"))
+        assert moved["control_up"] == 2 * (answer + described + echo + report)
     total = sum(sum(m[key] for key in m if not key.startswith("models")) for m in (first, second))
     assert strategy.history.records[-1].cumulative_bytes == total
     assert strategy.history.transfers.total == total

@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+from divergence import divergence
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import given, settings
@@ -13,39 +14,36 @@ from hypothesis.extra import numpy as hnp
 from flwr_colearn import (
     BFloat16,
     ColearnError,
+    Compression,
     DynamicAveraging,
     Float16,
-    Float32,
     InProcessGrid,
     Int8,
     ModelAveraging,
     Quorum,
     Recovery,
-    Wire,
-    introduce,
+    Uncompressed,
     learner,
     participant_mod,
-    wire_mod,
 )
-from flwr_colearn.compression.client import RESIDUAL
-from flwr_colearn.compression.codecs import WIRE
-from flwr_colearn.dynamic.balancing import divergence
+from flwr_colearn.compression import AGREEMENT, AVERAGE_OF, KEPT_REFERENCE
+from flwr_colearn.compression.residuals import RESIDUAL
 from flwr_colearn.dynamic.coordinator import Coordinator
-from flwr_colearn.dynamic.messages import FETCH, SET, Ask, checksum
+from flwr_colearn.dynamic.messages import Ask, checksum
 from flwr_colearn.dynamic.operators import Dynamic, FractionAveraging, Never, Periodic
 from flwr_colearn.records import view
 
 M = 4
-MODS = (participant_mod, wire_mod)
-WIRES = [
-    Wire(Float16(), Float16()),
-    Wire(BFloat16(), BFloat16()),
-    Wire(Int8()),
-    Wire(Int8(0), Float16()),
-    Wire(Int8(-1), BFloat16()),
-    Wire(down=Float16()),
+MODS = (participant_mod,)
+COMPRESSIONS = [
+    Compression(Float16(), Float16()),
+    Compression(BFloat16(), BFloat16()),
+    Compression(Int8()),
+    Compression(Int8(0), Float16()),
+    Compression(Int8(-1), BFloat16()),
+    Compression(down=Float16()),
 ]
-each_wire = pytest.mark.parametrize("wire", WIRES, ids=str)
+each_compression = pytest.mark.parametrize("compression", COMPRESSIONS, ids=str)
 QUICK = Recovery(max_restarts=2, pause=0.0, patience=0.0)
 
 
@@ -82,7 +80,6 @@ def wander(k, index, arrays):
 
 def client_app(step=wander, mods=MODS):
     app = ClientApp(mods=list(mods))
-    app.query("colearn")(introduce)
 
     @learner(app)
     def train(message, context):
@@ -102,16 +99,18 @@ def bits(arrays):
 
 def kept(grid, what="model"):
     """What the learners have in their keeping, by node."""
-    return {node: view(c.state[f"colearn-{what}"]) for node, c in grid.contexts.items()}
+    return {node: view(c.state[f"colearn.{what}"]) for node, c in grid.contexts.items()}
 
 
 def final(grid):
     return [bits(arrays) for arrays in kept(grid).values()]
 
 
-def run(operator, rounds, wire, grid=None, model=None, **kwargs):
+def run(operator, rounds, compression, grid=None, model=None, **kwargs):
     grid = grid or InProcessGrid(client_app(), M)
-    strategy = ModelAveraging(operator, len(grid.contexts), seed=0, wire=wire, **kwargs)
+    strategy = ModelAveraging(
+        operator, len(grid.contexts), seed=0, compression=compression, **kwargs
+    )
     arrays = record(initial() if model is None else model)
     return strategy, strategy.start(grid, arrays, num_rounds=rounds), grid
 
@@ -127,11 +126,11 @@ def watch(monkeypatch):
     def compare(self):
         pending = self.pending
         distribute(self)
-        contexts = self._meter.grid.contexts
+        contexts = self.grid.bottom.contexts
         for node in pending.members:
-            assert bits(view(contexts[node].state["colearn-model"])) == bits(view(pending.record))
+            assert bits(view(contexts[node].state["colearn.model"])) == bits(view(pending.record))
         for context in contexts.values():
-            assert bits(view(context.state["colearn-reference"])) == bits(self.reference.arrays)
+            assert bits(view(context.state["colearn.reference"])) == bits(self.reference.arrays)
         seen.append(self.record.synchronised)
 
     monkeypatch.setattr(Coordinator, "distribute", compare)
@@ -140,13 +139,13 @@ def watch(monkeypatch):
 
 @settings(max_examples=25)
 @given(
-    wire=st.sampled_from(WIRES),
+    compression=st.sampled_from(COMPRESSIONS),
     operator=st.sampled_from([0.5, 2.0, 4.0, 8.0]).map(Dynamic)
     | st.sampled_from([0.3, 0.5, 1.0]).map(lambda c: FractionAveraging(c, 2)),
     wiped=st.dictionaries(st.integers(1, 7), st.integers(1, M), max_size=2),
     offset=st.integers(0, 99),
 )
-def test_server_and_learners_hold_the_same_bits(wire, operator, wiped, offset):
+def test_server_and_learners_hold_the_same_bits(compression, operator, wiped, offset):
     app = client_app(lambda k, index, arrays: wander(k + offset * M, index, arrays))
     grid = InProcessGrid(app, M)
 
@@ -156,32 +155,32 @@ def test_server_and_learners_hold_the_same_bits(wire, operator, wiped, offset):
 
     with pytest.MonkeyPatch.context() as patch:
         seen = watch(patch)
-        strategy = ModelAveraging(operator, M, seed=offset, wire=wire)
+        strategy = ModelAveraging(operator, M, seed=offset, compression=compression)
         strategy.start(grid, record(initial()), num_rounds=8, evaluate_fn=wipe)
     assert len(seen) == sum(entry.synchronised != "none" for entry in strategy.history)
     assert not any(entry.refusals or entry.restarts for entry in strategy.history)
     assert sum(len(entry.lost) for entry in strategy.history) == len(wiped)
 
 
-@each_wire
-def test_there_are_partial_and_full_synchronisations_to_compare(wire, monkeypatch):
+@each_compression
+def test_there_are_partial_and_full_synchronisations_to_compare(compression, monkeypatch):
     seen = watch(monkeypatch)
-    run(Dynamic(2.0), 15, wire)
+    run(Dynamic(2.0), 15, compression)
     assert set(seen) == {"partial", "full"}
 
 
-@pytest.mark.parametrize("codec", [Float32(), Float16(), BFloat16()], ids=str)
+@pytest.mark.parametrize("codec", [Uncompressed(), Float16(), BFloat16()], ids=str)
 @given(data=st.data())
 def test_what_arrived_goes_down_again_as_it_is(codec, data):
     dtype = data.draw(st.sampled_from(["f2", "f4", "f8", "i8"]))
     array = data.draw(hnp.arrays(dtype, hnp.array_shapes(max_dims=3, max_side=4)))
-    arrived = Wire(down=codec).arriving({"w": array})
+    arrived = Compression(down=codec).received({"w": array})
     sent, again = (codec.encode(record(each))[0]["w"] for each in ({"w": array}, arrived))
     assert again.data == sent.data or np.isnan(array).any()
 
 
-@each_wire
-def test_the_divergence_never_exceeds_delta(wire):
+@each_compression
+def test_the_divergence_never_exceeds_delta(compression):
     grid, seen = InProcessGrid(client_app(), M), []
 
     def look(server_round, arrays):
@@ -189,37 +188,37 @@ def test_the_divergence_never_exceeds_delta(wire):
             weights = [{n: m[n] for n in ("w", "b")} for m in kept(grid).values()]
             seen.append(divergence(weights))
 
-    strategy = DynamicAveraging(2.0, num_learners=M, seed=0, wire=wire)
+    strategy = DynamicAveraging(2.0, num_learners=M, seed=0, compression=compression)
     strategy.start(grid, record(initial()), num_rounds=15, evaluate_fn=look)
     assert 0 < max(seen) <= 2.0
 
 
 @pytest.mark.parametrize(
-    ("wire", "members", "synchronised"),
-    [(Wire(), 2, "partial"), (Wire(down=Float16()), 3, "full")],
+    ("compression", "members", "synchronised"),
+    [(Compression(), 2, "partial"), (Compression(down=Float16()), 3, "full")],
 )
 def test_members_are_added_until_the_mean_as_it_arrives_is_within_delta(
-    wire, members, synchronised
+    compression, members, synchronised
 ):
     # The mean of the violator, at 2.0014, and one more, at 0, is 1.0007; float16 has 1.00098 next.
     def step(k, index, arrays):
         return {"w": arrays["w"] + np.float32(2.0014 if k == 0 else 0.0)}
 
     grid = InProcessGrid(client_app(step), 3)
-    strategy = ModelAveraging(Dynamic(1.0017), 3, wire=wire)
+    strategy = ModelAveraging(Dynamic(1.0017), 3, compression=compression)
     strategy.start(grid, record({"w": np.zeros((1, 1), np.float32)}), 1)
     [only] = strategy.history
     assert len(only.reporters) + len(only.fetched) == members
     assert only.synchronised == synchronised
 
 
-@each_wire
-def test_without_delta_dynamic_averaging_is_periodic_averaging(wire):
-    dynamic, _, grid = run(Dynamic(0.0, 2), 6, wire)
-    periodic, _, other = run(Periodic(2), 6, wire)
+@each_compression
+def test_without_delta_dynamic_averaging_is_periodic_averaging(compression):
+    dynamic, _, grid = run(Dynamic(0.0, 2), 6, compression)
+    periodic, _, other = run(Periodic(2), 6, compression)
     assert final(grid) == final(other)
     assert [entry.moved for entry in dynamic.history] == [entry.moved for entry in periodic.history]
-    _, _, exact = run(Periodic(2), 6, Wire())
+    _, _, exact = run(Periodic(2), 6, Compression())
     assert final(exact) != final(grid)
     for name, wanted in kept(exact)[1].items():
         # Of numbers up to 2, bfloat16 rounds away 2**-8, once a round and direction.
@@ -227,11 +226,11 @@ def test_without_delta_dynamic_averaging_is_periodic_averaging(wire):
 
 
 def test_without_compression_nothing_changes():
-    _, _, plain = run(Dynamic(2.0), 10, Wire())
+    _, _, plain = run(Dynamic(2.0), 10, Compression())
     app = client_app(mods=[participant_mod])
     without = DynamicAveraging(2.0, num_learners=M, seed=0)
     without.start(grid := InProcessGrid(app, M), record(initial()), num_rounds=10)
-    explicit, _, other = run(Dynamic(2.0), 10, Wire(Float32(), Float32()))
+    explicit, _, other = run(Dynamic(2.0), 10, Compression(Uncompressed(), Uncompressed()))
     assert final(plain) == final(grid) == final(other)
     assert [e.moved for e in without.history] == [e.moved for e in explicit.history]
 
@@ -240,25 +239,25 @@ def test_without_compression_nothing_changes():
 
 
 @pytest.mark.parametrize(
-    ("wire", "up", "down"),
+    ("compression", "up", "down"),
     [
-        (Wire(Float16(), Float16()), 4 + 2 * 20, 4 + 2 * 20),
-        (Wire(Int8(), BFloat16()), 4 + 4 + 20, 4 + 2 * 20),
-        (Wire(Int8(0), Float16()), 4 + 4 * 5 + 20, 4 + 2 * 20),
-        (Wire(Int8(-1), Float16()), 4 + 4 * 4 + 20, 4 + 2 * 20),
+        (Compression(Float16(), Float16()), 4 + 2 * 20, 4 + 2 * 20),
+        (Compression(Int8(), BFloat16()), 4 + 4 + 20, 4 + 2 * 20),
+        (Compression(Int8(0), Float16()), 4 + 4 * 5 + 20, 4 + 2 * 20),
+        (Compression(Int8(-1), Float16()), 4 + 4 * 4 + 20, 4 + 2 * 20),
     ],
     ids=str,
 )
-def test_bytes_are_those_counted_by_hand(wire, up, down):
-    strategy, _, _ = run(Periodic(1), 3, wire)
+def test_bytes_are_those_counted_by_hand(compression, up, down):
+    strategy, _, _ = run(Periodic(1), 3, compression)
     rest = (4 + 4 * 4) + (4 + 4 * 4) + (4 + 8)  # b, running mean and counter, as they are
     moved = [entry.moved for entry in strategy.history]
     assert [each["bytes_up"] for each in moved] == [M * (up + rest)] * 3
     assert [each["bytes_down"] for each in moved] == [M * (down + rest) * n for n in (2, 1, 1)]
 
 
-@pytest.mark.parametrize("wire", [Wire(), Wire(Int8(), Float16())], ids=str)
-def test_the_history_counts_what_travelled(wire):
+@pytest.mark.parametrize("compression", [Compression(), Compression(Int8(), Float16())], ids=str)
+def test_the_history_counts_what_travelled(compression):
     moved = {"down": 0, "up": 0}
 
     def measure(message, context, call_next):
@@ -271,7 +270,7 @@ def test_the_history_counts_what_travelled(wire):
         return reply
 
     grid = InProcessGrid(client_app(mods=[measure, *MODS]), M)
-    strategy, _, _ = run(Dynamic(2.0), 12, wire, grid=grid, evaluate_mean_every=4)
+    strategy, _, _ = run(Dynamic(2.0), 12, compression, grid=grid, evaluate_mean_every=4)
     for side in ("up", "down"):
         key = f"bytes_{side}"
         assert moved[side] == sum(e.moved[key] + e.collected[key] for e in strategy.history)
@@ -289,7 +288,7 @@ def steady(k, index, arrays):
 
 def steady_run(operator, rounds, look=None):
     grid = InProcessGrid(client_app(steady), 1)
-    strategy = ModelAveraging(operator, 1, wire=Wire(Int8()))
+    strategy = ModelAveraging(operator, 1, compression=Compression(Int8()))
     result = strategy.start(
         grid, record(WEIGHTS), rounds, evaluate_fn=lambda t, a: look(t, grid, a) if look else None
     )
@@ -317,7 +316,7 @@ class LosingSet(InProcessGrid):
     def push_messages(self, messages):
         kept = []
         for message in messages:
-            if message.metadata.message_type == SET:
+            if message.content["config"]["action"] == "set":
                 self.sets += 1
                 if self.sets == self.lost:
                     continue
@@ -329,7 +328,7 @@ class LosingSet(InProcessGrid):
 def test_rounding_is_made_up_for_once_if_the_average_arrives_only_with_a_new_beginning(lost):
     grid = LosingSet(client_app(steady), 1)
     grid.lost = lost
-    strategy = ModelAveraging(Periodic(1), 1, wire=Wire(Int8()), recovery=None)
+    strategy = ModelAveraging(Periodic(1), 1, compression=Compression(Int8()), recovery=None)
     result = strategy.start(grid, record(WEIGHTS), 5)
     assert grid.sets >= 4
     assert sum(len(each.lost) for each in strategy.history) == bool(lost)
@@ -340,10 +339,10 @@ def test_rounding_is_made_up_for_once_if_the_average_arrives_only_with_a_new_beg
 
 def test_a_model_that_is_only_looked_at_leaves_nothing_over():
     grid = InProcessGrid(client_app(), M)
-    run(Never(), 4, Wire(Int8()), grid=grid, evaluate_mean_every=1)
+    run(Never(), 4, Compression(Int8()), grid=grid, evaluate_mean_every=1)
     assert not any(key.startswith(RESIDUAL) for c in grid.contexts.values() for key in c.state)
-    _, _, looked_at = run(Dynamic(2.0), 12, Wire(Int8()), evaluate_mean_every=1)
-    _, _, undisturbed = run(Dynamic(2.0), 12, Wire(Int8()))
+    _, _, looked_at = run(Dynamic(2.0), 12, Compression(Int8()), evaluate_mean_every=1)
+    _, _, undisturbed = run(Dynamic(2.0), 12, Compression(Int8()))
     assert final(looked_at) == final(undisturbed)
 
 
@@ -352,17 +351,18 @@ class Talk:
 
     def __init__(self, **node_config):
         self.grid = InProcessGrid(client_app(steady), 1, node_configs=[node_config])
-        self.session, self.wire = "a", Wire(Int8())
+        self.session, self.compression = "a", Compression(Int8())
 
-    def ask(self, kind, server_round, arrays=None, **more):
-        reference = None if kind == SET else 0
-        ask = Ask(self.session, server_round, reference, bound=-1.0, **more)
+    def ask(self, action, server_round, arrays=None, **more):
+        reference = None if action == "set" else 0
+        ask = Ask(self.session, server_round, reference, action, bound=-1.0, **more)
         content = RecordDict({"config": ask.to_config()})
-        request = self.wire.request(session=self.session, round=server_round)
-        content[WIRE] = ConfigRecord({**request})
+        said = {KEPT_REFERENCE: 1, "session": self.session, "round": server_round}
         if arrays is not None:
             content["arrays"] = record(arrays)
-        (reply,) = self.grid.send_and_receive([Message(content, 1, kind)])
+            said[AVERAGE_OF] = server_round if action == "set" else 0
+        content[AGREEMENT] = ConfigRecord({**self.compression.request(), **said})
+        (reply,) = self.grid.send_and_receive([Message(content, 1, "train")])
         assert not reply.has_error(), reply.error
         return reply.content
 
@@ -372,7 +372,7 @@ class Talk:
         return self.decoded(self.ask("train", server_round, arrays, **more))
 
     def decoded(self, content):
-        return self.wire.up.decode(content["arrays"], WEIGHTS)["w"]
+        return self.compression.up.decode(content["arrays"], WEIGHTS)["w"]
 
 
 def encoded(array):
@@ -383,11 +383,11 @@ def test_rounding_is_made_up_for_only_once_the_average_has_replaced_the_model():
     one = Talk()
     first = one.train(1)
     np.testing.assert_array_equal(first, encoded(STEP))
-    np.testing.assert_array_equal(one.decoded(one.ask(FETCH, 1)), first)
+    np.testing.assert_array_equal(one.decoded(one.ask("fetch", 1)), first)
     # No average came: the model is still the learner's own, and nothing is missing in it.
     np.testing.assert_array_equal(one.train(2), encoded(2 * STEP))
     for _ in range(2):  # delivered twice
-        one.ask(SET, 2, WEIGHTS)
+        one.ask("set", 2, WEIGHTS)
     third = one.train(3)
     missing = 2 * STEP - encoded(2 * STEP)
     wanted = encoded(STEP + missing)
@@ -399,7 +399,7 @@ def test_rounding_is_made_up_for_only_once_the_average_has_replaced_the_model():
 def test_rounding_of_another_training_is_not_made_up_for():
     one = Talk()
     one.train(1)
-    one.ask(SET, 1, WEIGHTS)
+    one.ask("set", 1, WEIGHTS)
     one.session = "b"
     np.testing.assert_array_equal(one.train(2, anew=True), encoded(STEP))
 
@@ -407,8 +407,8 @@ def test_rounding_of_another_training_is_not_made_up_for():
 # Loss and damage --------------------------------------------------------------------------------
 
 
-@each_wire
-def test_a_learner_whose_state_is_on_disk_only_has_its_reference(wire, tmp_path):
+@each_compression
+def test_a_learner_whose_state_is_on_disk_only_has_its_reference(compression, tmp_path):
     configs = [{"state-dir": str(tmp_path / str(k))} for k in range(M)]
     grid = InProcessGrid(client_app(), M, node_configs=configs)
 
@@ -416,12 +416,12 @@ def test_a_learner_whose_state_is_on_disk_only_has_its_reference(wire, tmp_path)
         for context in grid.contexts.values():
             context.state = RecordDict()
 
-    strategy = DynamicAveraging(2.0, num_learners=M, seed=0, wire=wire)
+    strategy = DynamicAveraging(2.0, num_learners=M, seed=0, compression=compression)
     strategy.start(grid, record(initial()), num_rounds=10, evaluate_fn=wipe)
     assert [entry.lost for entry in strategy.history] == [[]] * 10
     assert {entry.synchronised for entry in strategy.history} >= {"partial", "full"}
-    if not wire.up.differential:
-        clean, _, _ = run(Dynamic(2.0), 10, wire)
+    if not compression.up.differential:
+        clean, _, _ = run(Dynamic(2.0), 10, compression)
         assert [e.largest_distance for e in clean.history] == [
             e.largest_distance for e in strategy.history
         ]
@@ -431,7 +431,7 @@ def test_a_learner_that_was_restarted_compresses_what_it_is_asked_for(tmp_path):
     one = Talk(**{"state-dir": str(tmp_path)})
     trained = one.train(1)
     one.grid.contexts[1].state = RecordDict()
-    content = one.ask(FETCH, 1)
+    content = one.ask("fetch", 1)
     assert content["arrays"]["w"].stype == "colearn.int8"
     np.testing.assert_array_equal(one.decoded(content), trained)
 
@@ -442,9 +442,9 @@ def test_a_reference_of_the_same_round_but_other_bits_is_given_anew():
     def alter(server_round, arrays):
         if server_round == 2:
             altered = {**kept(grid, "reference")[3], "b": np.full(4, 1e-30, np.float32)}
-            grid.contexts[3].state["colearn-reference"] = record(altered)
+            grid.contexts[3].state["colearn.reference"] = record(altered)
 
-    strategy = DynamicAveraging(1e6, num_learners=M, wire=Wire(Int8()))
+    strategy = DynamicAveraging(1e6, num_learners=M, compression=Compression(Int8()))
     strategy.start(grid, record(initial()), num_rounds=4, evaluate_fn=alter)
     (lost,) = strategy.history.records[2].lost
     assert lost == {
@@ -478,9 +478,11 @@ class Damaging(InProcessGrid):
 
 @pytest.mark.parametrize("codec", [Float16(), BFloat16(), Int8(), Int8(0)], ids=str)
 def test_a_damaged_payload_is_a_bad_reply_and_nothing_is_different(codec):
-    wire = Wire(codec, Float16())
-    _, _, clean = run(Dynamic(2.0), 8, wire)
-    damaged, _, other = run(Dynamic(2.0), 8, wire, grid=Damaging(client_app(), M), recovery=QUICK)
+    compression = Compression(codec, Float16())
+    _, _, clean = run(Dynamic(2.0), 8, compression)
+    damaged, _, other = run(
+        Dynamic(2.0), 8, compression, grid=Damaging(client_app(), M), recovery=QUICK
+    )
     assert final(clean) == final(other)
     reasons = [e["reason"] for entry in damaged.history for e in entry.restarts]
     assert len(reasons) == 2
@@ -490,7 +492,7 @@ def test_a_damaged_payload_is_a_bad_reply_and_nothing_is_different(codec):
 
 def test_without_recovery_a_damaged_payload_is_refused_and_left_out():
     grid = Damaging(client_app(), M)
-    strategy, _, _ = run(Periodic(1), 2, Wire(Int8()), grid=grid, recovery=None)
+    strategy, _, _ = run(Periodic(1), 2, Compression(Int8()), grid=grid, recovery=None)
     assert [len(entry.refusals) for entry in strategy.history] == [2, 0]
     assert [len(entry.lost) for entry in strategy.history] == [0, 2]
 
@@ -500,25 +502,28 @@ def test_nan_is_refused_as_such():
         return {**arrays, "w": arrays["w"] * np.float32(np.nan)} if k == 1 else arrays
 
     with pytest.raises(ColearnError, match="array 'w': expected finite numbers, found NaN or Inf"):
-        run(Periodic(1), 1, Wire(Int8()), InProcessGrid(client_app(spoil), M), recovery=QUICK)
+        run(
+            Periodic(1), 1, Compression(Int8()), InProcessGrid(client_app(spoil), M), recovery=QUICK
+        )
 
 
-@each_wire
-def test_a_learner_without_the_mod_is_refused_with_the_reason(wire):
-    grid = InProcessGrid(client_app(mods=[participant_mod]), M)
-    match = r"expected one that flwr_colearn\.wire_mod has decoded.*mods=\[participant_mod, wire_"
+@each_compression
+def test_a_learner_without_the_mod_is_refused_with_the_reason(compression):
+    grid = InProcessGrid(client_app(mods=[]), M)
+    match = r"one that flwr_colearn\.participant_mod has decoded.*mods=\[participant_mod\]"
     with pytest.raises(ColearnError, match=match):
-        run(Never(), 1, wire, grid=grid, recovery=QUICK)
+        run(Never(), 1, compression, grid=grid, recovery=QUICK)
 
 
 def test_a_reply_that_does_not_say_how_it_was_sent_is_refused():
     def swallow(message, context, call_next):
-        del message.content[WIRE]
+        del message.content[AGREEMENT]
         return call_next(message, context)
 
-    grid = InProcessGrid(client_app(mods=[participant_mod, swallow]), M)
-    with pytest.raises(ColearnError, match=r"as int8 by flwr_colearn\.wire_mod, found no word of"):
-        run(Never(), 1, Wire(Int8()), grid=grid, recovery=QUICK)
+    grid = InProcessGrid(client_app(mods=[swallow, participant_mod]), M)
+    match = r"as int8 by flwr_colearn\.participant_mod, found no word of"
+    with pytest.raises(ColearnError, match=match):
+        run(Never(), 1, Compression(Int8()), grid=grid, recovery=QUICK)
 
 
 def test_an_absentee_under_a_quorum_begins_anew_with_the_same_bits(monkeypatch):
@@ -532,7 +537,9 @@ def test_an_absentee_under_a_quorum_begins_anew_with_the_same_bits(monkeypatch):
 
     recovery = Recovery(max_restarts=0, pause=0.0, patience=0.0, policy=Quorum(3))
     grid = InProcessGrid(client_app(fail), M)
-    strategy, _, _ = run(Periodic(1), 6, Wire(Int8(), Float16()), grid=grid, recovery=recovery)
+    strategy, _, _ = run(
+        Periodic(1), 6, Compression(Int8(), Float16()), grid=grid, recovery=recovery
+    )
     assert [len(entry.lost) for entry in strategy.history] == [0, 0, 0, 1, 0, 0]
     assert len({str(each) for each in final(grid)}) == 1
 
@@ -559,16 +566,21 @@ class Crashing(InProcessGrid):
 
 @pytest.mark.parametrize("after", range(2, 52, 4))
 def test_a_run_that_was_killed_at_any_message_resumes_to_the_same_end(tmp_path, after):
-    wire = Wire(Int8(), Float16())
-    clean, _, wanted = run(Dynamic(2.0), 8, wire, evaluate_mean_every=3)
+    compression = Compression(Int8(), Float16())
+    clean, _, wanted = run(Dynamic(2.0), 8, compression, evaluate_mean_every=3)
     grid = Crashing(client_app(), M)
     grid.after = after
     arguments = {"grid": grid, "checkpoints": tmp_path, "evaluate_mean_every": 3}
     with pytest.raises(CrashError):
-        run(Dynamic(2.0), 8, wire, **arguments)
+        run(Dynamic(2.0), 8, compression, **arguments)
     grid.after = 10**9
     strategy = DynamicAveraging(
-        2.0, num_learners=M, seed=0, wire=wire, checkpoints=tmp_path, evaluate_mean_every=3
+        2.0,
+        num_learners=M,
+        seed=0,
+        compression=compression,
+        checkpoints=tmp_path,
+        evaluate_mean_every=3,
     )
     strategy.start(grid, record(initial()), num_rounds=8, resume="auto")
     assert final(grid) == final(wanted)
@@ -578,10 +590,12 @@ def test_a_run_that_was_killed_at_any_message_resumes_to_the_same_end(tmp_path, 
 
 
 def test_a_run_is_not_resumed_with_another_wire(tmp_path):
-    run(Never(), 1, Wire(Int8()), checkpoints=tmp_path)
-    for wire in (Wire(), Wire(Float16())):
-        strategy = ModelAveraging(Never(), M, wire=wire, checkpoints=tmp_path)
-        with pytest.raises(ColearnError, match="found another wire: int8 up, float32 down there"):
+    run(Never(), 1, Compression(Int8()), checkpoints=tmp_path)
+    for compression in (Compression(), Compression(Float16())):
+        strategy = ModelAveraging(Never(), M, compression=compression, checkpoints=tmp_path)
+        with pytest.raises(
+            ColearnError, match="found another compression: int8 up, float32 down there"
+        ):
             strategy.start(InProcessGrid(client_app(), M), record(initial()), 2, resume="auto")
 
 
@@ -589,13 +603,15 @@ def test_a_run_is_not_resumed_with_another_wire(tmp_path):
 
 
 def test_what_is_no_wire_is_refused():
-    with pytest.raises(ColearnError, match=r"wire: expected a Wire, such as Wire\(up=Int8\(\)"):
-        DynamicAveraging(1.0, num_learners=2, wire=Int8())
+    with pytest.raises(
+        ColearnError, match=r"compression: expected a Compression, such as Compression\(up=Int8\(\)"
+    ):
+        DynamicAveraging(1.0, num_learners=2, compression=Int8())
 
 
 def test_the_summary_says_what_learners_need(flower_log):
-    DynamicAveraging(1.0, num_learners=2, wire=Wire(Int8(), Float16())).summary()
-    assert "Wire: int8 up, float16 down; learners need wire_mod" in flower_log.text
+    DynamicAveraging(1.0, num_learners=2, compression=Compression(Int8(), Float16())).summary()
+    assert "Compression: int8 up, float16 down; learners need participant_mod" in flower_log.text
     flower_log.clear()
     DynamicAveraging(1.0, num_learners=2).summary()
-    assert "Wire" not in flower_log.text
+    assert "Compression" not in flower_log.text

@@ -1,24 +1,24 @@
 import math
 
-import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flwr_colearn import ColearnError, InProcessGrid
-from flwr_colearn.dynamic.messages import Ask, Report, control_bytes, report_of
+from flwr_colearn.dynamic.messages import Ask, Report, report_of
 
 
 @given(
     st.integers(1, 9),
     st.none() | st.integers(0, 9),
+    st.sampled_from(["train", "fetch", "set"]),
     st.integers(1, 9),
     st.sampled_from([-1.0, 0.0, 0.5, math.inf]),
     st.lists(st.text(min_size=1), max_size=3),
 )
-def test_a_question_survives_the_journey(server_round, reference, b, bound, left_out):
-    ask = Ask("s", server_round, reference, b, b * server_round, bound, tuple(left_out))
+def test_a_question_survives_the_journey(server_round, reference, action, b, bound, left_out):
+    ask = Ask("s", server_round, reference, action, b, b * server_round, bound, tuple(left_out))
     assert Ask.from_config(ConfigRecord({**ask.to_config(), "lr": 0.1})) == ask
 
 
@@ -53,17 +53,3 @@ def test_a_report_survives_the_journey(reply, report):
 def test_a_malformed_report_is_refused(reply, entries):
     with pytest.raises(ColearnError, match="expected"):
         report_of(reply(**entries))
-
-
-def test_control_bytes_are_those_counted_by_hand():
-    content = RecordDict(
-        {
-            "config": ConfigRecord(
-                {"ab": 1, "c": True, "d": "é", "e": b"123", "f": "", "g": [1.0, 2.0]}
-            ),
-            "metrics": MetricRecord({"loss": 0.5, "list": [1, 2, 3]}),
-            "arrays": ArrayRecord([np.zeros(100)]),
-        }
-    )
-    config = (2 + 8) + (1 + 1) + (1 + 2) + (1 + 3) + (1 + 0) + (1 + 16)
-    assert control_bytes(content) == config + (4 + 8) + (4 + 24)

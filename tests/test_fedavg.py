@@ -7,15 +7,15 @@ from flwr.serverapp.strategy import FedAvg
 
 from flwr_colearn import (
     Average,
+    Averaging,
     ColearnError,
     Frozen,
     InProcessGrid,
     LocalBN,
-    NormalizedFedAvg,
     Pooled,
     Recalibrated,
     Synchronised,
-    normalization_mod,
+    participant_mod,
 )
 
 K = 3
@@ -39,7 +39,7 @@ def reply(message, arrays, examples):
 
 def client_app(seen=None):
     """Participant k has k + 1 examples, adds k + 1 to every array, and recalibrates to 10 k."""
-    app = ClientApp(mods=[normalization_mod])
+    app = ClientApp(mods=[participant_mod])
 
     @app.train()
     def _(message, context):
@@ -66,7 +66,7 @@ def run(strategy, rounds=2, seen=None):
 
 
 def fedavg(scheme):
-    return NormalizedFedAvg(scheme, fraction_evaluate=0.0, min_train_nodes=K, min_available_nodes=K)
+    return Averaging(K, normalization=scheme, fraction_evaluate=0.0, recovery=None)
 
 
 def test_average_is_flowers_own_fedavg():
@@ -93,9 +93,8 @@ def test_local_layers_stay():
     second = {k: arrays for round_, k, arrays in seen if round_ == 2}
     assert [float(second[k]["1.weight"][0]) for k in range(K)] == [2.0, 3.0, 4.0]
     first, last = strategy.history
-    kept = sum(len(Array(MODEL[name]).data) for name in LAYER)
-    assert first.normalization["bytes"] == -K * kept
-    assert last.normalization["bytes"] == -2 * K * kept
+    local = sum(len(Array(MODEL[name]).data) for name in LAYER)
+    assert first.bytes_down == last.bytes_down + K * local
     assert last.bytes_down == last.bytes_up == K * len(Array(MODEL["fc.weight"]).data)
     assert "participants" in last.normalization["shared-model"]
     assert (last.local_epochs, last.epochs_done, last.learning_rate) == (2, 4, 0.5)
@@ -110,7 +109,6 @@ def test_recalibrated_weighs_by_examples_and_costs_an_exchange():
     assert model["1.running_var"] == pytest.approx(2 + between, rel=1e-6)
     size = {name: len(Array(array).data) for name, array in MODEL.items()}
     cost = K * (sum(size.values()) + size["1.running_mean"] + size["1.running_var"])
-    assert strategy.history.records[0].normalization["bytes"] == cost
     assert strategy.history.bytes_total == 2 * K * sum(size.values()) + cost
 
 
@@ -129,7 +127,7 @@ def test_a_failed_participant_is_left_out_as_flower_does():
     app = client_app()
     broken = ClientApp(mods=[lambda message, context, call: (
         call(message, context) if context.node_config["partition-id"] else 1 / 0
-    ), normalization_mod])  # fmt: skip
+    )])  # fmt: skip
 
     @broken.train()
     def _(message, context):
@@ -143,7 +141,7 @@ def test_a_failed_participant_is_left_out_as_flower_does():
 
 
 def test_a_model_with_nan_is_refused_and_recorded():
-    app = ClientApp(mods=[normalization_mod])
+    app = ClientApp(mods=[participant_mod])
 
     @app.train()
     def _(message, context):

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from flwr_colearn import ColearnError
-from flwr_colearn.aggregation.buckets import JoinedSum, PooledStatistics
+from flwr_colearn.aggregation.buckets import BucketSum
+from flwr_colearn.aggregation.statistics import PooledStatistics
 
 LIKE = {
     "matrix": np.zeros((2, 3), np.float32),
@@ -19,10 +20,10 @@ def model(seed):
 
 @pytest.mark.parametrize("weights", [[1, 1, 1], [2, 5, 0.5]])
 def test_the_sum_is_that_of_every_array_by_itself(weights):
-    joined, models = JoinedSum(LIKE), [model(seed) for seed in range(3)]
+    bucket, models = BucketSum(LIKE), [model(seed) for seed in range(3)]
     for each, weight in zip(models, weights, strict=True):
-        joined.add(each, weight)
-    result = joined.split(joined.total)
+        bucket.add(each, weight)
+    result = bucket.split(bucket.total)
     for name, like in LIKE.items():
         alone = sum(w * m[name].astype(np.float64) for m, w in zip(models, weights, strict=True))
         assert result[name].dtype == like.dtype
@@ -30,12 +31,12 @@ def test_the_sum_is_that_of_every_array_by_itself(weights):
 
 
 def test_a_sum_begun_anew_forgets_and_one_of_nothing_is_empty():
-    joined = JoinedSum(LIKE)
-    joined.add(model(0), 1)
-    joined.clear()
-    joined.add(model(1), 1)
-    assert np.array_equal(joined.split(joined.total)["matrix"], model(1)["matrix"])
-    nothing = JoinedSum({})
+    bucket = BucketSum(LIKE)
+    bucket.add(model(0), 1)
+    bucket.clear()
+    bucket.add(model(1), 1)
+    assert np.array_equal(bucket.split(bucket.total)["matrix"], model(1)["matrix"])
+    nothing = BucketSum({})
     assert nothing.add(model(0), 1).size == 0
     assert nothing.split(nothing.total) == {}
 
@@ -43,13 +44,13 @@ def test_a_sum_begun_anew_forgets_and_one_of_nothing_is_empty():
 @pytest.mark.parametrize("name", ["matrix", "half", "scalar"])
 @pytest.mark.parametrize("wrong", [[np.nan], [np.inf, -np.inf]])
 def test_a_number_that_is_not_finite_is_found_by_its_arrays_name(name, wrong):
-    joined = JoinedSum(LIKE)
+    bucket = BucketSum(LIKE)
     for value in wrong:
         bad = model(0)
         bad[name].flat[-1] = value
-        joined.add(bad, 1)
+        bucket.add(bad, 1)
     with pytest.raises(ColearnError, match=f"array '{name}': expected finite numbers"):
-        joined.check()
+        bucket.check()
 
 
 def test_several_layers_are_pooled_as_their_data_would_be():

@@ -3,12 +3,13 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flwr_colearn import InProcessGrid, introduce, participant_mod
-from flwr_colearn.aggregation.replies import echo_of
+from flwr_colearn import ColearnError, InProcessGrid, __version__, participant_mod
+from flwr_colearn.aggregation import echo_of
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,6 +26,14 @@ def message_of(kind="train", **config):
 
 def context_of(**node_config):
     return SimpleNamespace(node_config=node_config)
+
+
+def asking_for_the_name():
+    return Message(RecordDict({"colearn": ConfigRecord({"ask": "name"})}), 7, "train")
+
+
+def never(message, context):
+    pytest.fail("called")
 
 
 def answer(message, context):
@@ -45,12 +54,36 @@ def answer(message, context):
 )
 def test_a_participant_says_its_name(node_config, name):
     context = context_of(**node_config)
-    question = message_of("query.colearn")
-    asked = [introduce(question, context), participant_mod(question, context, None)]
-    assert [echo_of(reply) for reply in asked] == [name, name]
+    reply = participant_mod(asking_for_the_name(), context, never)
+    assert echo_of(reply) == name
     reply = participant_mod(message_of(**{"server-round": 4}), context, answer)
-    assert echo_of(reply) == {"server-round": 4, **name}
+    versions = {"version": __version__, "mod": 2}
+    assert echo_of(reply) == {"server-round": 4, **name, **versions}
     assert reply.content["metrics"]["loss"] == 1
+
+
+def test_the_echo_tells_models_of_other_names_shapes_and_types_apart():
+    def echo(**arrays):
+        def reply(message, context):
+            record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+            return Message(RecordDict({"arrays": record}), reply_to=message)
+
+        return echo_of(participant_mod(message_of(**{"server-round": 1}), context_of(), reply))
+
+    one = echo(w=np.zeros((2, 3), "f4"))["model"]
+    assert echo(w=np.ones((2, 3), "f4"))["model"] == one
+    others = [
+        echo(v=np.zeros((2, 3), "f4")),
+        echo(w=np.zeros((3, 2), "f4")),
+        echo(w=np.zeros((2, 3))),
+    ]
+    assert len({one, *(each["model"] for each in others)}) == 4
+
+
+def test_a_server_of_another_version_is_refused_before_anything_is_trained():
+    message = message_of(**{"server-round": 1, "colearn-version": "0.4.0"})
+    with pytest.raises(ColearnError, match="expected the server's version 0.4.0, found"):
+        participant_mod(message, context_of(), never)
 
 
 def test_without_a_round_there_is_nothing_to_echo():
@@ -75,22 +108,21 @@ def test_an_exception_passes_as_it_is():
         participant_mod(message_of(**{"server-round": 1}), context_of(), fail)
 
 
-def test_the_app_registers_both_halves():
+def test_one_mod_is_all_that_an_app_needs():
     app = ClientApp(mods=[participant_mod])
     app.train()(answer)
-    app.query("colearn")(introduce)
     grid = InProcessGrid(app, 2)
     content = message_of(**{"server-round": 9}).content
     replies = grid.send_and_receive([Message(content, node, "train") for node in (1, 2)])
     assert [echo_of(reply)["participant"] for reply in replies] == ["partition-0", "partition-1"]
-    question = [Message(RecordDict(), 2, "query.colearn")]
-    assert echo_of(grid.send_and_receive(question)[0]) == {"participant": "partition-1"}
+    question = Message(asking_for_the_name().content, 2, "train")
+    assert echo_of(grid.send_and_receive([question])[0]) == {"participant": "partition-1"}
 
 
 def test_an_app_with_a_client_fn_answers_through_the_mod():
     app = ClientApp(client_fn=lambda context: None, mods=[participant_mod])
-    question = [Message(RecordDict(), 2, "query.colearn")]
-    [reply] = InProcessGrid(app, 2).send_and_receive(question)
+    question = Message(asking_for_the_name().content, 2, "train")
+    [reply] = InProcessGrid(app, 2).send_and_receive([question])
     assert echo_of(reply) == {"participant": "partition-1"}
 
 

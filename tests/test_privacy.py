@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import (
 from small_net import K
 
 from flwr_colearn import CoLearn, CyclicalRate, IncreasingEpochs, InProcessGrid
+from flwr_colearn.strategies import Progress
 
 EPSILON = 0.08
 ROUNDS = 16
@@ -68,7 +69,7 @@ def test_a_model_learns_under_noise_and_the_epochs_follow_equation_4(wrapper, mo
 @SIDES
 def test_the_shared_model_is_the_mean_of_the_clipped_updates(wrapper, mods):
     _, (start, average) = run(wrapper, mods, noise=0.0, clipping_norm=0.1, rounds=1)
-    plan = strategy_of().rule.open(1, dict(zip(small_net.NAMES, start, strict=True)))
+    plan, _ = strategy_of().algorithm.next_plan(1, Progress(), None)
     clipped = []
     for k in range(K):
         trained = small_net.train(k, plan, start)

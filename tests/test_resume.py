@@ -470,6 +470,6 @@ def test_a_wrapper_with_flowers_own_loop_is_refused_what_it_cannot_keep(what, tm
     dp = private(strategy_of(**{what: tmp_path if what == "checkpoints" else 9}))
     with pytest.raises(ColearnError, match=f"{what} under a wrapper .* expected None") as error:
         dp.start(grid, record_of(MODEL), num_rounds=2)
-    assert "no budget and would save averages without its noise" in str(error.value)
+    assert "neither a budget nor checkpoints" in str(error.value)
     assert grid.attempts == []
     assert list(tmp_path.iterdir()) == []

@@ -6,18 +6,18 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 
-from flwr_colearn import CoLearn, ColearnError, InProcessGrid, Recovery, SideBySideGrid
-from flwr_colearn.grids.threaded import Meeting, meeting_of
+from flwr_colearn import CoLearn, ColearnError, InProcessGrid, Recovery, ThreadedGrid
+from flwr_colearn.grids import AllReduceGroup, group_of
 
 K = 3
 
 
-def meet(work, parties=K):
-    meeting, results = Meeting(parties), {}
+def work_together(work, parties=K):
+    group, results = AllReduceGroup(parties), {}
 
     def run(rank):
         try:
-            results[rank] = work(meeting, rank)
+            results[rank] = work(group, rank)
         except ColearnError as error:
             results[rank] = error
 
@@ -27,40 +27,40 @@ def meet(work, parties=K):
     for thread in threads:
         thread.join(timeout=30)
     assert not any(thread.is_alive() for thread in threads)
-    return meeting, results
+    return group, results
 
 
 def test_everyone_gets_every_sum():
-    def work(meeting, rank):
-        return [meeting.sum(rank, np.array([rank, call])).tolist() for call in range(50)]
+    def work(group, rank):
+        return [group.sum(rank, np.array([rank, call])).tolist() for call in range(50)]
 
-    meeting, results = meet(work)
+    group, results = work_together(work)
     assert results == {rank: [[3, 3 * call] for call in range(50)] for rank in range(K)}
-    assert meeting.bytes == 50 * 2 * K * 16
+    assert group.bytes == 50 * 2 * K * 16
 
 
 def test_sums_are_added_in_order_of_rank():
     values = [1e16, 1.0, -1e16]
-    _, results = meet(lambda meeting, rank: float(meeting.sum(rank, np.array(values[rank]))))
+    _, results = work_together(lambda group, rank: float(group.sum(rank, np.array(values[rank]))))
     assert set(results.values()) == {(1e16 + 1.0) - 1e16}
 
 
 def test_nobody_waits_for_one_that_left():
-    def work(meeting, rank):
+    def work(group, rank):
         if rank == 1:
-            meeting.leave()
+            group.leave()
             return None
-        return meeting.sum(rank, np.zeros(1))
+        return group.sum(rank, np.zeros(1))
 
-    _, results = meet(work)
+    _, results = work_together(work)
     assert "one has left" in str(results[0])
     assert "one has left" in str(results[2])
 
 
-def test_a_meeting_that_does_not_exist():
-    for config in ({}, {"meeting": 12345, "meeting-rank": 0}):
-        with pytest.raises(ColearnError, match="side by side in one process"):
-            meeting_of(config)
+def test_a_group_that_does_not_exist():
+    for config in ({}, {"all-reduce-group": 12345, "all-reduce-rank": 0}):
+        with pytest.raises(ColearnError, match="in threads of one process"):
+            group_of(config)
 
 
 def summing(broken=()):
@@ -71,8 +71,8 @@ def summing(broken=()):
         k = context.node_config["partition-id"]
         if k in broken:
             raise RuntimeError("boom")
-        meeting, rank = meeting_of(message.content["config"])
-        total = meeting.sum(rank, np.array([k + 1.0]))
+        group, rank = group_of(message.content["config"])
+        total = group.sum(rank, np.array([k + 1.0]))
         content = {
             "arrays": ArrayRecord({"w": Array(total)}),
             "metrics": MetricRecord({"num-examples": 1}),
@@ -94,17 +94,17 @@ def run(grid):
     return result.arrays["w"].numpy()
 
 
-def test_participants_of_a_grid_meet():
-    grid = SideBySideGrid(summing(), K)
+def test_participants_of_a_grid_form_a_group():
+    grid = ThreadedGrid(summing(), K)
     assert run(grid) == [6.0]
     assert grid.exchanged == 2 * 2 * K * 8
 
 
 def test_if_one_fails_all_fail_and_nobody_hangs():
     with pytest.raises(ColearnError, match=r"boom|one has left"):
-        run(SideBySideGrid(summing(broken={1}), K))
+        run(ThreadedGrid(summing(broken={1}), K))
 
 
-def test_one_after_the_other_there_is_no_meeting():
-    with pytest.raises(ColearnError, match="side by side"):
+def test_one_after_the_other_there_is_no_group():
+    with pytest.raises(ColearnError, match="in threads of one process"):
         run(InProcessGrid(summing(), K))

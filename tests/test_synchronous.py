@@ -15,9 +15,9 @@ from flwr_colearn import (
     LocalPlan,
     Recovery,
     SynchronousSGD,
-    normalization_mod,
+    participant_mod,
 )
-from flwr_colearn.aggregation.sgd import SGD
+from flwr_colearn.aggregation import SGD
 
 K = 3
 
@@ -28,7 +28,7 @@ def record(**arrays):
 
 def quadratic(sizes, configs=None):
     """Participant k has sizes[k] examples of loss (w - k)^2 / 2, and a layer with statistics."""
-    app = ClientApp(mods=[normalization_mod])
+    app = ClientApp(mods=[participant_mod])
 
     @app.train()
     def _(message, context):
@@ -175,7 +175,7 @@ def test_a_resumed_run_goes_on_with_its_momentum_to_the_same_bits(tmp_path, kill
     folder = CheckpointFolder(tmp_path / "cut")
     saved = folder.latest()
     assert {name: array.dtype for name, array in saved.extra.items()} == dict.fromkeys(
-        ("w", "v"), np.float64
+        ("0/w", "0/v"), np.float64
     )
     folder.save(replace(saved, extra={}))
     assert checkpointed(tmp_path / "cut", 6) != wanted

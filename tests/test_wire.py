@@ -20,20 +20,24 @@ from flwr_colearn import (
     BFloat16,
     CoLearn,
     ColearnError,
+    Compression,
     Float16,
-    Float32,
     InProcessGrid,
     Int8,
     LocalPlan,
+    PackedCodec,
     RecoveringGrid,
     Recovery,
-    Wire,
+    Transport,
+    Uncompressed,
     legacy,
     participant_mod,
-    wire_mod,
+    register,
 )
-from flwr_colearn.compression.client import RESIDUAL
-from flwr_colearn.compression.codecs import VERSION, WIRE, Broadcast, codec_named
+from flwr_colearn import run as run_any
+from flwr_colearn.compression import AGREEMENT, CompressionGrid, codec_named, compressed
+from flwr_colearn.compression.agreement import VERSION
+from flwr_colearn.compression.residuals import RESIDUAL
 from flwr_colearn.records import data_bytes
 
 CODECS = [Float16(), BFloat16(), Int8(), Int8(0), Int8(-1)]
@@ -225,7 +229,7 @@ def test_narrow_floats_are_not_made_wider():
 
 @pytest.mark.parametrize(
     ("codec", "share"),
-    [(Float32(), 1.0), (Float16(), 0.5), (BFloat16(), 0.5), (Int8(), 0.26), (Int8(0), 0.263)],
+    [(Uncompressed(), 1.0), (Float16(), 0.5), (BFloat16(), 0.5), (Int8(), 0.26), (Int8(0), 0.263)],
     ids=str,
 )
 def test_bytes_of_a_small_residual_network(codec, share):
@@ -397,7 +401,7 @@ def test_encoded_arrays_travel_as_flower_sends_them():
 
 def test_codecs_have_names():
     names = ["float32", "float16", "bfloat16", "int8", "int8-first-axis", "int8-last-axis"]
-    codecs = [Float32(), Float16(), BFloat16(), Int8(), Int8(0), Int8(-1)]
+    codecs = [Uncompressed(), Float16(), BFloat16(), Int8(), Int8(0), Int8(-1)]
     assert [codec_named(name) for name in names] == codecs
     assert [codec.name for codec in codecs] == [str(codec) for codec in codecs] == names
     for name in ("float8", None, 8, "", ["int8"]):
@@ -408,11 +412,20 @@ def test_codecs_have_names():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Wire(up="int8"), r"Wire\(up=...\): expected a codec such as Float16\(\)"),
-        (lambda: Wire(down=None), r"Wire\(down=...\): expected a codec"),
-        (lambda: Wire(down=Int8()), r"Wire\(down=...\): expected a codec of whole models"),
+        (
+            lambda: Compression(up="int8"),
+            r"Compression\(up=...\): expected a codec such as Float16\(\)",
+        ),
+        (lambda: Compression(down=None), r"Compression\(down=...\): expected a codec"),
+        (
+            lambda: Compression(down=Int8()),
+            r"Compression\(down=...\): expected a codec of whole models",
+        ),
         (lambda: Int8(1), "channel_axis: expected 0, -1 or None, found 1"),
-        (lambda: strategy_of(wire=Int8()), r"wire: expected a Wire, such as Wire\(up=Int8\(\)"),
+        (
+            lambda: strategy_of(compression=Int8()),
+            r"compression: expected a Compression, such as Compression\(up=Int8\(\)",
+        ),
     ],
 )
 def test_what_is_no_codec_is_refused(make, match):
@@ -421,27 +434,26 @@ def test_what_is_no_codec_is_refused(make, match):
 
 
 def test_the_legacy_api_refuses_with_the_reason():
-    with pytest.raises(ColearnError, match="wire: expected none, since the legacy API"):
-        legacy.CoLearn(3, local_epochs=1, learning_rate=0.1, wire=Wire(up=Float16()))
+    with pytest.raises(ColearnError, match="compression: expected none, since the legacy API"):
+        legacy.CoLearn(3, local_epochs=1, learning_rate=0.1, compression=Compression(up=Float16()))
 
 
 def test_the_summary_says_what_participants_need(flower_log):
-    strategy_of(wire=Wire(up=Int8(), down=Float16())).summary()
-    assert "Wire: int8 up, float16 down; participants need wire_mod" in flower_log.text
+    strategy_of(compression=Compression(up=Int8(), down=Float16())).summary()
+    assert (
+        "Compression: int8 up, float16 down; participants need participant_mod" in flower_log.text
+    )
     flower_log.clear()
     strategy_of().summary()
-    assert "Wire" not in flower_log.text
+    assert "Compression" not in flower_log.text
 
 
 # The mod ----------------------------------------------------------------------------------------
 
 
-def message_of(broadcast, kind="train"):
-    config = ConfigRecord({"server-round": 3})
-    content = RecordDict({"arrays": broadcast.arrays, "config": config, **broadcast.records})
-    message = Message(content, 7, kind)
-    message.metadata.__dict__["_message_id"] = "sent"
-    return message
+def message_of(shared, kind="train", server_round=3):
+    config = ConfigRecord({"server-round": server_round})
+    return Message(RecordDict({"arrays": record_of(shared), "config": config}), 7, kind)
 
 
 def answer_with(arrays):
@@ -452,59 +464,108 @@ def answer_with(arrays):
     return answer
 
 
+class Link(InProcessGrid):
+    """The one participant of node 7, as a function of what the mod gives it.
+
+    `spoil` changes what the participant sent; `sent` and `received` are what travelled.
+    """
+
+    def __init__(self, context, answer, spoil=lambda reply: None):
+        super().__init__(lambda message, context: compressed(message, context, answer), 1)
+        self.contexts, self.spoil = {7: context}, spoil
+
+    def _call(self, message):
+        self.sent = message
+        self.received = super()._call(message)
+        self.spoil(self.received)
+        return self.received
+
+
 class Participant:
     """One participant: what the server receives from it, decoded."""
 
     def __init__(self):
         self.context = SimpleNamespace(state=RecordDict(), node_config={})
 
-    def reply(self, wire, server_round, shared, trained):
-        broadcast = wire.broadcast(record_of(shared), server_round)
-        reply = wire_mod(message_of(broadcast), self.context, answer_with(trained))
-        arrays = reply.content["arrays"]
-        return broadcast.decode(arrays, reply.content[WIRE])
+    def reply(self, compression, server_round, shared, trained, spoil=lambda reply: None):
+        grid = CompressionGrid(Link(self.context, answer_with(trained), spoil), compression)
+        [reply] = grid.send_and_receive([message_of(shared, server_round=server_round)])
+        if reply.has_error():
+            raise ColearnError(reply.error.reason)
+        assert AGREEMENT not in reply.content
+        return numpy_of(reply.content["arrays"])
 
 
 @pytest.mark.parametrize("kind", ["train", "train.by_name", "evaluate"])
-@pytest.mark.parametrize("down", [Float32(), Float16(), BFloat16()], ids=str)
-def test_a_client_app_sees_ordinary_arrays_and_no_trace_of_the_wire(kind, down):
+@pytest.mark.parametrize("down", [Uncompressed(), Float16(), BFloat16()], ids=str)
+def test_both_sides_see_ordinary_arrays_and_no_trace_of_the_compression(kind, down):
     shared = random_model(dtype=np.float64)
-    broadcast = Wire(up=Int8(), down=down).broadcast(record_of(shared), 3)
     seen = []
 
     def answer(message, context):
         seen.append((numpy_of(message.content["arrays"]), list(message.content)))
         return answer_with(shared)(message, context)
 
-    reply = wire_mod(message_of(broadcast, kind), Participant().context, answer)
+    link = Link(Participant().context, answer)
+    message = message_of(shared, kind)
+    [reply] = CompressionGrid(link, Compression(Int8(), down)).send_and_receive([message])
     [(arrays, records)] = seen
-    assert records == ["arrays", "config"]
-    assert bits(arrays) == bits(broadcast.reference)
+    assert records == list(message.content) == ["arrays", "config"]
+    assert bits(arrays) == bits(through(down, shared))
     for name, array in shared.items():
         assert arrays[name].dtype == array.dtype
         np.testing.assert_allclose(arrays[name], array, rtol=2**-8, atol=1e-7)
-    assert (WIRE in reply.content) == (kind != "evaluate")
+    assert AGREEMENT in link.sent.content
+    assert list(reply.content) == ["arrays", "metrics"]
+    assert reply.metadata.reply_to_message_id == message.metadata.message_id
+
+
+def test_one_model_is_encoded_once_for_all_messages_that_carry_it():
+    calls = []
+
+    class Counting(Float16):
+        def encode(self, model, reference=None, residual=None):
+            calls.append(model)
+            return super().encode(model, reference, residual)
+
+    shared = record_of(random_model())
+    messages = [
+        Message(RecordDict({"arrays": shared, "c": ConfigRecord({"server-round": r})}), 1, "train")
+        for r in (1, 1, 1)
+    ]
+    grid = CompressionGrid(InProcessGrid(client_app(), 1), Compression(down=Counting()))
+    grid.push_messages(messages)
+    assert len(calls) == 1
+    shared["fc.bias"] = Array(np.ones(10, np.float32))  # in place, as some strategies do
+    grid.push_messages(messages[:1])
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(
-    "wire",
-    [Wire(Float16()), Wire(down=Float16()), Wire(Int8(), BFloat16()), Wire(Int8(0))],
+    "compression",
+    [
+        Compression(Float16()),
+        Compression(down=Float16()),
+        Compression(Int8(), BFloat16()),
+        Compression(Int8(0)),
+    ],
     ids=str,
 )
-def test_there_and_back(wire):
+def test_there_and_back(compression):
     shared = random_model()
     trained = trained_from(shared)
-    arrived = Participant().reply(wire, 3, shared, trained)
+    arrived = Participant().reply(compression, 3, shared, trained)
     assert list(arrived) == list(trained)
     for name, array in trained.items():
-        if array.ndim < 2 or array.dtype.kind != "f" or wire.up == Float32():
+        if array.ndim < 2 or array.dtype.kind != "f" or compression.up == Uncompressed():
             np.testing.assert_array_equal(arrived[name], array)
         else:  # within half a step of float16, or of int8 of a difference of at most 0.05
             np.testing.assert_allclose(arrived[name], array, rtol=2**-11, atol=0.05 / 127 / 2)
 
 
 def test_without_a_request_the_mod_does_nothing():
-    message = message_of(Wire().broadcast(record_of(random_model()), 3))
+    message = message_of(random_model())
+    message.metadata.__dict__["_message_id"] = "sent"
     content = dict(message.content)
     answered = []
 
@@ -512,77 +573,123 @@ def test_without_a_request_the_mod_does_nothing():
         answered.append(dict(message.content))
         return answer_with({"w": np.ones(2)})(message, context)
 
-    reply = wire_mod(message, Participant().context, answer)
+    reply = compressed(message, Participant().context, answer)
     assert answered == [content]
     assert list(reply.content) == ["arrays", "metrics"]
 
 
 def test_errors_pass_as_they_are():
-    broadcast = Wire(up=Int8()).broadcast(record_of(random_model()), 3)
-
     def fail(message, context):
         return Message(Error(2, "no data"), reply_to=message)
 
-    reply = wire_mod(message_of(broadcast), Participant().context, fail)
-    assert reply.error.reason == "no data"
+    grid = CompressionGrid(Link(Participant().context, fail), Compression(Int8()))
+    [reply] = grid.send_and_receive([message_of(random_model())])
+    assert (reply.error.code, reply.error.reason) == (2, "no data")
+
+
+def test_messages_without_a_model_pass_as_they_are():
+    link = Link(Participant().context, lambda message, _: Message(RecordDict(), reply_to=message))
+    message = Message(RecordDict({"colearn": ConfigRecord({"ask": "name"})}), 7, "train")
+    [reply] = CompressionGrid(link, Compression(Int8(), Float16())).send_and_receive([message])
+    assert list(link.sent.content) == ["colearn"]
+    assert not reply.has_error()
+
+
+def asked_of_a_participant():
+    """A message as it arrives at a participant."""
+    compression = Compression(Int8(), Float16())
+    link = Link(Participant().context, answer_with(random_model()))
+    CompressionGrid(link, compression).push_messages([message_of(random_model())])
+    [message] = link._pushed.values()
+    return message
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"version": 2}, "wire: expected version 1, found 2; is flwr-colearn the same version on"),
-        ({"version": "1"}, "wire: expected version 1"),
+        ({"version": 2}, "compression: expected version 3, found 2; is flwr-colearn the same"),
+        ({"version": "3"}, "compression: expected version 3"),
         ({"up": "int4"}, "codec: expected one of .*, found 'int4'; is flwr-colearn the same"),
         ({"down": "int4"}, "codec: expected one of .*, found 'int4'; is flwr-colearn the same"),
     ],
 )
-def test_a_participant_refuses_what_it_does_not_speak(change, match):
-    message = message_of(Wire(Int8(), Float16()).broadcast(record_of(random_model()), 3))
-    message.content[WIRE].update(change)
+def test_a_participant_refuses_what_it_does_not_know(change, match):
+    message = asked_of_a_participant()
+    message.content[AGREEMENT].update(change)
     with pytest.raises(ColearnError, match=match):
-        wire_mod(message, Participant().context, lambda *_: pytest.fail("called"))
+        compressed(message, Participant().context, lambda *_: pytest.fail("called"))
 
 
-def test_a_participant_refuses_a_damaged_broadcast():
-    message = message_of(Wire(down=Float16()).broadcast(record_of(random_model()), 3))
+def test_a_participant_refuses_a_damaged_model():
+    message = asked_of_a_participant()
     array = message.content["arrays"]["fc.weight"]
     array.data = array.data[:-1]
     with pytest.raises(ColearnError, match=r"array 'fc\.weight'"):
-        wire_mod(message, Participant().context, lambda *_: pytest.fail("called"))
+        compressed(message, Participant().context, lambda *_: pytest.fail("called"))
 
 
 @pytest.mark.parametrize(
     ("said", "match"),
     [
-        (None, r"arrays sent as int8 by flwr_colearn.wire_mod, found no word of it; add it to"),
-        ({}, r"arrays sent as asked for"),
-        ({"version": VERSION + 1}, r"asked for, \{'version': 1, 'up': 'int8', 'down': 'float32'"),
-        ({"round": 2}, r"asked for, .*'round': 3\}, found .*'round': 2"),
+        (None, "arrays sent as int8 by flwr_colearn.participant_mod, found no word of it; add"),
+        ({}, "arrays sent as asked for"),
+        ({"version": VERSION + 1}, r"asked for, \{'version': 3, 'up': 'int8', 'down': 'float32'"),
+        ({"round": 2}, r"asked for, .*'round': 3.*\}, found .*'round': 2"),
         ({"up": "float16"}, r"found .*'up': 'float16'"),
     ],
 )
 def test_the_server_refuses_a_reply_that_says_something_else(said, match):
-    broadcast = Wire(up=Int8()).broadcast(record_of(random_model()), 3)
-    if said is not None:
-        said = ConfigRecord({**broadcast.request, **said} if said else {})
+    def spoil(reply):
+        agreed = dict(reply.content.pop(AGREEMENT))
+        if said is not None:
+            reply.content[AGREEMENT] = ConfigRecord({**agreed, **said} if said else {})
+
+    shared = random_model()
     with pytest.raises(ColearnError, match=match):
-        broadcast.decode(record_of(random_model()), said)
+        Participant().reply(Compression(up=Int8()), 3, shared, shared, spoil)
 
 
 def test_the_server_takes_only_the_codec_that_it_asked_for():
+    def spoil(reply):
+        reply.content["arrays"] = Float16().encode(record_of(random_model()))[0]
+
     shared = random_model()
-    broadcast = Wire(up=Int8()).broadcast(record_of(shared), 3)
-    other, _ = Float16().encode(record_of(shared))
     with pytest.raises(ColearnError, match=r"colearn\.float16"):
-        broadcast.decode(other, ConfigRecord(dict(broadcast.request)))
+        Participant().reply(Compression(up=Int8()), 3, shared, shared, spoil)
 
 
-def test_a_broadcast_is_read_back_from_its_message():
-    for wire in (Wire(), Wire(Int8(), Float16())):
-        sent = wire.broadcast(record_of(random_model()), 3)
-        read = Broadcast.received(sent.arrays, sent.records.get(WIRE))
-        assert (read.up, dict(read.request)) == (sent.up, dict(sent.request))
-        assert bits(read.reference) == bits(sent.reference)
+class Tenths(PackedCodec):
+    """A codec of a user's own: whole tenths in 16 bits."""
+
+    name = "tenths"
+    itemsize = 2
+
+    def pack(self, values):
+        return np.rint(values * 10).astype("<i2").tobytes()
+
+    def unpack(self, data, shape):
+        return (np.frombuffer(data, "<i2").reshape(shape) / 10).astype(np.float32)
+
+
+def test_a_codec_of_ones_own_is_registered_by_its_name():
+    register(Tenths())
+    register(Tenths())  # an equal one again, as when a module is imported twice
+    assert isinstance(codec_named("tenths"), Tenths)
+    shared = {"w": np.zeros((1, 3), np.float32)}
+    trained = {"w": np.array([[0.123, -0.26, 0.4]], np.float32)}
+    arrived = Participant().reply(Compression(Tenths(), Tenths()), 1, shared, trained)
+    np.testing.assert_allclose(arrived["w"], [[0.1, -0.3, 0.4]], rtol=1e-6)
+    for wrong, match in ((Tenths, "an object of a subclass of Codec"), ("tenths", "an object")):
+        with pytest.raises(ColearnError, match=match):
+            register(wrong)
+
+
+def test_a_codec_with_the_name_of_another_is_refused():
+    class Other(Tenths):
+        name = "float16"
+
+    with pytest.raises(ColearnError, match="codec float16: expected a name that no other codec"):
+        register(Other())
 
 
 # Error feedback ---------------------------------------------------------------------------------
@@ -591,60 +698,60 @@ WEIGHTS = {"w": np.zeros((1, 3), np.float32)}
 STEP = np.array([[1.0, 0.003, -0.001]], np.float32)  # beside 1.0, a step of int8 is 0.0079
 
 
-def rounds_of(participant, wire, rounds, forget=False):
+def rounds_of(participant, compression, rounds, forget=False):
     """The shared model after so many rounds of the one participant, each a STEP further."""
     shared = WEIGHTS
     for server_round in range(1, rounds + 1):
         if forget:
             participant.context.state = RecordDict()
-        shared = participant.reply(wire, server_round, shared, {"w": shared["w"] + STEP})
+        shared = participant.reply(compression, server_round, shared, {"w": shared["w"] + STEP})
     return shared["w"]
 
 
 @each_int8
 def test_what_is_rounded_away_is_made_up_for_in_later_rounds(codec):
-    wire = Wire(up=codec)
-    arrived = rounds_of(Participant(), wire, 50)
+    compression = Compression(up=codec)
+    arrived = rounds_of(Participant(), compression, 50)
     step = 1.01 / 127
     np.testing.assert_allclose(arrived, 50 * STEP, atol=step)
     if codec.channel_axis != -1:  # else every number has a scale of its own
-        lost = rounds_of(Participant(), wire, 50, forget=True)
+        lost = rounds_of(Participant(), compression, 50, forget=True)
         np.testing.assert_allclose(lost, [[50, 0, 0]], atol=1e-4)  # safe, but standing still
 
 
 def test_a_repeated_round_gives_the_same_bits():
-    wire, participant = Wire(Int8(), Float16()), Participant()
+    compression, participant = Compression(Int8(), Float16()), Participant()
     shared = random_model()
     for server_round in (1, 2, 3, 7):
         trained = trained_from(shared, seed=server_round)
         first, *repeated = [
-            bits(participant.reply(wire, server_round, shared, trained)) for _ in range(3)
+            bits(participant.reply(compression, server_round, shared, trained)) for _ in range(3)
         ]
         assert repeated == [first, first]
-    fresh = bits(Participant().reply(wire, 7, shared, trained))
+    fresh = bits(Participant().reply(compression, 7, shared, trained))
     assert fresh != first  # what was left over does make a difference
 
 
 def test_a_failed_attempt_that_differed_leaves_no_trace():
     """An attempt whose reply never arrived may have trained on other data."""
-    wire, shared = Wire(Int8()), random_model()
+    compression, shared = Compression(Int8()), random_model()
     one, other = Participant(), Participant()
     for participant in (one, other):
-        participant.reply(wire, 1, shared, trained_from(shared, 1))
-    one.reply(wire, 2, shared, trained_from(shared, 99))
-    replies = [bits(p.reply(wire, 2, shared, trained_from(shared, 2))) for p in (one, other)]
+        participant.reply(compression, 1, shared, trained_from(shared, 1))
+    one.reply(compression, 2, shared, trained_from(shared, 99))
+    replies = [bits(p.reply(compression, 2, shared, trained_from(shared, 2))) for p in (one, other)]
     assert replies[0] == replies[1]
-    replies = [bits(p.reply(wire, 3, shared, trained_from(shared, 3))) for p in (one, other)]
+    replies = [bits(p.reply(compression, 3, shared, trained_from(shared, 3))) for p in (one, other)]
     assert replies[0] == replies[1]
 
 
 def test_a_run_that_begins_again_begins_with_nothing():
-    wire, shared, participant = Wire(Int8()), random_model(), Participant()
+    compression, shared, participant = Compression(Int8()), random_model(), Participant()
     for server_round in (1, 2, 3):
-        participant.reply(wire, server_round, shared, trained_from(shared, server_round))
+        participant.reply(compression, server_round, shared, trained_from(shared, server_round))
     trained = trained_from(shared, 9)
-    again = participant.reply(wire, 1, shared, trained)
-    assert bits(again) == bits(Participant().reply(wire, 1, shared, trained))
+    again = participant.reply(compression, 1, shared, trained)
+    assert bits(again) == bits(Participant().reply(compression, 1, shared, trained))
 
 
 def _clear(state):
@@ -670,33 +777,33 @@ def _truncate(state):
     ],
 )
 def test_a_lost_or_damaged_residual_is_as_none(damage, logged, flower_log):
-    wire, shared, participant = Wire(Int8()), random_model(), Participant()
-    participant.reply(wire, 1, shared, trained_from(shared, 1))
+    compression, shared, participant = Compression(Int8()), random_model(), Participant()
+    participant.reply(compression, 1, shared, trained_from(shared, 1))
     damage(participant.context.state)
     trained = trained_from(shared, 2)
-    arrived = participant.reply(wire, 2, shared, trained)
-    assert bits(arrived) == bits(Participant().reply(wire, 2, shared, trained))
+    arrived = participant.reply(compression, 2, shared, trained)
+    assert bits(arrived) == bits(Participant().reply(compression, 2, shared, trained))
     assert (logged or "") in flower_log.text
     assert ("is lost" in flower_log.text) == (logged is not None)
 
 
 def test_a_residual_of_another_model_is_dropped_where_it_does_not_fit(flower_log):
-    wire, participant = Wire(Int8()), Participant()
+    compression, participant = Compression(Int8()), Participant()
     shared = {name: np.zeros((9, 9), np.float32) for name in ("same", "wider", "gone")}
-    participant.reply(wire, 1, shared, trained_from(shared))
+    participant.reply(compression, 1, shared, trained_from(shared))
     shared = {"same": np.zeros((9, 9), np.float32), "wider": np.zeros((9, 10), np.float32)}
     trained = trained_from(shared, 2)
-    arrived = participant.reply(wire, 2, shared, trained)
-    fresh = Participant().reply(wire, 2, shared, trained)
+    arrived = participant.reply(compression, 2, shared, trained)
+    fresh = Participant().reply(compression, 2, shared, trained)
     assert bits(arrived)["wider"] == bits(fresh)["wider"]
     assert bits(arrived)["same"] != bits(fresh)["same"]
-    assert "of another shape is dropped: ['wider', 'gone']" in flower_log.text
+    assert "residuals of another shape are dropped: ['wider', 'gone']" in flower_log.text
 
 
 def test_the_state_is_kept_in_half_the_bytes_of_the_model_for_each_of_two_rounds():
-    wire, shared, participant = Wire(Int8()), random_model(), Participant()
+    compression, shared, participant = Compression(Int8()), random_model(), Participant()
     for server_round in (1, 2):
-        participant.reply(wire, server_round, shared, trained_from(shared, server_round))
+        participant.reply(compression, server_round, shared, trained_from(shared, server_round))
     kept = sum(data_bytes(record) for record in participant.context.state.array_records.values())
     weights = sum(a.size for a in shared.values() if a.ndim > 1 and a.dtype.kind == "f")
     assert kept == 2 * (2 * weights + 2 * 4)
@@ -704,7 +811,7 @@ def test_the_state_is_kept_in_half_the_bytes_of_the_model_for_each_of_two_rounds
 
 def test_codecs_of_whole_models_keep_nothing():
     participant = Participant()
-    participant.reply(Wire(Float16(), Float16()), 1, random_model(), random_model(1))
+    participant.reply(Compression(Float16(), Float16()), 1, random_model(), random_model(1))
     assert not participant.context.state
 
 
@@ -727,7 +834,7 @@ def descend(k, plan, arrays):
     }
 
 
-def client_app(mods=(participant_mod, wire_mod), train=descend, seen=None):
+def client_app(mods=(participant_mod,), train=descend, seen=None):
     app = ClientApp(mods=list(mods))
 
     @app.train()
@@ -750,8 +857,8 @@ def client_app(mods=(participant_mod, wire_mod), train=descend, seen=None):
     return app
 
 
-def run(wire, rounds=5, app=None, model=None, **kwargs):
-    strategy = strategy_of(wire=wire, **kwargs)
+def run(compression, rounds=5, app=None, model=None, **kwargs):
+    strategy = strategy_of(compression=compression, **kwargs)
     grid = InProcessGrid(app or client_app(), K)
     initial = record_of(random_model() if model is None else model)
     result = strategy.start(grid, initial, num_rounds=rounds)
@@ -759,25 +866,25 @@ def run(wire, rounds=5, app=None, model=None, **kwargs):
 
 
 def test_nothing_changes_unless_it_is_asked_for():
-    plain, _ = run(Wire(), app=client_app(mods=[participant_mod]))
-    with_mod, _ = run(Wire())
-    explicit, _ = run(Wire(Float32(), Float32()))
+    plain, _ = run(Compression(), app=client_app(mods=[]))
+    with_mod, _ = run(Compression())
+    explicit, _ = run(Compression(Uncompressed(), Uncompressed()))
     assert bits(plain) == bits(with_mod) == bits(explicit)
 
 
 @pytest.mark.parametrize(
-    ("wire", "tolerance"),
+    ("compression", "tolerance"),
     [
-        (Wire(Float16(), Float16()), 4e-3),
-        (Wire(BFloat16(), BFloat16()), 4e-2),
-        (Wire(Int8(), Float32()), 2e-3),
-        (Wire(Int8(0), Float16()), 3e-3),
+        (Compression(Float16(), Float16()), 4e-3),
+        (Compression(BFloat16(), BFloat16()), 4e-2),
+        (Compression(Int8(), Uncompressed()), 2e-3),
+        (Compression(Int8(0), Float16()), 3e-3),
     ],
     ids=str,
 )
-def test_a_compressed_run_ends_close_to_an_uncompressed_one(wire, tolerance):
-    exact, _ = run(Wire(), rounds=10)
-    found, strategy = run(wire, rounds=10)
+def test_a_compressed_run_ends_close_to_an_uncompressed_one(compression, tolerance):
+    exact, _ = run(Compression(), rounds=10)
+    found, strategy = run(compression, rounds=10)
     assert not any(record.refusals or record.restarts for record in strategy.history)
     for name, array in exact.items():
         assert found[name].dtype == array.dtype
@@ -787,9 +894,16 @@ def test_a_compressed_run_ends_close_to_an_uncompressed_one(wire, tolerance):
 
 @pytest.mark.parametrize("recovery", [None, Recovery()])
 @pytest.mark.parametrize(
-    "wire", [Wire(), Wire(Int8(), Float16()), Wire(BFloat16()), Wire(down=Float16())], ids=str
+    "compression",
+    [
+        Compression(),
+        Compression(Int8(), Float16()),
+        Compression(BFloat16()),
+        Compression(down=Float16()),
+    ],
+    ids=str,
 )
-def test_the_history_counts_what_travelled(wire, recovery):
+def test_the_history_counts_what_travelled(compression, recovery):
     moved = {"down": 0, "up": 0}
 
     def measure(message, context, call_next):
@@ -799,40 +913,34 @@ def test_the_history_counts_what_travelled(wire, recovery):
         moved["up"] += train * sum(map(data_bytes, reply.content.array_records.values()))
         return reply
 
-    app = client_app(mods=[measure, participant_mod, wire_mod])
-    _, strategy = run(wire, rounds=2, app=app, recovery=recovery, fraction_evaluate=1.0)
+    app = client_app(mods=[measure, participant_mod])
+    _, strategy = run(compression, rounds=2, app=app, recovery=recovery, fraction_evaluate=1.0)
     assert sum(record.bytes_down for record in strategy.history) == moved["down"]
     assert sum(record.bytes_up for record in strategy.history) == moved["up"]
     full = 2 * K * data_bytes(record_of(random_model()))
-    assert (moved["up"] < full) == (wire.up != Float32())
-    assert (moved["down"] < full) == (wire.down != Float32())
+    assert (moved["up"] < full) == (compression.up != Uncompressed())
+    assert (moved["down"] < full) == (compression.down != Uncompressed())
 
 
 def test_participants_evaluate_the_model_that_they_would_train():
     seen = []
     app = client_app(seen=seen)
-    final, _ = run(Wire(Int8(), Float16()), rounds=1, app=app, fraction_evaluate=1.0)
+    final, _ = run(Compression(Int8(), Float16()), rounds=1, app=app, fraction_evaluate=1.0)
     arrived = through(Float16(), final)
     assert [bits(each) for each in seen] == [bits(arrived)] * K
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_the_order_of_the_two_mods_does_not_matter(order):
-    found, strategy = run(Wire(Int8()), app=client_app([participant_mod, wire_mod][::order]))
-    expected, _ = run(Wire(Int8()))
-    assert bits(found) == bits(expected)
-    assert strategy.history.records[-1].participants == [f"partition-{k}" for k in range(K)]
-
-
 @pytest.mark.parametrize("recovery", [None, Recovery(max_restarts=0)])
 def test_a_participant_without_the_mod_is_refused_by_the_mods_name(recovery):
-    with pytest.raises(ColearnError, match=r"by flwr_colearn\.wire_mod, found no word of it"):
-        run(Wire(Int8()), app=client_app(mods=[participant_mod]), recovery=recovery)
+    with pytest.raises(
+        ColearnError, match=r"by flwr_colearn\.participant_mod, found no word of it"
+    ):
+        run(Compression(Int8()), app=client_app(mods=[]), recovery=recovery)
 
 
 def test_without_the_mod_a_compressed_model_is_not_trained():
     with pytest.raises(ColearnError, match=r"TypeError: .*'colearn\.float16'"):
-        run(Wire(down=Float16()), app=client_app(mods=[]), recovery=Recovery(max_restarts=0))
+        run(Compression(down=Float16()), app=client_app(mods=[]), recovery=Recovery(max_restarts=0))
 
 
 def test_nan_in_a_compressed_reply_is_refused_as_such():
@@ -840,7 +948,7 @@ def test_nan_in_a_compressed_reply_is_refused_as_such():
         return {**arrays, "fc.weight": arrays["fc.weight"] * np.float32(np.nan if k else 1)}
 
     for codec in CODECS:
-        _, strategy = run(Wire(codec), 1, app=client_app(train=train), recovery=None)
+        _, strategy = run(Compression(codec), 1, app=client_app(train=train), recovery=None)
         [record] = strategy.history
         assert len(record.participants) == 1
         reasons = {refusal["reason"] for refusal in record.refusals}
@@ -848,10 +956,10 @@ def test_nan_in_a_compressed_reply_is_refused_as_such():
 
 
 def test_a_users_own_recovering_grid_decodes_too():
-    strategy = strategy_of(wire=Wire(Int8(), Float16()))
+    strategy = strategy_of(compression=Compression(Int8(), Float16()))
     grid = RecoveringGrid(InProcessGrid(client_app(), K))
     result = strategy.start(grid, record_of(random_model()), num_rounds=5)
-    assert bits(numpy_of(result.arrays)) == bits(run(Wire(Int8(), Float16()))[0])
+    assert bits(numpy_of(result.arrays)) == bits(run(Compression(Int8(), Float16()))[0])
 
 
 class FaultyWireGrid(FaultyGrid):
@@ -859,7 +967,7 @@ class FaultyWireGrid(FaultyGrid):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.client_app = participants(mods=[self._spoil, wire_mod])
+        self.client_app = participants(mods=[self._spoil])
 
 
 SURVIVED = [  # those in which the participant's state survives
@@ -887,7 +995,7 @@ def test_recovered_faults_leave_no_trace_in_a_run_of_int8(monkeypatch):
         {(1 + (2 * i) % 5, (3 * i) % 4, 0): kind for i, kind in enumerate(SURVIVED)},
     ):
         grid = FaultyWireGrid(Clock(monkeypatch), faults)
-        strategy = faults_strategy_of(wire=Wire(Int8(), Float16()))
+        strategy = faults_strategy_of(compression=Compression(Int8(), Float16()))
         result = strategy.start(grid, record_of(MODEL), num_rounds=6, timeout=60)
         assert len(grid.injected) == len(faults)
         outcomes.append(outcome(strategy, result))
@@ -903,8 +1011,8 @@ OF_FLOATS = {name: array for name, array in random_model().items() if array.dtyp
 
 def test_flowers_privacy_mod_clips_the_model_before_it_is_compressed():
     private = LocalDpMod(clipping_norm=0.01, sensitivity=0.0, epsilon=1.0, delta=0.1)
-    app = client_app(mods=[participant_mod, wire_mod, private])
-    found, strategy = run(Wire(Int8(), Float16()), rounds=1, app=app, model=OF_FLOATS)
+    app = client_app(mods=[participant_mod, private])
+    found, strategy = run(Compression(Int8(), Float16()), rounds=1, app=app, model=OF_FLOATS)
     [record] = strategy.history
     assert not record.refusals
     start = through(Float16(), OF_FLOATS)
@@ -913,14 +1021,26 @@ def test_flowers_privacy_mod_clips_the_model_before_it_is_compressed():
 
 
 def test_under_a_wrapper_only_the_way_down_is_compressed():
-    def private(wire):
-        return DifferentialPrivacyServerSideFixedClipping(strategy_of(wire=wire), 0.0, 1.0, K)
+    def private(compression):
+        return DifferentialPrivacyServerSideFixedClipping(
+            strategy_of(compression=compression), 0.0, 1.0, K
+        )
 
     grid = InProcessGrid(client_app(), K)
-    with pytest.raises(ColearnError, match=r"wire under a wrapper.*up=Float32\(\).*'int8 up"):
-        private(Wire(Int8())).start(grid, record_of(OF_FLOATS), num_rounds=1)
-    wrapped = private(Wire(down=Float16()))
-    wrapped.start(grid, record_of(OF_FLOATS), num_rounds=2)
+    initial = record_of(OF_FLOATS)
+    with pytest.raises(ColearnError, match=r"under a wrapper.*Transport.*found 'int8 up"):
+        private(Compression(Int8())).start(grid, initial, num_rounds=1)
+    up = Transport(compression=Compression(up=Int8()))
+    refused = r"compression under differential privacy: expected up=Uncompressed\(\).*'int8 up"
+    with pytest.raises(ColearnError, match=refused):
+        private(Compression()).start(up.connect(grid), initial, num_rounds=1)
+    with pytest.raises(ColearnError, match=refused):
+        run_any(private(Compression(up=Int8())), grid, initial, 1)
+    down = Transport(compression=Compression(down=Float16()))
+    wrapped = private(Compression())
+    wrapped.start(down.connect(grid), initial, num_rounds=2)
+    sent = data_bytes(Float16().encode(initial)[0])
+    assert [record.bytes_down for record in wrapped.strategy.history] == [K * sent] * 2
     assert [len(record.participants) for record in wrapped.strategy.history] == [K, K]
 
 

@@ -1,1 +1,42 @@
 """How replies become one model: what a reply must be, the mean, pooled statistics, distances."""
+
+from .distance import relative_change, squared_distance, squared_norm, trainable
+from .mean import Empty, RunningMean, empty_array
+from .replies import (
+    ECHO,
+    arrays_of,
+    check_echo,
+    check_train_reply,
+    echo_of,
+    examples_of,
+    failure_of,
+    metrics_of,
+    read_reply,
+)
+from .round import RoundMean, Weighting, as_weighting
+from .sgd import SGD
+from .validation import check_model
+
+__all__ = [
+    "ECHO",
+    "SGD",
+    "Empty",
+    "RoundMean",
+    "RunningMean",
+    "Weighting",
+    "arrays_of",
+    "as_weighting",
+    "check_echo",
+    "check_model",
+    "check_train_reply",
+    "echo_of",
+    "empty_array",
+    "examples_of",
+    "failure_of",
+    "metrics_of",
+    "read_reply",
+    "relative_change",
+    "squared_distance",
+    "squared_norm",
+    "trainable",
+]

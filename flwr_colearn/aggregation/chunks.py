@@ -1,4 +1,4 @@
-"""Passes over a model's arrays, a cache-sized block at a time, on the cores there are."""
+"""Passes over a model's arrays, a cache-sized chunk at a time, on the cores there are."""
 
 import os
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from ..roles import Arrays, NDArray
 
 T = TypeVar("T")
 
-BLOCK = 1 << 17
-"""Elements of a block: a float32 block and its float64 copy fit into a core's second-level cache,
+CHUNK = 1 << 17
+"""Elements of a chunk: a float32 chunk and its float64 copy fit into a core's second-level cache,
 and numpy works long enough on one that threads do not wait for the interpreter."""
 
 _THREADED = 1 << 24
@@ -19,11 +19,11 @@ _THREADED = 1 << 24
 _MOST_THREADS = 8  # a few cores saturate a machine's memory
 
 Part = tuple[str, slice]
-"""A block: the array's name, and the elements of the flattened array."""
+"""A chunk: the array's name, and the elements of the flattened array."""
 
 
-class Blocks:
-    """The blocks of a model, dealt to threads.
+class Chunks:
+    """The chunks of a model, dealt to threads.
 
     Parameters
     ----------
@@ -34,15 +34,15 @@ class Blocks:
     --------
     >>> import numpy as np
     >>> model = flat({"w": np.ones((2, 3)), "b": np.ones(2)})
-    >>> Blocks(model).map(lambda parts: sum(model[name][block].sum() for name, block in parts))
+    >>> Chunks(model).map(lambda parts: sum(model[name][chunk].sum() for name, chunk in parts))
     [np.float64(8.0)]
     """
 
     def __init__(self, arrays: Arrays) -> None:
         parts = [
-            (name, slice(start, min(start + BLOCK, array.size)))
+            (name, slice(start, min(start + CHUNK, array.size)))
             for name, array in arrays.items()
-            for start in range(0, array.size, BLOCK)
+            for start in range(0, array.size, CHUNK)
         ]
         total = sum(array.size for array in arrays.values())
         threads = 1 if total < _THREADED else min(os.cpu_count() or 1, _MOST_THREADS)
@@ -53,7 +53,7 @@ class Blocks:
             done += part[1].stop - part[1].start
 
     def map(self, work: Callable[[list[Part]], T]) -> list[T]:
-        """Call `work` with each thread's share of the blocks, at once; return the results."""
+        """Call `work` with each thread's share of the chunks, at once; return the results."""
         if len(self._shares) == 1:
             return [work(self._shares[0])]
         with ThreadPoolExecutor(len(self._shares)) as pool:

@@ -1,4 +1,4 @@
-"""The streaming mean over participants' models, pooled statistics, and the relative change."""
+"""RunningMean: the mean over participants' models, one at a time or all at once."""
 
 import math
 import sys
@@ -6,15 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from ..errors import NOT_FINITE, ColearnError, expected
-from ..roles import Arrays, NDArray, Role, Roles, assign_roles, pair_statistics
-from .buckets import JoinedSum, PooledStatistics
-from .chunks import BLOCK, Blocks, Part, flat
+from ..errors import ColearnError, expected
+from ..roles import Arrays, NDArray, Roles, assign_roles, pair_statistics
+from .buckets import BucketSum
+from .chunks import CHUNK, Chunks, Part, flat
+from .statistics import PooledStatistics
+from .validation import check_model, check_structure, floats, refuse_first
 
 _LARGEST_WEIGHT = 2**53
 
 _SMALL = 1 << 13
-"""Elements of an array below which it is joined with others."""
+"""Elements of an array below which it is put into a bucket with others."""
 
 
 Empty = Callable[[str, NDArray], NDArray]
@@ -83,9 +85,9 @@ class RunningMean:
         pairs = pair_statistics(like, self.roles)
         self._statistics = PooledStatistics(like, pairs)
         paired = {name for pair in pairs for name in pair}
-        floats = {name: array for name, array in _floats(like).items() if name not in paired}
-        self._small = JoinedSum({name: a for name, a in floats.items() if a.size < _SMALL})
-        self._large = [name for name, array in floats.items() if array.size >= _SMALL]
+        plain = {name: array for name, array in floats(like).items() if name not in paired}
+        self._small = BucketSum({name: a for name, a in plain.items() if a.size < _SMALL})
+        self._large = [name for name, array in plain.items() if array.size >= _SMALL]
         self._whole = [name for name, array in like.items() if array.dtype.kind != "f"]
         self._bounded = [  # float64 has room for any sum of float32
             name
@@ -161,7 +163,7 @@ class RunningMean:
     def add_all(self, models: Sequence[tuple[Arrays, float]]) -> None:
         """Add all models of the mean at once, where they are at hand together.
 
-        The same bits as one after the other, in a fraction of the time: a block of all models is
+        The same bits as one after the other, in a fraction of the time: a chunk of all models is
         summed, checked and divided while it is in the cache, so no float64 sum of the whole model
         goes through memory.
 
@@ -174,7 +176,7 @@ class RunningMean:
         ------
         ColearnError
             If there are no models or some were added before, which then stay; or as `add`, and if
-            the numbers of a block sum to more than float64 holds. The mean is then empty, and the
+            the numbers of a chunk sum to more than float64 holds. The mean is then empty, and the
             error may not say which model is at fault: adding one by one does.
         """
         if not models or self.count:
@@ -184,7 +186,7 @@ class RunningMean:
             )
         self._check_room(len(models))
         for arrays, _ in models:
-            _check_structure(arrays, self._like)
+            check_structure(arrays, self._like)
         weighted = [(arrays, self._check_weight(weight)) for arrays, weight in models]
         try:
             for arrays, weight in weighted:
@@ -232,7 +234,7 @@ class RunningMean:
         return {name: averages[name] for name in self._like}
 
     def _add_large(self, arrays: Arrays, weight: float) -> None:
-        """Add weight * arrays to the float64 sums, block by block."""
+        """Add weight * arrays to the float64 sums, chunk by chunk."""
         large = {name: arrays[name] for name in self._large}
         first = not self.count
         for name, array in large.items():
@@ -241,35 +243,35 @@ class RunningMean:
         sums, terms = flat(self._sums), flat(large)
 
         def add(parts: list[Part]) -> None:
-            scratch = np.empty(BLOCK)
-            for name, block in parts:
-                total, term = sums[name][block], terms[name][block]
+            scratch = np.empty(CHUNK)
+            for name, chunk in parts:
+                total, term = sums[name][chunk], terms[name][chunk]
                 if first:
                     _scale(term, weight, out=total)
                 else:
                     _add_scaled(total, term, weight, scratch)
 
-        Blocks(large).map(add)
+        Chunks(large).map(add)
 
     def _average_large(self, models: Sequence[tuple[Arrays, float]]) -> dict[str, NDArray]:
-        """Return the averages of the large arrays of all models, block by block."""
+        """Return the averages of the large arrays of all models, chunk by chunk."""
         averages = {name: self._empty(name, self._like[name]) for name in self._large}
         outs = flat(averages)
         terms = [(flat({n: arrays[n] for n in self._large}), weight) for arrays, weight in models]
 
         def average(parts: list[Part]) -> str | None:
-            room, scratch = np.empty(BLOCK), np.empty(BLOCK)
+            room, scratch = np.empty(CHUNK), np.empty(CHUNK)
             with np.errstate(over="ignore", invalid="ignore"):
-                for name, block in parts:
-                    total = room[: block.stop - block.start]
-                    _add_block(total, terms, name, block, scratch)
+                for name, chunk in parts:
+                    total = room[: chunk.stop - chunk.start]
+                    _add_chunk(total, terms, name, chunk, scratch)
                     # Not finite wherever one of the terms is not.
                     if not math.isfinite(total.sum()):
                         return name
-                    outs[name][block] = np.divide(total, self.weight, out=total)
+                    outs[name][chunk] = np.divide(total, self.weight, out=total)
             return None
 
-        _refuse_first(Blocks(averages).map(average))
+        refuse_first(Chunks(averages).map(average))
         return averages
 
     def _check_room(self, more: int) -> None:
@@ -305,12 +307,12 @@ class RunningMean:
         sums, outs = flat(self._sums), flat(averages)
 
         def divide(parts: list[Part]) -> None:
-            scratch = np.empty(BLOCK)
-            for name, block in parts:
-                total = sums[name][block]
-                outs[name][block] = np.divide(total, self.weight, out=scratch[: total.size])
+            scratch = np.empty(CHUNK)
+            for name, chunk in parts:
+                total = sums[name][chunk]
+                outs[name][chunk] = np.divide(total, self.weight, out=scratch[: total.size])
 
-        Blocks(averages).map(divide)
+        Chunks(averages).map(divide)
         return averages
 
     def _divide_whole(self, name: str) -> NDArray:
@@ -326,18 +328,18 @@ def _plain(weight: float) -> float:
     return int(weight) if float(weight).is_integer() else float(weight)
 
 
-def _add_block(
+def _add_chunk(
     total: NDArray,
     models: Sequence[tuple[Mapping[str, NDArray], float]],
     name: str,
-    block: slice,
+    chunk: slice,
     scratch: NDArray,
 ) -> None:
-    """Write the weighted sum of one block of all models to `total`."""
+    """Write the weighted sum of one chunk of all models to `total`."""
     first, *others = models
-    _scale(first[0][name][block], first[1], out=total)
+    _scale(first[0][name][chunk], first[1], out=total)
     for terms, weight in others:
-        _add_scaled(total, terms[name][block], weight, scratch)
+        _add_scaled(total, terms[name][chunk], weight, scratch)
 
 
 def _add_scaled(total: NDArray, term: NDArray, weight: float, scratch: NDArray) -> None:
@@ -354,128 +356,3 @@ def _scale(term: NDArray, weight: float, out: NDArray) -> NDArray:
         np.copyto(out, term)
         return out
     return np.multiply(term, weight, out=out, dtype=np.float64)
-
-
-def check_model(arrays: Arrays, like: Arrays) -> None:
-    """Raise a ColearnError unless `arrays` is finite and has the names, shapes, types of `like`."""
-    _check_structure(arrays, like)
-    _check_finite(_floats(arrays))
-
-
-def _check_structure(arrays: Arrays, like: Arrays) -> None:
-    """Raise a ColearnError unless `arrays` has the names, shapes and types of `like`."""
-    missing = [name for name in like if name not in arrays]
-    extra = [name for name in arrays if name not in like]
-    if missing or extra:
-        raise ColearnError(
-            f"arrays: expected the {len(like)} names that were sent, found "
-            f"{len(missing)} missing {missing[:3]} and {len(extra)} unknown {extra[:3]}"
-        )
-    for name, wanted in like.items():
-        array = arrays[name]
-        if array.shape != wanted.shape or array.dtype != wanted.dtype:
-            raise ColearnError(
-                f"array '{name}': expected {wanted.dtype} of shape {wanted.shape}, found "
-                f"{array.dtype} of shape {array.shape}"
-            )
-
-
-def relative_change(
-    new: Arrays | Sequence[NDArray],
-    old: Arrays | Sequence[NDArray],
-) -> float:
-    """Return |new - old| / |old|, the left side of eq. 4 (Mi et al., 2020).
-
-    The norm is L2 over all arrays taken as one vector, in float64; the paper names none.
-
-    Parameters
-    ----------
-    new, old : mapping of str to numpy.ndarray, or sequence of numpy.ndarray
-        The trainable arrays of two successive shared models.
-
-    Returns
-    -------
-    float
-        At least 0; ``inf`` against a model of zeros, and for a change whose square float64 does not
-        hold; 0 where both models are zeros.
-
-    Raises
-    ------
-    ColearnError
-        If the two models differ in names or shapes.
-
-    Examples
-    --------
-    >>> relative_change([np.array([3.0, 5.0])], [np.array([3.0, 4.0])])
-    0.2
-    """
-    new_arrays, old_arrays = _by_name(new), _by_name(old)
-    shapes = [{name: a.shape for name, a in side.items()} for side in (new_arrays, old_arrays)]
-    if shapes[0] != shapes[1]:
-        raise ColearnError(
-            f"relative change: expected two models of the same arrays, found {shapes[0]} "
-            f"and {shapes[1]}"
-        )
-    new_flat, old_flat = flat(new_arrays), flat(old_arrays)
-
-    def squares(parts: list[Part]) -> list[tuple[float, float]]:
-        sums, scratch = [], np.empty(BLOCK)
-        for name, block in parts:
-            old_part, new_part = old_flat[name][block], new_flat[name][block]
-            part = scratch[: old_part.size]
-            np.subtract(new_part, old_part, out=part, dtype=np.float64)
-            change = _sum_of_squares(part)
-            np.copyto(part, old_part)
-            sums.append((change, _sum_of_squares(part)))
-        return sums
-
-    # One sum over all blocks in order: the same bits with any number of threads.
-    sums = [pair for share in Blocks(old_arrays).map(squares) for pair in share]
-    change, size = (sum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
-    if size == 0.0 or math.isinf(change):
-        return 0.0 if change == 0.0 else math.inf
-    return math.sqrt(change) / math.sqrt(size)
-
-
-def _sum_of_squares(vector: NDArray) -> float:
-    """Return |vector|^2, and leave the squares in it.
-
-    A BLAS product would start threads of its own, and its last bit would depend on their number.
-    """
-    with np.errstate(over="ignore"):
-        return float(np.square(vector, out=vector).sum())
-
-
-def trainable(arrays: Arrays, roles: Mapping[str, Role]) -> dict[str, NDArray]:
-    """Return the arrays that count in eq. 4."""
-    return {name: array for name, array in arrays.items() if roles[name] is Role.TRAINABLE}
-
-
-def _by_name(model: Arrays | Sequence[NDArray]) -> Arrays:
-    if isinstance(model, Mapping):
-        return model
-    return {str(index): array for index, array in enumerate(model)}
-
-
-def _floats(arrays: Arrays) -> dict[str, NDArray]:
-    return {name: array for name, array in arrays.items() if array.dtype.kind == "f"}
-
-
-def _check_finite(arrays: Arrays) -> None:
-    vectors = flat(arrays)
-
-    def wrong(parts: list[Part]) -> str | None:
-        finite = np.empty(BLOCK, bool)
-        for name, block in parts:
-            values = vectors[name][block]
-            if not np.isfinite(values, out=finite[: values.size]).all():
-                return name
-        return None
-
-    _refuse_first(Blocks(arrays).map(wrong))
-
-
-def _refuse_first(wrong: Sequence[str | None]) -> None:
-    for name in wrong:
-        if name is not None:
-            raise ColearnError(f"array '{name}': {NOT_FINITE}")

@@ -1,34 +1,37 @@
-"""What a train reply must be: the checks that keep one bad participant from poisoning a round."""
+"""Replies: what a train reply must be, so that one bad participant never poisons a round."""
 
 import math
 import re
-from collections.abc import Callable
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
-from ..compression.codecs import WIRE, Broadcast
+from .._flwr import REFUSED
+from .._version import MOD_VERSION, __version__
 from ..errors import ColearnError, expected
-from ..records import records_of
+from ..records import kind_of, records_of, view
 from ..roles import Arrays
-from .mean import check_model
+from .validation import check_model
 
 _EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
 
 _LONGEST_REASON = 300
 
 ECHO = "colearn"
-"""Key of the ConfigRecord in which a participant echoes its name and the round."""
+"""Key of the ConfigRecord in which a participant echoes its name, the round and its versions."""
 
 
 def failure_of(reply: Message) -> str | None:
-    """Return why Flower or the participant's own code failed, or None for a reply with content."""
+    """Return why Flower, a layer or the participant's code failed; None for one with content."""
     if not reply.has_error():
         return None
-    lines = ((reply.error.reason or "").strip() or "no reason").splitlines()
+    reason = (reply.error.reason or "").strip() or "no reason"
+    if reply.error.code == REFUSED:
+        return reason
+    lines = reason.splitlines()
     # A traceback ends with the exception, whose message may be of several lines.
     last = max((i for i, line in enumerate(lines) if _EXCEPTION.match(line)), default=-1)
-    reason = " ".join(line.strip() for line in lines[last:] if line.strip())
-    return f"the participant failed (code {reply.error.code}): {reason[:_LONGEST_REASON]}"
+    shown = " ".join(line.strip() for line in lines[last:] if line.strip())
+    return f"the participant failed (code {reply.error.code}): {shown[:_LONGEST_REASON]}"
 
 
 def examples_of(reply: Message, weighted_by_key: str) -> float:
@@ -65,16 +68,16 @@ def arrays_of(reply: Message) -> ArrayRecord:
     return records[0]
 
 
-def model_of(reply: Message, broadcast: Broadcast) -> Arrays:
-    """Return the model in a train reply to a broadcast, decoded.
+def read_reply(reply: Message, weighted_by_key: str) -> tuple[Arrays, float]:
+    """Return the model in a train reply, as views of its bytes, and the number of examples.
 
     Raises
     ------
     ColearnError
-        If there is not exactly one ArrayRecord, or it is not encoded as asked for, or damaged.
+        If the participant failed, or the reply is not well-formed.
     """
-    said = records_of(reply.content, ConfigRecord).get(WIRE)
-    return broadcast.decode(arrays_of(reply), said)
+    examples = examples_of(reply, weighted_by_key)
+    return view(arrays_of(reply)), examples
 
 
 def metrics_of(reply: Message) -> RecordDict:
@@ -83,47 +86,32 @@ def metrics_of(reply: Message) -> RecordDict:
 
 
 def check_train_reply(sent: Message, reply: Message, weighted_by_key: str = "num-examples") -> None:
-    """Raise a ColearnError unless `reply` is a usable answer to `sent`; see `checked_model`."""
-    if sent.metadata.message_type.partition(".")[0] == MessageType.TRAIN:
-        request = records_of(sent.content, ConfigRecord).get(WIRE)
-        broadcast = Broadcast.received(arrays_of(sent), request)
-        checked_model(
-            sent,
-            reply,
-            weighted_by_key,
-            broadcast,
-            lambda model, examples: check_model(model, broadcast.reference),
-        )
+    """Raise a ColearnError unless `reply` is a usable answer to `sent`.
 
-
-def checked_model(
-    sent: Message,
-    reply: Message,
-    weighted_by_key: str,
-    broadcast: Broadcast,
-    check: Callable[[Arrays, float], None],
-) -> Arrays:
-    """Return the model in a train reply, decoded.
-
-    It must carry one ArrayRecord and one MetricRecord with a positive number of examples, and
-    ``check(model, examples)`` must accept the model: by the names, shapes and types of the model
-    that was broadcast, all numbers finite. Where the participant echoes its round, it must be the
-    one that was asked for.
-
-    Raises
-    ------
-    ColearnError
-        If it does not.
+    It must carry one ArrayRecord with the names, shapes and types of the model that was sent, all
+    numbers finite, and one MetricRecord with a positive number of examples; see `check_echo` too.
     """
-    examples = examples_of(reply, weighted_by_key)
-    model = model_of(reply, broadcast)
-    check(model, examples)
-    echoed = echo_of(reply).get("server-round")
+    if kind_of(sent) == MessageType.TRAIN:
+        check_echo(sent, reply)
+        model, _ = read_reply(reply, weighted_by_key)
+        check_model(model, view(arrays_of(sent)))
+
+
+def check_echo(sent: Message, reply: Message) -> None:
+    """Raise a ColearnError if a participant echoes another version or round than the server's."""
+    failure = failure_of(reply)
+    if failure is not None:
+        raise ColearnError(failure)
+    echo = echo_of(reply)
+    ours = {"version": __version__, "mod": MOD_VERSION}
+    theirs = {key: echo[key] for key in ours if key in echo}
+    if theirs and theirs != ours:
+        raise expected("flwr-colearn at the participant", f"the server's {ours}", theirs)
+    echoed = echo.get("server-round")
     for config in records_of(sent.content, ConfigRecord).values():
         asked = config.get("server-round", echoed)
         if echoed is not None and echoed != asked:
             raise expected("round echoed in the reply", str(asked), echoed)
-    return model
 
 
 def echo_of(reply: Message) -> dict[str, object]:

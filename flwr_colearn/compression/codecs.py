@@ -1,8 +1,4 @@
-"""Compressed exchange: the codecs, and what the server says about them.
-
-A user turns it on in one place, ``CoLearn(wire=Wire(up=Int8(), down=Float16()))``; participants
-learn it from the message, through one mod: ``ClientApp(mods=[participant_mod, wire_mod])``. So do
-the learners of `flwr_colearn.DynamicAveraging`, whose differences are to the reference.
+"""The codecs: how a model is written in fewer bytes.
 
 Only floating-point arrays of two or more dimensions are compressed. What must stay exact is
 smaller than that in every framework: biases, batch-norm scales and statistics have one dimension,
@@ -15,27 +11,17 @@ CRC-32 and the little-endian bytes.
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from logging import WARNING
 from typing import ClassVar, Literal
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord
+from flwr.app import Array, ArrayRecord
 from flwr.common import log
 
-from ..errors import ColearnError, expected
-from ..records import to_record, view
+from ..errors import expected
+from ..records import view
 from ..roles import Arrays, NDArray
-
-VERSION, LEARNER_VERSION = 1, 2
-"""Of what both sides say; learners, whose requests carry a session, had none before the second."""
-"""Of what is on the wire; the two sides must have the same."""
-
-WIRE = "colearn.wire"
-"""Key of the ConfigRecord in which the server asks for codecs, and a reply says it used them."""
-
-ADD_THE_MOD = "add it to the ClientApp's mods: ClientApp(mods=[participant_mod, wire_mod])"
 
 _FLOATS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 _CHECKSUM = 4  # bytes
@@ -45,10 +31,13 @@ _EXACT = "colearn.exact"
 class Codec(ABC):
     """How a model is written to bytes; an immutable value without state.
 
+    A codec of your own is a subclass of `PackedCodec` with a `name`, an `itemsize`, `pack` and
+    `unpack`; `register` it on the server and at every participant, so that its name is known there.
+
     Attributes
     ----------
     name : str
-        On the wire, and in run configs.
+        In messages, and in run configs.
     differential : bool
         Whether what is encoded is the difference to a model that both sides have.
     """
@@ -105,8 +94,8 @@ class Codec(ABC):
 
 
 @dataclass(frozen=True)
-class Float32(Codec):
-    """Arrays as they are, whatever their type: no compression."""
+class Uncompressed(Codec):
+    """Arrays as they are, whatever their type."""
 
     name: ClassVar[str] = "float32"
 
@@ -180,7 +169,12 @@ class PackedCodec(Codec):
             if array.dtype.kind in "fiub":
                 sent[name] = _sealed(_EXACT, array, array.tobytes())
         if too_large:
-            log(WARNING, "Wire: beyond the range of %s, sent as they are: %s", self, too_large)
+            log(
+                WARNING,
+                "Compression: beyond the range of %s, sent as they are: %s",
+                self,
+                too_large,
+            )
         return ArrayRecord(sent), arriving
 
     def decode(self, model: ArrayRecord, reference: Arrays | None = None) -> Arrays:
@@ -290,7 +284,7 @@ class Int8(PackedCodec):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Its name on the wire: "int8", "int8-first-axis" or "int8-last-axis"."""
+        """Its name in messages: "int8", "int8-first-axis" or "int8-last-axis"."""
         return {None: "int8", 0: "int8-first-axis", -1: "int8-last-axis"}[self.channel_axis]
 
     def pack(self, values: NDArray) -> bytes:
@@ -319,8 +313,29 @@ class Int8(PackedCodec):
 
 
 _CODECS: dict[str, Codec] = {
-    str(codec): codec for codec in (Float32(), Float16(), BFloat16(), Int8(), Int8(0), Int8(-1))
+    str(codec): codec
+    for codec in (Uncompressed(), Float16(), BFloat16(), Int8(), Int8(0), Int8(-1))
 }
+
+
+def register(codec: Codec) -> None:
+    """Make a codec known by its name; a participant calls it beside its ClientApp.
+
+    Parameters
+    ----------
+    codec : Codec
+        Its `name` must not be that of another codec.
+
+    Raises
+    ------
+    ColearnError
+        If it is no codec, or its name is another codec's.
+    """
+    if not isinstance(codec, Codec):
+        raise expected("codec", "an object of a subclass of Codec", codec)
+    if type(_CODECS.get(str(codec), codec)) is not type(codec):
+        raise expected(f"codec {codec}", "a name that no other codec has", _CODECS[str(codec)])
+    _CODECS[str(codec)] = codec
 
 
 def codec_named(name: object) -> Codec:
@@ -341,167 +356,6 @@ def codec_named(name: object) -> Codec:
     return _CODECS[name]
 
 
-@dataclass(frozen=True)
-class Wire:
-    """How models travel: the server's choice, which participants learn with every message.
-
-    Unless both directions are ``Float32()``, every ClientApp needs `wire_mod`; replies of one
-    without it, or with another version of it, are refused with that reason.
-
-    Parameters
-    ----------
-    up : Codec, default Float32()
-        From participants to the server: ``Float32()`` (as it is), ``Float16()``, ``BFloat16()`` or
-        ``Int8()``.
-    down : Codec, default Float32()
-        From the server to participants, one broadcast for all: any but ``Int8``.
-
-    Raises
-    ------
-    ColearnError
-        If one is no codec, or `down` is ``Int8``: participants keep no model to which a difference
-        could be sent, and learners that begin anew have none.
-
-    Examples
-    --------
-    >>> str(Wire(up=Int8(), down=Float16()))
-    'int8 up, float16 down'
-    """
-
-    up: Codec = field(default_factory=Float32)
-    down: Codec = field(default_factory=Float32)
-
-    def __post_init__(self) -> None:
-        for side, codec in (("up", self.up), ("down", self.down)):
-            if not isinstance(codec, Codec):
-                raise expected(f"Wire({side}=...)", "a codec such as Float16()", codec)
-        if self.down.differential:
-            wanted = "a codec of whole models, since participants keep none between rounds"
-            raise expected("Wire(down=...)", wanted, str(self.down))
-
-    def __str__(self) -> str:
-        """Return the codecs of both directions."""
-        return f"{self.up} up, {self.down} down"
-
-    @property
-    def plain(self) -> bool:
-        """Whether nothing is compressed in either direction."""
-        return isinstance(self.up, Float32) and isinstance(self.down, Float32)
-
-    def broadcast(self, model: ArrayRecord, server_round: int) -> "Broadcast":
-        """Encode the shared model, once for all participants of a round."""
-        arrays, reference = self.down.encode(model)
-        return Broadcast(self.up, arrays, reference, self.request(round=server_round))
-
-    def request(self, **more: str | int) -> dict[str, str | int]:
-        """Return what messages say of it, with what else they say; empty where it is plain."""
-        if self.plain:
-            return {}
-        version = _version_of(more)
-        return {"version": version, "up": str(self.up), "down": str(self.down), **more}
-
-    def arriving(self, model: Arrays) -> Arrays:
-        """Return a model as participants have it once it went down; it goes down again as it is."""
-        if isinstance(self.down, Float32):
-            return model
-        return self.down.encode(to_record(dict(model)))[1]
-
-
-@dataclass(frozen=True)
-class Broadcast:
-    """The shared model of one round on its way, and what replies to it must look like.
-
-    Attributes
-    ----------
-    up : Codec
-        Of the replies.
-    arrays : ArrayRecord
-        What is sent.
-    reference : mapping of str to numpy.ndarray
-        The model as participants decode it: what they start from, and send differences to.
-    request : mapping
-        Version, codecs and round, which replies must repeat; empty where nothing is compressed.
-    """
-
-    up: Codec
-    arrays: ArrayRecord
-    reference: Arrays
-    request: Mapping[str, str | int] = field(default_factory=dict)
-
-    @classmethod
-    def received(cls, arrays: ArrayRecord, request: ConfigRecord | None) -> "Broadcast":
-        """Return the broadcast that a message was part of.
-
-        Parameters
-        ----------
-        arrays : ArrayRecord
-            The message's.
-        request : ConfigRecord or None
-            Its record ``colearn.wire``.
-
-        Raises
-        ------
-        ColearnError
-            If the server speaks another version or a codec unknown here, or the model is damaged.
-        """
-        if request is None:
-            return cls(Float32(), arrays, view(arrays))
-        up, down = agreed_codecs(request)
-        return cls(up, arrays, down.decode(arrays), dict(request))  # type: ignore[arg-type]
-
-    @property
-    def records(self) -> dict[str, ConfigRecord]:
-        """What a message's content has to hold besides arrays and config."""
-        return {WIRE: ConfigRecord({**self.request})} if self.request else {}
-
-    def decode(self, arrays: ArrayRecord, said: ConfigRecord | None) -> Arrays:
-        """Return the model that a reply brought.
-
-        Parameters
-        ----------
-        arrays : ArrayRecord
-            The reply's.
-        said : ConfigRecord or None
-            Its record ``colearn.wire``.
-
-        Raises
-        ------
-        ColearnError
-            If the model is not encoded as asked for, or damaged.
-        """
-        if not self.request:
-            return view(arrays)
-        check_agreed(said, self.request)
-        return self.up.decode(arrays, self.reference)
-
-
-def check_agreed(said: ConfigRecord | None, request: Mapping[str, str | int]) -> None:
-    """Raise a ColearnError unless a reply says that it was sent as `request` asks for."""
-    if said is None:
-        raise ColearnError(
-            f"reply: expected arrays sent as {request['up']} by flwr_colearn.wire_mod, found no "
-            "word of it; " + ADD_THE_MOD
-        )
-    if dict(said) != dict(request):
-        raise expected("reply", f"arrays sent as asked for, {dict(request)}", dict(said))
-
-
-def agreed_codecs(request: ConfigRecord) -> tuple[Codec, Codec]:
-    """Return the codecs that the server asks for, up and down."""
-    try:
-        if request.get("version") != _version_of(request):
-            raise expected("wire", f"version {_version_of(request)}", request.get("version"))
-        return codec_named(request.get("up")), codec_named(request.get("down"))
-    except ColearnError as error:
-        raise ColearnError(
-            f"{error}; is flwr-colearn the same version on the server and here?"
-        ) from None
-
-
-def _version_of(request: Mapping[str, object]) -> int:
-    return LEARNER_VERSION if "session" in request else VERSION
-
-
 def difference(array: NDArray, base: NDArray | None, residual: NDArray | None) -> NDArray:
     """Return array - base + residual, in float32 at least; base and residual count as 0 if None."""
     wide = np.result_type(array.dtype, np.float32)
@@ -511,7 +365,7 @@ def difference(array: NDArray, base: NDArray | None, residual: NDArray | None) -
 
 
 def _sealed(stype: str, array: NDArray, payload: bytes) -> Array:
-    """Return an array on the wire, with a checksum."""
+    """Return an array as it travels, with a checksum."""
     data = zlib.crc32(payload).to_bytes(_CHECKSUM, "little") + payload
     return Array(str(array.dtype), array.shape, stype, data)
 

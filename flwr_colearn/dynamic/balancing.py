@@ -7,11 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-import numpy as np
-
-from ..errors import ColearnError
-from ..roles import Arrays
-
 
 @dataclass
 class Balance:
@@ -70,46 +65,3 @@ def augment(balance: Balance, delta: float) -> Iterator[list[int]]:
         others, size = others[size:], 2 * size
     if not others:
         balance.violations = 0
-
-
-def squared_distance(one: Arrays, other: Arrays) -> float:
-    """Return |one - other|^2 over all arrays taken as one vector, in float64.
-
-    Raises
-    ------
-    ColearnError
-        If an array is missing or has another shape.
-
-    Examples
-    --------
-    >>> squared_distance({"w": np.array([3.0, 4.0])}, {"w": np.zeros(2)})
-    25.0
-    """
-    total = 0.0
-    for name, array in one.items():
-        if name not in other or other[name].shape != array.shape:
-            raise ColearnError(f"distance: expected two models of the same arrays, found '{name}'")
-        difference = np.subtract(array, other[name], dtype=np.float64).ravel()
-        total += float(difference @ difference)
-    return total
-
-
-def squared_norm(arrays: Arrays) -> float:
-    """Return |arrays|^2 over all arrays taken as one vector, in float64."""
-    flat = [array.astype(np.float64).ravel() for array in arrays.values()]
-    return float(sum(each @ each for each in flat))
-
-
-def divergence(models: Sequence[Arrays]) -> float:
-    """Return the mean squared distance of models to their mean.
-
-    Examples
-    --------
-    >>> divergence([{"w": np.array([0.0])}, {"w": np.array([2.0])}])
-    1.0
-    """
-    mean = {
-        name: np.asarray(np.mean([model[name] for model in models], axis=0, dtype=np.float64))
-        for name in models[0]
-    }
-    return sum(squared_distance(model, mean) for model in models) / len(models)

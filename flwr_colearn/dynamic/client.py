@@ -5,22 +5,12 @@ from collections.abc import Callable
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from ..aggregation.mean import check_model
-from ..aggregation.replies import arrays_of, examples_of
-from ..compression.codecs import ADD_THE_MOD, WIRE
+from ..aggregation import arrays_of, check_model, examples_of
+from ..compression import AGREEMENT
 from ..errors import ColearnError
 from ..records import records_of, view
 from .client_state import LocalModel, recall, remember
-from .messages import (
-    ARRAYS,
-    CONFIG,
-    FETCH_ACTION,
-    METRICS,
-    REPORT,
-    SET_ACTION,
-    Ask,
-    Report,
-)
+from .messages import ARRAYS, CONFIG, METRICS, REPORT, Ask, Report
 
 TrainFunction = Callable[[Message, Context], Message]
 
@@ -42,7 +32,7 @@ def learner(app: ClientApp) -> Callable[[TrainFunction], TrainFunction]:
     Parameters
     ----------
     app : ClientApp
-        Gets the functions that the strategy needs besides training.
+        Gets a training function that answers whatever the strategy asks for.
 
     Raises
     ------
@@ -69,17 +59,19 @@ def learner(app: ClientApp) -> Callable[[TrainFunction], TrainFunction]:
     def decorate(function: TrainFunction) -> TrainFunction:
         @app.train()
         def train(message: Message, context: Context) -> Message:
-            return _train(function, message, context)
+            ask = _ask(message)
+            if ask.action == "fetch":
+                return _fetch(ask, message, context)
+            if ask.action == "set":
+                return _set(ask, message, context)
+            return _train(ask, function, message, context)
 
-        app.train(FETCH_ACTION)(_fetch)
-        app.train(SET_ACTION)(_set)
         return function
 
     return decorate
 
 
-def _train(function: TrainFunction, message: Message, context: Context) -> Message:
-    ask = _ask(message)
+def _train(ask: Ask, function: TrainFunction, message: Message, context: Context) -> Message:
     local, lost = _state(message, context, ask)
     if local is None:
         return _reply(message, Report(lost=lost))
@@ -98,17 +90,17 @@ def _train(function: TrainFunction, message: Message, context: Context) -> Messa
     return _reply(message, Report(local.weight, distance), arrays, local.metrics)
 
 
-def _fetch(message: Message, context: Context) -> Message:
-    local, lost = _state(message, context, _ask(message))
+def _fetch(ask: Ask, message: Message, context: Context) -> Message:
+    local, lost = _state(message, context, ask)
     if local is None:
         return _reply(message, Report(lost=lost))
     return _reply(message, Report(local.weight, local.distance()), local.model)
 
 
-def _set(message: Message, context: Context) -> Message:
-    ask, arrays = _ask(message), records_of(message.content, ArrayRecord)[ARRAYS]
+def _set(ask: Ask, message: Message, context: Context) -> Message:
+    arrays = records_of(message.content, ArrayRecord)[ARRAYS]
     if ask.reference_round is not None:  # model and reference in one: the old state is not needed
-        local: LocalModel | None = LocalModel.fresh(ask, arrays)
+        local: LocalModel | None = LocalModel.anew(ask, arrays)
     else:
         local, lost = _state(message, context, ask)
     if local is None:
@@ -124,15 +116,16 @@ def _state(message: Message, context: Context, ask: Ask) -> tuple[LocalModel | N
     lost = "it has no state" if local is None else local.unusable_for(ask)
     given = records_of(message.content, ArrayRecord).get(ARRAYS)
     if lost and given is not None and ask.reference_round is not None:
-        return LocalModel.fresh(ask, given), ""
+        return LocalModel.anew(ask, given), ""
     return (None, lost) if lost else (local, "")
 
 
 def _ask(message: Message) -> Ask:
-    if WIRE in message.content:
+    if AGREEMENT in message.content:
         raise ColearnError(
-            "message: expected one that flwr_colearn.wire_mod has decoded, since the server "
-            "compresses models, found none such; " + ADD_THE_MOD
+            "message: expected one that flwr_colearn.participant_mod has decoded, since the server "
+            "compresses models, found none such; add it to the ClientApp's mods: "
+            "ClientApp(mods=[participant_mod])"
         )
     return Ask.from_config(records_of(message.content, ConfigRecord).get(CONFIG, ConfigRecord()))
 

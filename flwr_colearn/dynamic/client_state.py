@@ -8,19 +8,14 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common import log
 
+from ..aggregation import squared_distance
 from ..checkpoint import Checkpoint, CheckpointFolder
+from ..compression import REFERENCE
 from ..errors import ColearnError, expected
 from ..records import records_of, to_record, view
-from ..roles import Arrays
-from .balancing import squared_distance
 from .messages import Ask, checksum
 
-_MODEL, _REFERENCE, _MEMORY, _METRICS = (
-    "colearn-model",
-    "colearn-reference",
-    "colearn-memory",
-    "colearn-metrics",
-)
+_MODEL, _MEMORY, _METRICS = "colearn.model", "colearn.learner", "colearn.metrics"
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class LocalModel:
     metrics: dict[str, Any] | None = None
 
     @classmethod
-    def fresh(cls, ask: Ask, arrays: ArrayRecord) -> "LocalModel":
+    def anew(cls, ask: Ask, arrays: ArrayRecord) -> "LocalModel":
         """Return the state of a learner that is given model and reference anew."""
         assert ask.reference_round is not None
         before = ask.server_round - 1
@@ -111,19 +106,13 @@ def remember(context: Context, local: LocalModel) -> None:
         folder.save(Checkpoint(local.round, arrays, state))
 
 
-def reference_in(context: Context) -> Arrays | None:
-    """Return r of a learner whose state was recalled or remembered before, else None."""
-    record = records_of(context.state, ArrayRecord).get(_REFERENCE)
-    return None if record is None else view(record)
-
-
 def recall(context: Context, session: str) -> LocalModel | None:
     """Return the learner's state from its context, else from its disk, else None."""
     if _MEMORY in context.state:
         memory = dict(records_of(context.state, ConfigRecord)[_MEMORY])
         metrics = dict(records_of(context.state, MetricRecord)[_METRICS])
         model = records_of(context.state, ArrayRecord)[_MODEL]
-        return _from(memory, metrics, model, records_of(context.state, ArrayRecord)[_REFERENCE])
+        return _from(memory, metrics, model, records_of(context.state, ArrayRecord)[REFERENCE])
     folder = _folder(context, session)
     try:
         saved = None if folder is None else folder.latest()
@@ -145,7 +134,7 @@ def recall(context: Context, session: str) -> LocalModel | None:
 
 def _hold(context: Context, local: LocalModel) -> None:
     context.state[_MODEL] = local.model
-    context.state[_REFERENCE] = local.reference
+    context.state[REFERENCE] = local.reference
     context.state[_METRICS] = MetricRecord(dict(local.metrics or {}))
     context.state[_MEMORY] = ConfigRecord(_memory(local))
 

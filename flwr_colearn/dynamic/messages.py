@@ -1,12 +1,13 @@
 """What coordinator and learners of model averaging say to each other: the only contract.
 
-Three messages go down, all of Flower's category "train", so that recovery restarts them alike:
+Every message is one of Flower's train messages, so that recovery restarts all alike. Its config
+says which action it asks for:
 
-=========================  ==============================================================
-``train``                  train some mini-batches; send your model if it is beyond the bound
-``train.colearn_fetch``    send your model
-``train.colearn_set``      go on from this model, which may be the new reference
-=========================  ==============================================================
+=========  ==============================================================
+``train``  train some mini-batches; send your model if it is beyond the bound
+``fetch``  send your model
+``set``    go on from this model, which may be the new reference
+=========  ==============================================================
 
 Each is answered by a `Report`. Each may be sent again: the answer is then the same, and nothing is
 trained or set twice.
@@ -14,14 +15,13 @@ trained or set twice.
 
 import math
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message
 
-from ..aggregation.replies import failure_of
+from ..aggregation import failure_of
 from ..errors import ColearnError, expected
 from ..records import records_of
 from ..roles import Arrays
@@ -29,10 +29,7 @@ from ..roles import Arrays
 ARRAYS, CONFIG, METRICS, REPORT = "arrays", "config", "metrics", "learner"
 """Keys of the records in messages."""
 
-FETCH_ACTION, SET_ACTION = "colearn_fetch", "colearn_set"
-TRAIN = str(MessageType.TRAIN)
-FETCH = f"{TRAIN}.{FETCH_ACTION}"
-SET = f"{TRAIN}.{SET_ACTION}"
+Action = Literal["train", "fetch", "set"]
 
 _NO_REFERENCE = -1
 
@@ -49,8 +46,10 @@ class Ask:
         From 1.
     reference_round : int or None
         The round whose full synchronisation gave the reference that the learner must have, 0 for
-        the initial model. In ``train.colearn_set`` it says that the arrays are that reference;
+        the initial model. With the action ``set`` it says that the arrays are that reference;
         ``None`` leaves the reference as it is.
+    action : {"train", "fetch", "set"}
+        What is asked for.
     mini_batches : int
         How many to train now (b).
     batches_done : int
@@ -66,6 +65,7 @@ class Ask:
     session: str
     server_round: int
     reference_round: int | None
+    action: Action = "train"
     mini_batches: int = 0
     batches_done: int = 0
     bound: float = math.inf
@@ -80,6 +80,7 @@ class Ask:
                 "session": self.session,
                 "server-round": self.server_round,
                 "reference-round": reference,
+                "action": self.action,
             }
         )
         if self.mini_batches:
@@ -115,6 +116,7 @@ class Ask:
             session=values["session"],
             server_round=values["server-round"],
             reference_round=None if reference == _NO_REFERENCE else reference,
+            action=values.get("action", "train"),
             mini_batches=values.get("mini-batches", 0),
             batches_done=values.get("batches-done", 0),
             bound=values.get("bound", math.inf),
@@ -184,28 +186,3 @@ def checksum(arrays: Arrays) -> int:
     for array in arrays.values():
         value = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, value)
     return value
-
-
-def control_bytes(content: RecordDict) -> int:
-    """Return the bytes of all that is not arrays: keys and values of configs and metrics.
-
-    8 for a number, 1 for a truth value, the UTF-8 length of text. Flower's own envelope is not
-    counted.
-    """
-    records: list[Mapping[str, object]] = [
-        *map(dict, records_of(content, ConfigRecord).values()),
-        *map(dict, records_of(content, MetricRecord).values()),
-    ]
-    return sum(_size(key) + _size(value) for record in records for key, value in record.items())
-
-
-def _size(value: object) -> int:
-    if isinstance(value, bool):
-        return 1
-    if isinstance(value, str):
-        return len(value.encode())
-    if isinstance(value, bytes):
-        return len(value)
-    if isinstance(value, list | tuple):
-        return sum(map(_size, value))
-    return 8

@@ -1,13 +1,16 @@
 """DynamicRecord: what happened in every round of model averaging, and the history of a run."""
 
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from logging import INFO
+from pathlib import Path
 from typing import Any, Literal
 
 from flwr.common import log
 
-from ..grids.metering import Transfers
 from ..history import RecordFile, from_line, to_line
+from ..traffic import Event, RoundTraffic, Transfers
 
 
 @dataclass
@@ -152,3 +155,79 @@ class DynamicHistory(RecordFile[DynamicRecord]):
     def cumulative_loss(self) -> float | None:
         """Of all rounds."""
         return self.records[-1].cumulative_loss if self.records else 0.0
+
+
+def transfers_of(traffic: RoundTraffic) -> Transfers:
+    """Return what moved, as a record has it."""
+    return Transfers(
+        models_down=traffic.models.down,
+        models_up=traffic.models.up,
+        bytes_down=traffic.bytes.down,
+        bytes_up=traffic.bytes.up,
+        control_down=traffic.control.down,
+        control_up=traffic.control.up,
+    )
+
+
+class DynamicLog:
+    """The record of the round under way, and the history that it goes to in the end.
+
+    Parameters
+    ----------
+    history : str, Path or DynamicHistory, optional
+        Where the rounds are recorded. By default in memory.
+
+    Attributes
+    ----------
+    history : DynamicHistory
+        The rounds that are complete.
+    record : DynamicRecord
+        Of the round under way.
+    """
+
+    def __init__(self, history: str | Path | DynamicHistory | None = None) -> None:
+        self.history = history if isinstance(history, DynamicHistory) else DynamicHistory(history)
+        self.record = DynamicRecord(0, 0)
+        self._opened = time.monotonic()
+
+    def open(self, record: DynamicRecord) -> None:
+        """Begin a round."""
+        self.record, self._opened = record, time.monotonic()
+
+    def note(self, **metrics: Mapping[str, Any] | None) -> None:
+        """Keep the server's metrics for the record; learners report the loss of their training."""
+        if self.record.round and metrics.get("server_metrics"):
+            self.record.server_metrics = dict(metrics["server_metrics"] or {})
+
+    def note_events(self, events: Iterable[Event]) -> None:
+        """Record what happened to learners."""
+        record = self.record
+        lists = {
+            "restart": record.restarts,
+            "refusal": record.refusals,
+            "absence": record.absences,
+        }
+        for event in events:
+            lists[event.kind].append(event.entry())
+
+    def note_traffic(self, traffic: RoundTraffic) -> None:
+        """Add what moved for training and synchronisation, and what happened."""
+        self.record.moved = asdict(Transfers(**self.record.moved) + transfers_of(traffic))
+        self.note_events(traffic.events)
+
+    def note_collection(self, traffic: RoundTraffic) -> None:
+        """Add what moved only for an evaluation of the mean of all learners."""
+        self.record.collected = asdict(Transfers(**self.record.collected) + transfers_of(traffic))
+        self.note_events(traffic.events)
+
+    def note_evaluation(self, traffic: RoundTraffic) -> None:
+        """Do nothing: learners evaluate nothing."""
+
+    def close(self) -> None:
+        """Complete the record of the round under way and write it."""
+        record, before = self.record, self.history.cumulative_loss
+        record.seconds = time.monotonic() - self._opened
+        if record.loss is not None and before is not None:
+            record.cumulative_loss = before + record.loss
+        record.cumulative_bytes = self.history.bytes_with(record)
+        self.history.append(record)

@@ -1,36 +1,35 @@
-"""DynamicAveraging: learners keep their models, and speak only when it pays."""
+"""DynamicAveraging: learners keep their models, and exchange them only when it pays."""
 
-import math
 import random
-import secrets
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from logging import INFO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from ..checkpoint import Checkpoint, CheckpointFolder, check_same_configuration, describe_arrays
-from ..compression.codecs import Wire
+from ..checkpoint import CheckpointFolder, as_folder
+from ..compression import Compression
 from ..errors import ColearnError, expected, real_number, whole_number
-from ..records import data_bytes, to_record, view
-from ..recovery.grid import Quorum, Recovery
-from ..recovery.membership import wait_for_nodes
-from ..roles import NDArray, Roles, assign_roles
+from ..loop import EvaluateFn, Resume, run
+from ..managed import Managed
+from ..policy import Recovery, attempt_limit
+from ..records import to_record, view
+from ..recovery import choose_members
+from ..roles import NDArray, Role, Roles, assign_roles
+from ..traffic import Event
+from ..transport import ConnectedGrid, Transport
 from .coordinator import Coordinator, Pending, Reference
 from .operators import Absolute, Dynamic, Operator, Relative
-from .record import DynamicHistory, DynamicRecord
+from .record import DynamicHistory, DynamicLog, DynamicRecord
 
 MEAN = "mean of all learners"
 
-EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
-
-class ModelAveraging(Strategy):
+class ModelAveraging(Strategy, Managed[DynamicLog]):
     """Averaging of models that stay with their learners, under any operator.
 
     One round of Flower is b mini-batches of every learner. The learners keep model and reference
@@ -67,9 +66,9 @@ class ModelAveraging(Strategy):
         How learners that fail are restarted. ``None`` leaves them out of the round.
     checkpoints : str, Path or CheckpointFolder, optional
         Where the run is saved after every round. By default nowhere.
-    wire : Wire, optional
-        Compression of the models on their way; by default none. Learners then need
-        `flwr_colearn.wire_mod`.
+    compression : Compression, optional
+        How models are written on their way; by default as they are. Learners then need
+        `flwr_colearn.participant_mod`.
     seed : int, optional
         Of the random choices among learners.
 
@@ -96,7 +95,7 @@ class ModelAveraging(Strategy):
         wait_for_participants: float | None = None,
         recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
         checkpoints: str | Path | CheckpointFolder | None = None,
-        wire: Wire = Wire(),  # noqa: B008  (an immutable value)
+        compression: Compression = Compression(),  # noqa: B008
         seed: int | None = None,
     ) -> None:
         if not isinstance(operator, Operator):
@@ -106,53 +105,45 @@ class ModelAveraging(Strategy):
             whole_number("evaluate_mean_every", evaluate_mean_every, least=1)
         if wait_for_participants is not None:
             real_number("wait_for_participants", wait_for_participants, least=0.0)
-        if not isinstance(wire, Wire):
-            raise expected("wire", "a Wire, such as Wire(up=Int8(), down=Float16())", wire)
         self.operator = operator
         self.num_learners = num_learners
-        self.roles = roles
-        self.history = history if isinstance(history, DynamicHistory) else DynamicHistory(history)
+        self.transport = Transport(recovery, compression=compression, roles=roles)
+        self.log = DynamicLog(history)
         self.evaluate_mean_every = evaluate_mean_every
         self.wait_for_participants = (
-            math.inf if wait_for_participants is None else float(wait_for_participants)
+            float("inf") if wait_for_participants is None else float(wait_for_participants)
         )
-        self.recovery = recovery
-        self.checkpoints = (
-            CheckpointFolder(checkpoints) if isinstance(checkpoints, str | Path) else checkpoints
-        )
-        self.wire = wire
+        self.checkpoints = as_folder(checkpoints)
         self.seed = seed
         self._coordinator: Coordinator | None = None
-        self._grid: Grid | None = None
-        self._last_round = 0
+        self._grid: ConnectedGrid | None = None
+        self._timeout: float | None = None
+        self._save: Callable[[int], None] | None = None
+        self._last_round: int | None = None
+
+    @property
+    def history(self) -> DynamicHistory:
+        """The rounds so far."""
+        return self.log.history
+
+    @property
+    def _features(self) -> Transport:
+        """The features of the run's exchanges: the grid may have some that the strategy has not."""
+        return self.transport if self._grid is None else self._grid.transport
 
     def summary(self) -> None:
         """Log the settings of the strategy."""
         log(INFO, "\t├──> Operator: %s", self.operator)
         log(INFO, "\t├──> Learners: %s", self.num_learners)
-        if not self.wire.plain:
-            log(INFO, "\t├──> Wire: %s; learners need wire_mod", self.wire)
+        if not self.transport.compression.is_plain:
+            compression = self.transport.compression
+            log(INFO, "\t├──> Compression: %s; learners need participant_mod", compression)
         log(INFO, "\t└──> Mean evaluated every: %s", self.evaluate_mean_every or "last round only")
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Ask every learner for b mini-batches, and for its model if it is beyond the bound."""
-        coordinator = self._running
-        before = coordinator.nodes
-        nodes = self._choose_nodes(grid, before)
-        messages = coordinator.open(server_round, nodes, config)
-        coordinator.record.absences = [
-            {"participant": coordinator.name(node), "reason": "not connected"}
-            for node in before
-            if node not in nodes and len(nodes) < self.num_learners
-        ]
-        return messages
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
+    def round(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: ConnectedGrid
     ) -> tuple[ArrayRecord, MetricRecord]:
-        """Synchronise as the operator asks, by further messages where it needs them.
+        """Let every learner train b mini-batches, and synchronise as the operator asks.
 
         Returns
         -------
@@ -161,24 +152,64 @@ class ModelAveraging(Strategy):
         metrics : MetricRecord
             ``num-examples`` and, where learners report it, mean ``loss``.
         """
-        coordinator = self._running
-        coordinator.balance(replies)
+        coordinator = self._connected(arrays, grid)
+        if coordinator.pending is None:
+            self._train(coordinator, server_round, config, grid)
         if coordinator.pending is not None:
             # Before anybody's model is replaced: a resumed run distributes it again.
+            assert self._save is not None
             self._save(server_round)
             coordinator.distribute()
-        return self._evaluable(server_round), self._metrics()
+        return self._evaluable(coordinator, server_round), self._metrics()
+
+    def _train(
+        self, coordinator: Coordinator, server_round: int, config: ConfigRecord, grid: Grid
+    ) -> None:
+        members = choose_members(
+            grid,
+            self.num_learners,
+            coordinator.nodes,
+            coordinator.random,
+            self._features.recovery,
+            self.wait_for_participants,
+        )
+        coordinator.train(server_round, members.nodes, config)
+        self.log.note_events(
+            Event("absence", coordinator.grid.name_of(node), "not connected")
+            for node in members.missing
+        )
+
+    def _connected(self, arrays: ArrayRecord, grid: ConnectedGrid) -> Coordinator:
+        """Return the coordinator of the run, which the first round makes."""
+        if self._coordinator is None:
+            roles = assign_roles(view(arrays), self._features.roles)
+            received = self._features.compression.received(view(arrays))
+            reference = Reference(to_record(dict(received)), 0, roles)
+            self._coordinator = self._new_coordinator(reference)
+        self._coordinator.connect(grid)
+        return self._coordinator
+
+    def _new_coordinator(self, reference: Reference) -> Coordinator:
+        assert self._timeout is not None
+        return Coordinator(
+            self.operator,
+            reference,
+            random.Random(self.seed),
+            self.log,
+            compression=self._features.compression,
+            timeout=attempt_limit(self._timeout),
+        )
 
     def _metrics(self) -> MetricRecord:
-        record = self._running.record
+        record = self.log.record
         metrics = MetricRecord({"num-examples": record.examples})
         if record.loss is not None:
             metrics["loss"] = record.loss / record.examples
         return metrics
 
-    def _evaluable(self, server_round: int) -> ArrayRecord:
+    def _evaluable(self, coordinator: Coordinator, server_round: int) -> ArrayRecord:
         """Return the model to evaluate, and label it: the mean where it is to be had."""
-        coordinator, record = self._running, self._running.record
+        record = self.log.record
         if record.synchronised == "full":
             record.evaluated = MEAN
         elif server_round == self._last_round or (
@@ -189,6 +220,25 @@ class ModelAveraging(Strategy):
         else:
             record.evaluated = f"reference of round {coordinator.reference.round}"
         return coordinator.reference.record
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Raise, since a round of model averaging is more than one exchange."""
+        raise self._foreign_loop()
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Raise, see `configure_train`."""
+        raise self._foreign_loop()
+
+    def _foreign_loop(self) -> ColearnError:
+        return ColearnError(
+            f"{type(self).__name__}: expected to run in its own start() or in flwr_colearn.run, "
+            "found another loop; wrappers such as differential privacy need every model in every "
+            "round"
+        )
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -211,7 +261,7 @@ class ModelAveraging(Strategy):
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
-        resume: Literal["never", "auto"] = "never",
+        resume: Resume = "never",
     ) -> Result:
         """Run model averaging for `num_rounds` rounds of b mini-batches.
 
@@ -247,187 +297,113 @@ class ModelAveraging(Strategy):
             If fewer than m nodes connect in time, a learner is lost, or the checkpoints are damaged
             or of another configuration, or there are some although `resume` is "never".
         """
-        self._last_round = whole_number("num_rounds", num_rounds, least=1)
-        result = Result(arrays=initial_arrays)
-        started = time.time()
-        log(INFO, "Starting %s strategy:", type(self).__name__)
-        log(INFO, "\t├── Number of rounds: %s", num_rounds)
-        log(INFO, "\t├── ArrayRecord (%.2f MB)", data_bytes(initial_arrays) / 1024**2)
-        self.summary()
-        try:
-            done = self._begin(result, timeout, resume)
-            self._grid = self._running.connect(grid, self.recovery)
-            if self._running.pending is not None:
-                self._running.distribute()
-                result.arrays = self._evaluable(done)
-                self._close(done, result, evaluate_fn)
-            elif not done:
-                self._evaluate(0, result, evaluate_fn)
-                self._save(0)
-            for server_round in range(done + 1, num_rounds + 1):
-                log(INFO, "")
-                log(INFO, "[ROUND %s/%s]", server_round, num_rounds)
-                self._train(server_round, result, train_config or ConfigRecord())
-                self._close(server_round, result, evaluate_fn)
-        except ColearnError as error:
-            error.result = result
-            raise
-        finally:
-            self._coordinator = self._grid = None
-        log(INFO, "")
-        log(INFO, "Strategy execution finished in %.2fs", time.time() - started)
-        return result
-
-    @property
-    def _running(self) -> Coordinator:
-        if self._coordinator is None:
-            raise ColearnError(
-                f"{type(self).__name__}: expected to run in its own start(), found another loop; "
-                "wrappers such as differential privacy need every model in every round"
-            )
-        return self._coordinator
-
-    def _train(self, server_round: int, result: Result, config: ConfigRecord) -> None:
-        assert self._grid is not None
-        messages = list(self.configure_train(server_round, result.arrays, config, self._grid))
-        replies = self._grid.send_and_receive(messages, timeout=self._running.reply_within)
-        result.arrays, metrics = self.aggregate_train(server_round, replies)
-        result.train_metrics_clientapp[server_round] = metrics
-
-    def _close(self, server_round: int, result: Result, evaluate_fn: EvaluateFn | None) -> None:
-        """End a round whose average has reached everybody."""
-        self._evaluate(server_round, result, evaluate_fn)
-        record, before = self._running.close(), self.history.cumulative_loss
-        if record.loss is not None and before is not None:
-            record.cumulative_loss = before + record.loss
-        record.cumulative_bytes = self.history.bytes_with(record)
-        self.history.append(record)
-        self._save(server_round)
-
-    def _evaluate(self, server_round: int, result: Result, evaluate_fn: EvaluateFn | None) -> None:
-        metrics = None if evaluate_fn is None else evaluate_fn(server_round, result.arrays)
-        if metrics is None:
-            return
-        result.evaluate_metrics_serverapp[server_round] = metrics
-        label = MEAN
-        if server_round:
-            self._running.record.server_metrics = dict(metrics)
-            label = self._running.record.evaluated
-        log(INFO, "Evaluation of the %s: %s", label, dict(metrics))
-
-    def _choose_nodes(self, grid: Grid, before: list[int]) -> list[int]:
-        """Return m connected nodes, those of the last round in their places."""
-        policy = self.recovery.policy if self.recovery is not None else None
-        patience = self.wait_for_participants
-        if isinstance(policy, Quorum) and self.recovery is not None:
-            patience = min(patience, self.recovery.patience)
-        try:
-            connected = wait_for_nodes(grid, self.num_learners, patience)
-        except ColearnError:
-            connected = sorted(set(grid.get_node_ids()))
-            if not isinstance(policy, Quorum) or len(connected) < policy.least:
-                raise
-        others = [node for node in connected if node not in before]
-        kept = [node for node in before if node in connected]
-        return kept + others[: self.num_learners - len(kept)]
-
-    # Beginning, saving, resuming ----------------------------------------------------------------
-
-    def _begin(self, result: Result, timeout: float, resume: str) -> int:
-        """Prepare a fresh or resumed run; return the last completed round."""
-        if resume not in ("never", "auto"):
-            raise expected("resume", "'never' or 'auto'", resume)
-        arrays = view(result.arrays)
-        roles = assign_roles(arrays, self.roles)
-        if not self.wire.plain:
-            result.arrays = to_record(dict(self.wire.arriving(arrays)))
-        saved = None if self.checkpoints is None else self.checkpoints.latest()
-        self._coordinator = Coordinator(
-            self.operator,
-            Reference(result.arrays, 0, roles),
-            session=secrets.token_hex(8),
-            random=random.Random(self.seed),
-            wire=self.wire,
-            timeout=None if math.isinf(timeout) else float(timeout),
+        whole_number("num_rounds", num_rounds, least=1)
+        return run(
+            self,
+            grid,
+            initial_arrays,
+            num_rounds,
+            timeout,
+            train_config,
+            evaluate_config,
+            evaluate_fn,
+            resume=resume,
         )
-        self.history.clear()
-        if saved is None:
-            return 0
-        if resume == "never":
-            raise ColearnError(
-                f"checkpoints: expected none, since resume='never', found round {saved.round}; "
-                "pass resume='auto' or use another folder"
-            )
-        try:
-            self._restore(saved)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ColearnError(
-                "checkpoint: expected one of this version of flwr-colearn's model averaging, found "
-                f"{type(error).__name__}: {error}; use another folder"
-            ) from error
-        result.arrays = self._running.reference.record
-        log(INFO, "%s: resumed after round %s", type(self).__name__, saved.round)
-        return saved.round
 
-    def _restore(self, saved: Checkpoint) -> None:
-        coordinator, state = self._running, saved.state
+    # What run asks besides ----------------------------------------------------------------------
+
+    def begin(
+        self,
+        grid: ConnectedGrid,
+        timeout: float,
+        num_rounds: int | None,
+        save: Callable[[int], None],
+    ) -> None:
+        """Begin a run, and forget an earlier one."""
+        if not grid.transport.normalization.travels_whole:
+            raise expected(
+                f"normalization of {type(self).__name__}",
+                "Pooled(), since learners keep their models, statistics included",
+                grid.transport.normalization,
+            )
+        self._grid, self._timeout, self._last_round, self._save = grid, timeout, num_rounds, save
+        self._coordinator = None
+        self.log.record = DynamicRecord(0, 0)
+        self.log.history.clear()
+
+    def end(self) -> None:
+        """End a run."""
+        self._coordinator = self._grid = self._save = None
+
+    def check_reply(self, sent: Message, reply: Message) -> None:
+        """Raise a ColearnError unless `reply` is a usable answer to `sent`."""
+        assert self._coordinator is not None
+        self._coordinator.check(sent, reply)
+
+    def close(self, arrays: ArrayRecord) -> None:
+        """Complete the record of the round under way."""
+        self.log.close()
+
+    def configuration(self) -> dict[str, str]:
+        """Return what must be the same for a run to be resumed."""
+        configuration = {
+            "operator": str(self.operator),
+            "number of learners": str(self.num_learners),
+        }
+        # What learners hold as reference was rounded by it.
+        if not self._features.compression.is_plain:
+            configuration["compression"] = str(self._features.compression)
+        return configuration
+
+    def strategy_state(self) -> tuple[dict[str, Any], dict[str, NDArray]]:
+        """Return what the strategy remembers between rounds: what JSON can hold, and arrays."""
+        coordinator = self._coordinator
+        if coordinator is None:
+            return {}, {}
+        reference, pending = coordinator.reference, coordinator.pending
+        state: dict[str, Any] = {
+            "reference-round": reference.round,
+            "violations": coordinator.violations,
+            "nodes": coordinator.nodes,
+            "random": coordinator.random.getstate(),
+        }
+        arrays = {f"reference/{name}": array for name, array in reference.arrays.items()}
+        if pending is not None:
+            state["pending"], state["present"] = pending.members, coordinator.present
+            state["record"] = self.log.record.to_json()
+            if pending.record is not reference.record:
+                average = view(pending.record)
+                arrays |= {f"pending/{name}": array for name, array in average.items()}
+        return state, arrays
+
+    def restore_strategy_state(
+        self, state: Mapping[str, Any], arrays: Mapping[str, NDArray]
+    ) -> None:
+        """Go on with what `strategy_state` returned."""
+        if not state:
+            return
         parts: dict[str, dict[str, NDArray]] = {"reference": {}, "pending": {}}
-        for key, array in saved.arrays.items():
+        for key, array in arrays.items():
             part, _, name = key.partition("/")
             parts[part][name] = array
         reference = to_record(parts["reference"])
-        roles = coordinator.reference.roles
-        coordinator.reference = Reference(reference, state["reference-round"], roles)
-        check_same_configuration(state["configuration"], self._configuration())
-        coordinator.session = state["session"]
+        roles: dict[str, Role] = assign_roles(view(reference), self._features.roles)
+        coordinator = self._new_coordinator(Reference(reference, state["reference-round"], roles))
         coordinator.violations = state["violations"]
         coordinator.nodes = [int(node) for node in state["nodes"]]
         version, numbers, gauss = state["random"]
         coordinator.random.setstate((version, tuple(numbers), gauss))
-        self.history.restore(DynamicRecord.from_json(line) for line in state["history"])
         if "pending" in state:
             members = [int(node) for node in state["pending"]]
             record = to_record(parts["pending"]) if parts["pending"] else reference
             coordinator.pending = Pending(members, record)
             coordinator.present = [int(node) for node in state["present"]]
-            coordinator.record = DynamicRecord.from_json(state["record"])
-
-    def _save(self, server_round: int) -> None:
-        if self.checkpoints is None:
-            return
-        coordinator, pending = self._running, self._running.pending
-        reference = coordinator.reference
-        state: dict[str, Any] = {
-            "configuration": self._configuration(),
-            "reference-round": reference.round,
-            "session": coordinator.session,
-            "violations": coordinator.violations,
-            "nodes": coordinator.nodes,
-            "random": coordinator.random.getstate(),
-            "history": [record.to_json() for record in self.history],
-        }
-        arrays = {f"reference/{name}": array for name, array in reference.arrays.items()}
-        if pending is not None:
-            state["pending"], state["present"] = pending.members, coordinator.present
-            state["record"] = coordinator.record.to_json()
-            if pending.record is not reference.record:
-                average = view(pending.record)
-                arrays |= {f"pending/{name}": array for name, array in average.items()}
-        self.checkpoints.save(Checkpoint(server_round, arrays, state))
-
-    def _configuration(self) -> dict[str, str]:
-        """Return what must be the same for a run to be resumed."""
-        configuration = {
-            "operator": str(self.operator),
-            "number of learners": str(self.num_learners),
-            "model": describe_arrays(self._running.reference.arrays),
-        }
-        # What learners hold as reference was rounded by it.
-        return configuration if self.wire.plain else {**configuration, "wire": str(self.wire)}
+            self.log.open(DynamicRecord.from_json(state["record"]))
+        self._coordinator = coordinator
 
 
 class DynamicAveraging(ModelAveraging):
-    """Dynamic model averaging: traffic where models diverge, silence where they agree.
+    """Dynamic model averaging: models travel where they diverge, and only there.
 
     Every learner trains on its own stream. After each `check_every` mini-batches it compares its
     model with the reference r that all had at the last full synchronisation, and sends it only if

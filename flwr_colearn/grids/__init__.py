@@ -1,1 +1,22 @@
-"""Flower Grids: around another grid, and in one process."""
+"""Flower Grids: layers around another grid, and participants in this process."""
+
+from .all_reduce import GROUP, RANK, AllReduceGroup, group_of, new_group
+from .in_process import InProcessGrid
+from .metering import MeteringGrid, control_bytes
+from .rewriting import RewritingGrid
+from .threaded import ThreadedGrid
+from .wrapping import WrappingGrid
+
+__all__ = [
+    "GROUP",
+    "RANK",
+    "AllReduceGroup",
+    "InProcessGrid",
+    "MeteringGrid",
+    "RewritingGrid",
+    "ThreadedGrid",
+    "WrappingGrid",
+    "control_bytes",
+    "group_of",
+    "new_group",
+]

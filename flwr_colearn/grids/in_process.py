@@ -11,10 +11,14 @@ from flwr.clientapp import ClientApp
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from .._flwr import assume_identity, empty_run
+from .._flwr import (
+    CLIENT_RAISED,
+    assume_identity,
+    copied,
+    empty_run,
+    set_message_id,
+)
 from ..errors import ColearnError, expected, whole_number
-
-CLIENT_RAISED = 2  # Flower's error code for an exception in a ClientApp
 
 
 class InProcessGrid(Grid):
@@ -113,7 +117,7 @@ class InProcessGrid(Grid):
         pushed = {}
         for message in messages:
             self._check_node(message.metadata.dst_node_id)
-            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            set_message_id(message, str(uuid.uuid4()))
             pushed[message.metadata.message_id] = message
         self._pushed.update(pushed)
         return list(pushed)
@@ -136,14 +140,8 @@ class InProcessGrid(Grid):
 
     def _call(self, message: Message) -> Message:
         node_id = message.metadata.dst_node_id
-        received = Message(
-            content=_copy(message.content),
-            dst_node_id=node_id,
-            message_type=message.metadata.message_type,
-            ttl=message.metadata.ttl,
-            group_id=message.metadata.group_id,
-        )
-        received.metadata.__dict__["_message_id"] = message.metadata.message_id
+        received = copied(message, _copy(message.content))
+        set_message_id(received, message.metadata.message_id)
         try:
             reply = self.client_app(received, self.contexts[node_id])
             if not isinstance(reply, Message):
@@ -154,7 +152,7 @@ class InProcessGrid(Grid):
             log(ERROR, "The ClientApp of node %s raised", node_id, exc_info=True)
             reason = f"{type(error).__name__}: {error}"
             reply = Message(Error(CLIENT_RAISED, reason), reply_to=received)
-        reply.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+        set_message_id(reply, str(uuid.uuid4()))
         return reply
 
 

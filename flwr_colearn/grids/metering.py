@@ -1,101 +1,121 @@
-"""MeteredGrid: counts all that moves between server and participants, attempt by attempt."""
+"""MeteringGrid: counts all that moves between server and participants, message by message."""
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from ..dynamic.messages import control_bytes
 from ..records import data_bytes, records_of
+from ..traffic import Transfers
+from .threaded import ThreadedGrid
 from .wrapping import WrappingGrid
 
 
-@dataclass(frozen=True)
-class Transfers:
-    """What moved.
+class MeteringGrid(WrappingGrid):
+    """A Grid around the real Grid that counts what goes through it.
 
-    Attributes
-    ----------
-    models_down, models_up : int
-        Models sent to, and received from, the participants.
-    bytes_down, bytes_up : int
-        Of their serialised arrays.
-    control_down, control_up : int
-        Bytes of configs and metrics, see `flwr_colearn.exchange.control_bytes`.
-    """
-
-    models_down: int = 0
-    models_up: int = 0
-    bytes_down: int = 0
-    bytes_up: int = 0
-    control_down: int = 0
-    control_up: int = 0
-
-    def __add__(self, other: "Transfers") -> "Transfers":
-        mine, theirs = asdict(self), asdict(other)
-        return Transfers(**{name: mine[name] + theirs[name] for name in mine})
-
-    @property
-    def total(self) -> int:
-        """All bytes, both directions, control included."""
-        return self.bytes_down + self.bytes_up + self.control_down + self.control_up
-
-
-class MeteredGrid(WrappingGrid):
-    """A Grid around any Grid that counts what goes through it.
-
-    Put inside a `RecoveringGrid`, it sees every restart and every refused reply.
+    It stands right above the real grid, so that it sees what travels: each message's serialised
+    arrays and control records, per destination, restarts and refused replies included. TLS,
+    framing, and Flower's sending of equal arrays once only are not seen.
 
     Parameters
     ----------
     grid : Grid
-        The real one.
+        The real one. What the participants of a `ThreadedGrid` exchange among themselves is
+        counted too, half of it downwards.
     """
 
     def __init__(self, grid: Grid) -> None:
         super().__init__(grid)
-        self._moved = Transfers()
+        self._moved: defaultdict[int, Transfers] = defaultdict(Transfers)
+        self._exchanged = grid.exchanged if isinstance(grid, ThreadedGrid) else 0
 
-    def take(self) -> Transfers:
-        """Return what moved since the last call."""
-        moved, self._moved = self._moved, Transfers()
+    def take(self) -> dict[int, Transfers]:
+        """Return what moved since the last call, by node id; exchanges in groups under 0."""
+        self._count_exchanges()
+        moved, self._moved = dict(self._moved), defaultdict(Transfers)
         return moved
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Push and count messages."""
         batch = list(messages)
-        for message in batch:
-            self._count(message, down=True)
-        return self.grid.push_messages(batch)
+        ids = list(self.grid.push_messages(batch))
+        accepted = set(ids)
+        self._count_sent(m for m in batch if m.metadata.message_id in accepted)
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pull and count replies."""
-        replies = list(self.grid.pull_messages(message_ids))
-        for reply in replies:
-            self._count(reply, down=False)
-        return replies
+        return self._counted(self.grid.pull_messages(message_ids))
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Send and receive, counting both."""
         batch = list(messages)
-        for message in batch:
-            self._count(message, down=True)
-        replies = list(self.grid.send_and_receive(batch, timeout=timeout))
-        for reply in replies:
-            self._count(reply, down=False)
-        return replies
+        replies = self.grid.send_and_receive(batch, timeout=timeout)
+        self._count_sent(batch)
+        return self._counted(replies)
 
-    def _count(self, message: Message, down: bool) -> None:
-        if not message.has_content():
+    def _count_sent(self, messages: Iterable[Message]) -> None:
+        for message in messages:
+            models, size = _arrays_of(message)
+            self._moved[message.metadata.dst_node_id] += Transfers(
+                models_down=models, bytes_down=size, control_down=_control_of(message)
+            )
+
+    def _counted(self, replies: Iterable[Message]) -> list[Message]:
+        arrived = list(replies)
+        for reply in arrived:
+            models, size = _arrays_of(reply)
+            self._moved[reply.metadata.src_node_id] += Transfers(
+                models_up=models, bytes_up=size, control_up=_control_of(reply)
+            )
+        return arrived
+
+    def _count_exchanges(self) -> None:
+        if not isinstance(self.grid, ThreadedGrid):
             return
-        records = [record for record in records_of(message.content, ArrayRecord).values() if record]
-        models, size = len(records), sum(map(data_bytes, records))
-        control = control_bytes(message.content)
-        self._moved += (
-            Transfers(models_down=models, bytes_down=size, control_down=control)
-            if down
-            else Transfers(models_up=models, bytes_up=size, control_up=control)
-        )
+        moved = self.grid.exchanged - self._exchanged
+        self._exchanged = self.grid.exchanged
+        if moved:
+            self._moved[0] += Transfers(bytes_down=moved // 2, bytes_up=moved - moved // 2)
+
+
+def _arrays_of(message: Message) -> tuple[int, int]:
+    """Return the number of models in a message, and the bytes of their serialised arrays."""
+    if not message.has_content():
+        return 0, 0
+    records = [record for record in records_of(message.content, ArrayRecord).values() if record]
+    return len(records), sum(map(data_bytes, records))
+
+
+def _control_of(message: Message) -> int:
+    return control_bytes(message.content) if message.has_content() else 0
+
+
+def control_bytes(content: RecordDict) -> int:
+    """Return the bytes of all that is not arrays: keys and values of configs and metrics.
+
+    8 for a number, 1 for a truth value, the UTF-8 length of text. Flower's own envelope is not
+    counted.
+    """
+    records: list[Mapping[str, object]] = [
+        *map(dict, records_of(content, ConfigRecord).values()),
+        *map(dict, records_of(content, MetricRecord).values()),
+    ]
+    return sum(_size(key) + _size(value) for record in records for key, value in record.items())
+
+
+def _size(value: object) -> int:
+    if isinstance(value, bool):
+        return 1
+    if isinstance(value, str):
+        # What is no valid text was not sent as such either.
+        return len(value.encode(errors="surrogatepass"))
+    if isinstance(value, bytes):
+        return len(value)
+    if isinstance(value, list | tuple):
+        return sum(map(_size, value))
+    return 8

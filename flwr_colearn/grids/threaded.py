@@ -1,109 +1,28 @@
-"""Participants side by side in one process, which may exchange sums while they compute."""
+"""ThreadedGrid: participants in threads of one process, which may add up arrays meanwhile."""
 
-import itertools
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
-from ..errors import ColearnError
-from ..records import records_of
-from ..roles import NDArray
+from .._flwr import copied, set_message_id
+from ..records import kind_of, records_of
+from .all_reduce import GROUP, RANK, AllReduceGroup, new_group
 from .in_process import InProcessGrid
 
-MEETING = "meeting"
-"""Config key: the number of the meeting that a participant takes part in, in this process."""
 
-RANK = "meeting-rank"
-"""Config key: its place there, from 0."""
-
-_meetings: dict[int, "Meeting"] = {}
-_numbers = itertools.count(1)
-
-
-class Meeting:
-    """Where K participants, each in a thread of its own, add up arrays.
-
-    Parameters
-    ----------
-    parties : int
-        K.
-
-    Attributes
-    ----------
-    bytes : int
-        Of all arrays handed in, and of all sums handed out.
-    """
-
-    def __init__(self, parties: int) -> None:
-        self.parties = parties
-        self.bytes = 0
-        self._barrier = threading.Barrier(parties)
-        self._brought: list[NDArray] = [np.zeros(0)] * parties
-
-    def sum(self, rank: int, array: NDArray) -> NDArray:
-        """Return the sum of what all participants bring to this call, added in order of rank.
-
-        Raises
-        ------
-        ColearnError
-            If another participant left the meeting.
-        """
-        self._brought[rank] = array
-        self._wait()
-        total: NDArray = self._brought[0].copy()
-        for other in self._brought[1:]:
-            total = total + other
-        self._wait()  # nobody brings the next array before everyone has added these
-        if rank == 0:
-            self.bytes += 2 * self.parties * array.nbytes
-        return total
-
-    def leave(self) -> None:
-        """End the meeting: those who wait are told, and so is everyone who comes later."""
-        self._barrier.abort()
-
-    def _wait(self) -> None:
-        try:
-            self._barrier.wait()
-        except threading.BrokenBarrierError:
-            raise ColearnError(
-                "synchronised normalization: expected all participants at the same layer, found "
-                "that one has left; the reason is in its own error"
-            ) from None
-
-
-def meeting_of(config: Mapping[str, Any]) -> tuple[Meeting, int]:
-    """Return the meeting that a train config names, and the participant's rank in it.
-
-    Raises
-    ------
-    ColearnError
-        If there is none in this process.
-    """
-    meeting = _meetings.get(config.get(MEETING, 0))
-    if meeting is None:
-        raise ColearnError(
-            "synchronised normalization: expected participants side by side in one process "
-            "(flwr_colearn.SideBySideGrid), since every layer exchanges sums at every step, found "
-            "one that is alone; in simulations and deployments use another scheme"
-        )
-    return meeting, int(config[RANK])
-
-
-class SideBySideGrid(InProcessGrid):
+class ThreadedGrid(InProcessGrid):
     """An InProcessGrid whose participants train at the same time, each in a thread.
 
-    What they share they share through a `Meeting`. If one fails all fail, since the others would
-    wait for it. Randomness that a framework draws from one generator for all threads (dropout,
+    They exchange arrays in an `AllReduceGroup`. If one fails all fail, since the others would wait
+    for it. Randomness that a framework draws from one generator for all threads (dropout,
     augmentation in torch) depends on their timing.
 
     Attributes
     ----------
     exchanged : int
-        Bytes that participants exchanged in meetings.
+        Bytes that participants exchanged in groups.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -115,27 +34,27 @@ class SideBySideGrid(InProcessGrid):
         """Run the ClientApp on all messages at once."""
         batch = list(messages)
         ids = super().push_messages(batch)
-        if not batch or batch[0].metadata.message_type.partition(".")[0] != MessageType.TRAIN:
+        if not batch or kind_of(batch[0]) != MessageType.TRAIN:
             return ids
-        number, meeting = next(_numbers), Meeting(len(self.contexts))
-        if len(batch) < len(self.contexts):
-            meeting.leave()  # some would wait for those who are not asked
-        _meetings[number] = meeting
+        with new_group(len(self.contexts)) as (number, group):
+            if len(batch) < len(self.contexts):
+                group.leave()  # some would wait for those who are not asked
+            self._run_all(ids, number, group)
+        self.exchanged += group.bytes
+        return ids
 
+    def _run_all(self, ids: list[str], number: int, group: AllReduceGroup) -> None:
         def run(rank: int) -> None:
-            reply = self._call(_invited(self._pushed.pop(ids[rank]), number, rank))
+            reply = self._call(_member(self._pushed.pop(ids[rank]), number, rank))
             self._replies[ids[rank]] = reply
             if reply.has_error():
-                meeting.leave()
+                group.leave()
 
-        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(batch))]
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(ids))]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        del _meetings[number]
-        self.exchanged += meeting.bytes
-        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies to messages pushed before, each once."""
@@ -144,17 +63,11 @@ class SideBySideGrid(InProcessGrid):
         return ready + super().pull_messages(ids)
 
 
-def _invited(message: Message, number: int, rank: int) -> Message:
-    """Return the message with the meeting in its config."""
+def _member(message: Message, number: int, rank: int) -> Message:
+    """Return the message with the group in its config."""
     content = RecordDict({**message.content})
     for key, record in list(records_of(content, ConfigRecord).items()):
-        content[key] = ConfigRecord({**record, MEETING: number, RANK: rank})
-    invited = Message(
-        content=content,
-        dst_node_id=message.metadata.dst_node_id,
-        message_type=message.metadata.message_type,
-        ttl=message.metadata.ttl,
-        group_id=message.metadata.group_id,
-    )
-    invited.metadata.__dict__["_message_id"] = message.metadata.message_id
-    return invited
+        content[key] = ConfigRecord({**record, GROUP: number, RANK: rank})
+    member = copied(message, content)
+    set_message_id(member, message.metadata.message_id)
+    return member

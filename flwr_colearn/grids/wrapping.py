@@ -55,3 +55,8 @@ class WrappingGrid(Grid):
     ) -> Iterable[Message]:
         """Send messages and return the replies as the grid inside does."""
         return self.grid.send_and_receive(messages, timeout=timeout)
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Tell the grids inside that nobody waits for the replies to these messages any more."""
+        if isinstance(self.grid, WrappingGrid):
+            self.grid.forget(message_ids)

@@ -1,1 +1,51 @@
 """What becomes of normalization layers where participants' data are unlike."""
+
+from .client import with_local_arrays
+from .grid import NormalizationGrid
+from .messages import LOCAL, RECALIBRATE
+from .recalibration import Keys, Recalibration
+from .schemes import (
+    PARTIAL,
+    SCHEMES,
+    Average,
+    BatchRenorm,
+    Frozen,
+    GroupNorm,
+    LayerNorm,
+    LocalBN,
+    LocalStatistics,
+    Normalization,
+    Pooled,
+    Recalibrated,
+    Synchronised,
+    as_normalization,
+    layer_arrays,
+    scheme_named,
+    statistics_of,
+)
+
+__all__ = [
+    "LOCAL",
+    "PARTIAL",
+    "RECALIBRATE",
+    "SCHEMES",
+    "Average",
+    "BatchRenorm",
+    "Frozen",
+    "GroupNorm",
+    "Keys",
+    "LayerNorm",
+    "LocalBN",
+    "LocalStatistics",
+    "Normalization",
+    "NormalizationGrid",
+    "Pooled",
+    "Recalibrated",
+    "Recalibration",
+    "Synchronised",
+    "as_normalization",
+    "layer_arrays",
+    "scheme_named",
+    "statistics_of",
+    "with_local_arrays",
+]

@@ -1,221 +1,121 @@
-"""The participant's half of normalization schemes: what stays is kept here and never sent."""
+"""The participant's half of normalization schemes: local arrays stay here and are never sent."""
 
-import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from logging import INFO, WARNING
-from pathlib import Path
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.common import log
 
-from ..aggregation.sgd import SGD
+from ..aggregation import SGD
 from ..errors import ColearnError
-from ..records import records_of, to_record, view
-from ..recovery.client import name_of
+from ..records import kind_of, records_of, to_record, view
 from ..roles import NDArray
-
-RECORD = "normalization"
-"""Key of the ConfigRecord that the server adds for the mod, of the mod's answer, and of its state.
-"""
+from .local_arrays import LocalArrays, is_lasting, load, save
+from .messages import LOCAL, LocalAnswer, LocalRequest
 
 _VELOCITY = "|velocity"
 
 
-@dataclass
-class LocalArrays:
-    """What a participant keeps: its arrays before and after the last round that it trained.
-
-    The former are for a round that is repeated, by a restart or by a server that resumed: it must
-    begin from what it began from the first time.
-    """
-
-    round: int = 0
-    before: dict[str, NDArray] = field(default_factory=dict)
-    after: dict[str, NDArray] = field(default_factory=dict)
-
-    def at(self, server_round: int, training: bool) -> dict[str, NDArray]:
-        """Return the arrays to begin a round with (or to evaluate with); empty if there are none.
-
-        Round 1 begins a run, so what an earlier run left is no part of it; nor is what was kept
-        in a later round than this one.
-        """
-        if not training:
-            return self.after if self.round <= server_round else {}
-        if server_round == 1 or self.round > server_round:
-            return {}
-        return self.before if self.round == server_round else self.after
-
-
-def normalization_mod(
-    message: Message, context: Context, call_next: Callable[[Message, Context], Message]
+def with_local_arrays(
+    message: Message,
+    context: Context,
+    call_next: Callable[[Message, Context], Message],
+    name: str = "participant",
 ) -> Message:
-    """Flower mod that keeps what a scheme of `flwr_colearn.Normalization` leaves with participants.
+    """Keep here what a scheme of `flwr_colearn.Normalization` leaves with participants.
 
     A message brings the arrays that travel; the user's function gets the whole model, with the
     participant's own arrays in their places, and may return the whole model: only what travels
     leaves. What stays lies in ``context.state`` and, where the node config has a ``state-dir``, in
-    a file there as well, since the state ends with its SuperNode. A participant that has lost it
-    says so in its log and to the server, and begins again from the shared model's arrays.
+    a file there as well, since the state ends with its SuperNode and its run. A participant that
+    has lost it says so in its log and to the server, and begins again from the shared model's
+    arrays. It is part of `flwr_colearn.participant_mod`.
 
-    Examples
-    --------
-    ::
-
-        app = ClientApp(mods=[participant_mod, normalization_mod])
+    Parameters
+    ----------
+    message, context, call_next
+        As Flower gives them to a mod.
+    name : str
+        The participant's, which names its file in the ``state-dir``.
     """
-    asked = records_of(message.content, ConfigRecord).get(RECORD) if message.has_content() else None
-    if asked is None:
+    record = records_of(message.content, ConfigRecord).get(LOCAL)
+    if record is None:
         return call_next(message, context)
-    del message.content[RECORD]
-    server_round = _whole(asked, "round")
-    kept = dict(zip(_strings(asked, "kept"), _numbers(asked, "positions"), strict=True))
-    training = message.metadata.message_type.partition(".")[0] == MessageType.TRAIN
-    (key, sent), *_ = records_of(message.content, ArrayRecord).items()
-    local = _load(context, kept).at(server_round, training)
-    if not local and not all(name in sent for name in kept):
+    del message.content[LOCAL]
+    request = LocalRequest.from_record(record)
+    training = kind_of(message) == MessageType.TRAIN
+    [(key, sent)] = records_of(message.content, ArrayRecord).items()
+    own = load(context, request.local, name).at(request.session, request.round, training)
+    if not own and not all(array in sent for array in request.local):
         log(
             WARNING,
             "Normalization: round %s: the local arrays are lost; asking for the shared model's",
-            server_round,
+            request.round,
         )
-        return Message(RecordDict({RECORD: ConfigRecord({"lost": True})}), reply_to=message)
-    fresh = bool(kept) and not local
-    if fresh:
-        _log_fresh(server_round, len(kept))
-        local = view(ArrayRecord({name: sent[name] for name in kept}))
-    own = {name: array for name, array in local.items() if not name.endswith(_VELOCITY)}
-    message.content[key] = _merged(sent, own, kept)
+        return Message(RecordDict({LOCAL: LocalAnswer(lost=True).to_record()}), reply_to=message)
+    reinitialised = bool(request.local) and not own
+    if reinitialised:
+        _log_beginning(request, context)
+        own = view(ArrayRecord({array: sent[array] for array in request.local}))
+    message.content[key] = _merged(sent, own, request.local)
     reply = call_next(message, context)
     if not training or not reply.has_content():
         return reply
-    for name, record in list(records_of(reply.content, ArrayRecord).items()):
-        if kept:
-            after = _own_arrays(view(record), local, kept, _strings(asked, "stepped"), asked)
-            _save(context, LocalArrays(server_round, local, after))
-        returned = set(_strings(asked, "returned"))
-        reply.content[name] = ArrayRecord({n: a for n, a in record.items() if n in returned})
-    reply.content[RECORD] = ConfigRecord({"fresh": fresh and server_round > 1})
+    for returned_key, returned in list(records_of(reply.content, ArrayRecord).items()):
+        if request.local:
+            after = _after(view(returned), own, request)
+            save(context, LocalArrays(request.session, request.round, own, after), name)
+        travels = {n: a for n, a in returned.items() if n in set(request.returned)}
+        reply.content[returned_key] = ArrayRecord(travels)
+    answer = LocalAnswer(reinitialised=reinitialised and request.round > 1)
+    reply.content[LOCAL] = answer.to_record()
     return reply
 
 
-def _own_arrays(
-    trained: Mapping[str, NDArray],
-    local: Mapping[str, NDArray],
-    kept: Mapping[str, int],
-    stepped: list[str],
-    asked: ConfigRecord,
+def _after(
+    trained: Mapping[str, NDArray], own: Mapping[str, NDArray], request: LocalRequest
 ) -> dict[str, NDArray]:
     """Return what to keep: the reply's arrays or, where those are gradients, a step of SGD."""
-    missing = [name for name in kept if name not in trained]
+    missing = [name for name in request.local if name not in trained]
     if missing:
         raise ColearnError(
-            f"reply: expected the arrays that stay here too, to be kept by normalization_mod, "
-            f"found {len(missing)} missing {missing[:3]}"
+            f"reply: expected the arrays that stay here too, to be kept by participant_mod, found "
+            f"{len(missing)} missing {missing[:3]}"
         )
-    own = {name: trained[name].copy() for name in kept}
-    if stepped:
-        rate, momentum, decay = _reals(asked, "sgd")
-        velocity = {name: local[name + _VELOCITY] for name in stepped if name + _VELOCITY in local}
-        weights = {name: local[name] for name in stepped}
+    after = {name: trained[name].copy() for name in request.local}
+    if request.stepped:
+        rate, momentum, decay = request.sgd
+        velocity = {n: own[n + _VELOCITY] for n in request.stepped if n + _VELOCITY in own}
+        weights = {name: own[name] for name in request.stepped}
         new, velocity = SGD(momentum, decay).step(weights, trained, velocity, rate)
-        own.update(new)
-        own.update({name + _VELOCITY: array for name, array in velocity.items()})
-    return own
+        after.update(new)
+        after.update({name + _VELOCITY: array for name, array in velocity.items()})
+    return after
 
 
-def _merged(sent: ArrayRecord, own: Mapping[str, NDArray], kept: Mapping[str, int]) -> ArrayRecord:
+def _merged(sent: ArrayRecord, own: Mapping[str, NDArray], local: Mapping[str, int]) -> ArrayRecord:
     """Return the whole model in its own order, the participant's arrays in their places."""
-    names = [name for name in sent if name not in kept]
-    for name, position in kept.items():
+    names = [name for name in sent if name not in local]
+    for name, position in local.items():
         names.insert(position, name)
-    mine = to_record(dict(own))
-    return ArrayRecord({name: mine[name] if name in kept else sent[name] for name in names})
+    mine = to_record({name: array for name, array in own.items() if name in local})
+    return ArrayRecord({name: mine[name] if name in local else sent[name] for name in names})
 
 
-def _log_fresh(server_round: int, count: int) -> None:
-    if server_round == 1:
-        log(INFO, "Normalization: %s arrays stay here from now on", count)
-    else:
+def _log_beginning(request: LocalRequest, context: Context) -> None:
+    count = len(request.local)
+    if request.round > 1:
         log(
             WARNING,
             "Normalization: round %s: no local arrays here; starting from the shared model's %s",
-            server_round,
+            request.round,
             count,
         )
-
-
-def _load(context: Context, kept: Mapping[str, int]) -> LocalArrays:
-    """Return what is kept in the context's state or the state folder, if it fits the model."""
-    record = records_of(context.state, ConfigRecord).get(RECORD)
-    if record is not None:
-        before, after = (
-            records_of(context.state, ArrayRecord)[f"{RECORD}.{n}"] for n in ("before", "after")
-        )
-        arrays = LocalArrays(_whole(record, "round"), view(before), view(after))
-    else:
-        arrays = _read(context)
-    return arrays if set(kept) <= set(arrays.after) else LocalArrays()
-
-
-def _save(context: Context, arrays: LocalArrays) -> None:
-    context.state[RECORD] = ConfigRecord({"round": arrays.round})
-    context.state[f"{RECORD}.before"] = to_record(arrays.before)
-    context.state[f"{RECORD}.after"] = to_record(arrays.after)
-    path = _path(context)
-    if path is None:
         return
-    content = io.BytesIO()
-    named = {f"before/{name}": array for name, array in arrays.before.items()}
-    named |= {f"after/{name}": array for name, array in arrays.after.items()}
-    np.savez(content, round=np.asarray(arrays.round), **named)  # type: ignore[arg-type]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_bytes(content.getvalue())
-    scratch.replace(path)
-
-
-def _read(context: Context) -> LocalArrays:
-    path = _path(context)
-    if path is None or not path.exists():
-        return LocalArrays()
-    try:
-        with np.load(path) as file:
-            split: dict[str, dict[str, NDArray]] = {"before": {}, "after": {}}
-            for key in file.files:
-                half, _, name = key.partition("/")
-                if name:
-                    split[half][name] = file[key]
-            return LocalArrays(int(file["round"]), **split)
-    except Exception as error:  # whatever is in a damaged file, the shared model's arrays are there
-        log(WARNING, "Normalization: %s is unusable: %s", path, error)
-        return LocalArrays()
-
-
-def _path(context: Context) -> Path | None:
-    """Return the file of this participant's arrays, or None without a ``state-dir``."""
-    folder = context.node_config.get("state-dir")
-    if not folder:
-        return None
-    name = name_of(context).get("participant", "participant")
-    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-    return Path(str(folder)) / f"normalization-{safe}.npz"
-
-
-def _whole(record: ConfigRecord, key: str) -> int:
-    value = record[key]
-    assert isinstance(value, int)
-    return value
-
-
-def _strings(record: ConfigRecord, key: str) -> list[str]:
-    return [str(value) for value in record.get(key, [])]  # type: ignore[union-attr]
-
-
-def _numbers(record: ConfigRecord, key: str) -> list[int]:
-    return [int(value) for value in record.get(key, [])]  # type: ignore[union-attr]
-
-
-def _reals(record: ConfigRecord, key: str) -> list[float]:
-    return [float(value) for value in record[key]]  # type: ignore[union-attr]
+    log(INFO, "Normalization: %s arrays stay here from now on", count)
+    if not is_lasting(context):
+        log(
+            WARNING,
+            "Normalization: without 'state-dir' in the node config the arrays that stay here end "
+            "with this SuperNode or run; a run that is resumed then starts from the shared model's",
+        )

@@ -26,26 +26,25 @@ class Normalization:
     ----------
     name : str
         As it stands in configs, histories and tables.
-    recalibrates : bool
-        The statistics are computed anew under every average, by a further exchange.
-    side_by_side : bool
-        Layers exchange sums while they compute: participants must run in one process, at the same
-        step.
+    all_reduces : bool
+        Layers exchange sums while they compute: participants must run in threads of one process, at
+        the same step.
     needs_statistics : bool or None
         Whether the model must have (True), or must not have (False), layers with running
         statistics.
     """
 
     name: ClassVar[str] = ""
-    recalibrates: ClassVar[bool] = False
-    side_by_side: ClassVar[bool] = False
+    all_reduces: ClassVar[bool] = False
     needs_statistics: ClassVar[bool | None] = None
 
-    def kept(self, arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
+    def local(self, arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
         """Return the names of the arrays that never leave a participant, in the model's order."""
         return []
 
-    def silent(self, server_round: int, arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
+    def not_returned(
+        self, server_round: int, arrays: Arrays, roles: Mapping[str, Role]
+    ) -> list[str]:
         """Return the names of arrays that are sent to participants but not back."""
         return []
 
@@ -54,9 +53,9 @@ class Normalization:
 
         Arrays that stay with the participants are in nobody's average, so they leave eq. 4 too.
         """
-        kept = set(self.kept(arrays, roles))
+        local = set(self.local(arrays, roles))
         return {
-            name: Role.BUFFER if name in kept and role is not Role.COUNTER else role
+            name: Role.BUFFER if name in local and role is not Role.COUNTER else role
             for name, role in roles.items()
         }
 
@@ -85,9 +84,14 @@ class Normalization:
             )
 
     @property
+    def travels_whole(self) -> bool:
+        """Whether the whole model travels both ways, and participants need not know the scheme."""
+        return False
+
+    @property
     def is_local(self) -> bool:
         """Whether the shared model is incomplete: part of it exists at the participants only."""
-        return type(self).kept is not Normalization.kept
+        return type(self).local is not Normalization.local
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,11 @@ class Average(Normalization):
     """The naive mean of means and of variances: what federated averaging does, as a baseline."""
 
     name: ClassVar[str] = "average"
+
+    @property
+    def travels_whole(self) -> bool:
+        """True."""
+        return True
 
     def roles(self, arrays: Arrays, roles: Mapping[str, Role]) -> dict[str, Role]:
         """Return the roles with statistics as plain buffers, which are averaged one by one."""
@@ -111,6 +120,11 @@ class Pooled(Normalization):
     """
 
     name: ClassVar[str] = "pooled"
+
+    @property
+    def travels_whole(self) -> bool:
+        """True."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -130,7 +144,6 @@ class Recalibrated(Normalization):
 
     every: int = 1
     name: ClassVar[str] = "recalibrated"
-    recalibrates: ClassVar[bool] = True
     needs_statistics: ClassVar[bool | None] = True
 
     def __post_init__(self) -> None:
@@ -151,7 +164,7 @@ class LocalStatistics(Normalization):
     name: ClassVar[str] = "local-statistics"
     needs_statistics: ClassVar[bool | None] = True
 
-    def kept(self, arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
+    def local(self, arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
         """Return means, variances and counters of normalization layers."""
         return statistics_of(arrays, roles)
 
@@ -163,7 +176,7 @@ class LocalBN(Normalization):
     name: ClassVar[str] = "local-bn"
     needs_statistics: ClassVar[bool | None] = True
 
-    def kept(self, arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
+    def local(self, arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
         """Return every array of the normalization layers."""
         return layer_arrays(arrays, roles)
 
@@ -173,11 +186,11 @@ class Synchronised(Normalization):
     """Every batch norm uses the batch of all participants together, forward and backward.
 
     The layers exchange sums, counts and gradients at every step, so this is for `SynchronousSGD`
-    with participants side by side in one process (`SideBySideGrid`).
+    with participants in threads of one process (`ThreadedGrid`).
     """
 
     name: ClassVar[str] = "synchronised"
-    side_by_side: ClassVar[bool] = True
+    all_reduces: ClassVar[bool] = True
     needs_statistics: ClassVar[bool | None] = True
 
 
@@ -186,7 +199,8 @@ class Frozen(Normalization):
     """Two phases: as `Pooled`, then with the shared statistics frozen (FixBN, arXiv 2303.06530).
 
     In the second phase layers normalise with the frozen statistics in training too; gamma and
-    beta go on learning. Statistics are then sent to participants, who are stateless, but not back.
+    beta go on learning. Statistics are then sent to participants, which keep no state, but
+    not back.
 
     Parameters
     ----------
@@ -206,7 +220,9 @@ class Frozen(Normalization):
     def __post_init__(self) -> None:
         whole_number("after of Frozen", self.after, least=1)
 
-    def silent(self, server_round: int, arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
+    def not_returned(
+        self, server_round: int, arrays: Arrays, roles: Mapping[str, Role]
+    ) -> list[str]:
         """Return the statistics once they are frozen."""
         return statistics_of(arrays, roles) if server_round > self.after else []
 

@@ -1,1 +1,17 @@
 """Participants that fail are restarted in the same round, or left out by a stated policy."""
+
+from .client import echoed, name_of, supervised
+from .grid import RecoveringGrid
+from .identity import Directory
+from .membership import Members, choose_members, wait_for_nodes
+
+__all__ = [
+    "Directory",
+    "Members",
+    "RecoveringGrid",
+    "choose_members",
+    "echoed",
+    "name_of",
+    "supervised",
+    "wait_for_nodes",
+]

@@ -1,4 +1,4 @@
-"""The participant's half of recovery: it says who it is, and ends itself when it hangs."""
+"""The participant's half of recovery: it says its name, and ends itself when it hangs."""
 
 import os
 import sys
@@ -8,68 +8,83 @@ from contextlib import contextmanager
 from logging import ERROR
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.common import log
 
-from ..aggregation.replies import ECHO
-from ..records import records_of
+from .._version import MOD_VERSION, __version__
+from ..aggregation import ECHO
+from ..errors import ColearnError
+from ..records import config_of, describe, records_of
+from .identity import ASK
+
+Next = Callable[[Message, Context], Message]
 
 
-def participant_mod(
-    message: Message, context: Context, call_next: Callable[[Message, Context], Message]
-) -> Message:
-    """Flower mod that lets the server tell participants apart and restart hanging ones.
+def supervised(message: Message, context: Context, call_next: Next) -> Message:
+    """Answer the server's question who this is, and train within the time limit.
 
-    A train reply echoes the participant's name and the round in a ConfigRecord ``colearn``. If
-    the train config carries ``time-limit`` (seconds), a ClientApp process of a deployment that
+    If the train config carries ``time-limit`` (seconds), a ClientApp process of a deployment that
     runs longer ends itself: Flower reports it, and the server restarts the training. In a
     simulation, where participants share processes, the limit is ignored.
 
-    Examples
-    --------
-    ::
-
-        app = ClientApp(mods=[participant_mod])
-        app.query("colearn")(introduce)
+    Raises
+    ------
+    ColearnError
+        If the server has another version of this plugin: nothing is trained then.
     """
-    if message.metadata.message_type == f"{MessageType.QUERY}.{ECHO}":
-        return introduce(message, context)
-    config = _config(message)
+    control = records_of(message.content, ConfigRecord).get(ECHO, ConfigRecord())
+    if ASK in control:
+        return Message(RecordDict({ECHO: ConfigRecord({**name_of(context)})}), reply_to=message)
+    config = config_of(message.content)
+    _check_version(config)
     limit = config.get("time-limit")
     with _time_limit(float(limit) if isinstance(limit, int | float) else None):
-        reply = call_next(message, context)
-    if reply.has_content() and "server-round" in config:
-        echo = {"server-round": config["server-round"], **name_of(context)}
-        reply.content[ECHO] = ConfigRecord(echo)
+        return call_next(message, context)
+
+
+def echoed(message: Message, context: Context, call_next: Next) -> Message:
+    """Add to a reply whose it is, and what it answers.
+
+    The ConfigRecord `ECHO` has the participant's name and the round, the versions of the plugin and
+    of this exchange, and eight characters that differ for models of other names, shapes or types.
+    """
+    config = config_of(message.content)
+    reply = call_next(message, context)
+    if not reply.has_content() or "server-round" not in config:
+        return reply
+    models = list(records_of(reply.content, ArrayRecord).values())
+    reply.content[ECHO] = ConfigRecord(
+        {
+            "server-round": config["server-round"],
+            **name_of(context),
+            "version": __version__,
+            "mod": MOD_VERSION,
+            **({"model": describe(models[0])} if len(models) == 1 else {}),
+        }
+    )
     return reply
 
 
-def introduce(message: Message, context: Context) -> Message:
-    """Answer the server's question who this participant is.
-
-    The name is ``name`` in the SuperNode's node config, else ``partition-<partition-id>``. Register
-    it with ``app.query("colearn")(introduce)``; a ClientApp with a `client_fn` answers through
-    `participant_mod`.
-    """
-    content = RecordDict({ECHO: ConfigRecord({**name_of(context)})})
-    return Message(content=content, reply_to=message)
-
-
 def name_of(context: Context) -> dict[str, str]:
-    """Return the participant's name as the entry ``participant``, or nothing if it has none."""
+    """Return the participant's name as the entry ``participant``, or nothing if it has none.
+
+    The name is ``name`` in the SuperNode's node config, else ``partition-<partition-id>``.
+    """
     if "name" in context.node_config:
         return {"participant": str(context.node_config["name"])}
     if "partition-id" in context.node_config:
-        return {"participant": f"partition-{context.node_config['partition-id']}"}
+        number = str(context.node_config["partition-id"])
+        return {"participant": f"partition-{number}"}
     return {}
 
 
-def _config(message: Message) -> ConfigRecord:
-    """Return the train config, wherever Message API or legacy messages keep it."""
-    for record in records_of(message.content, ConfigRecord).values():
-        if "server-round" in record:
-            return record
-    return ConfigRecord()
+def _check_version(config: ConfigRecord) -> None:
+    wanted = str(config.get("colearn-version", __version__))
+    if wanted != __version__:
+        raise ColearnError(
+            f"flwr-colearn: expected the server's version {wanted}, found {__version__} at this "
+            "participant; install the same version on the server and at every site"
+        )
 
 
 @contextmanager

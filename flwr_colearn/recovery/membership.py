@@ -1,13 +1,83 @@
-"""Who takes part: exactly K participants in every round."""
+"""Who is in a round: exactly K participants, or a quorum of them."""
 
 import time
-from logging import INFO
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from logging import INFO, WARNING
+from random import Random
 
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ..errors import ColearnError, expected, whole_number
+from ..errors import ColearnError
+from ..policy import Quorum, Recovery
+
+
+@dataclass(frozen=True)
+class Members:
+    """The nodes of a round's participants.
+
+    Attributes
+    ----------
+    nodes : list of int
+        Those who are there, the last round's in their places.
+    missing : list of int
+        Nodes of the last round that are not connected, and whose places nobody took.
+    """
+
+    nodes: list[int]
+    missing: list[int]
+
+
+def choose_members(
+    grid: Grid,
+    wanted: int,
+    before: Sequence[int],
+    random: Random,
+    recovery: Recovery | None = None,
+    patience: float = float("inf"),
+    available: int = 0,
+) -> Members:
+    """Return the nodes of the next round's participants.
+
+    Parameters
+    ----------
+    grid : Grid
+        Knows who is connected.
+    wanted : int
+        K.
+    before : sequence of int
+        The last round's nodes. They stay, as long as they are connected.
+    random : random.Random
+        Chooses among spare nodes.
+    recovery : Recovery, optional
+        With a `Quorum`, a round may have fewer than K, once its patience is spent.
+    patience : float
+        Seconds to wait for K nodes to connect.
+    available : int
+        So many must be connected, where that is more than K.
+
+    Raises
+    ------
+    ColearnError
+        If too few nodes are connected in time.
+    """
+    policy = recovery.policy if recovery is not None else None
+    if recovery is not None and isinstance(policy, Quorum):
+        patience = min(patience, recovery.patience)
+    try:
+        nodes = wait_for_nodes(grid, max(wanted, available), patience)
+    except ColearnError:
+        nodes = sorted(set(grid.get_node_ids()))
+        if not isinstance(policy, Quorum) or len(nodes) < policy.least:
+            raise
+        log(WARNING, "Quorum: %s of %s participants are connected", len(nodes), wanted)
+    stayed = [node for node in before if node in nodes]
+    spare = sorted(set(nodes) - set(stayed))
+    free = wanted - len(stayed)
+    chosen = stayed + (spare if len(spare) <= free else random.sample(spare, free))
+    left = [node for node in before if node not in nodes]
+    return Members(chosen, left[: wanted - len(chosen)])
 
 
 def wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:
@@ -30,34 +100,3 @@ def wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:
         log(INFO, "Waiting for participants: %s of %s connected", len(nodes), wanted)
         time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
     return nodes
-
-
-def participant_arguments(
-    num_participants: int | None, kwargs: dict[str, Any], fraction: str, least: tuple[str, ...]
-) -> dict[str, int]:
-    """Return FedAvg's arguments that make every round have exactly K participants.
-
-    Parameters
-    ----------
-    num_participants : int or None
-        K; ``None`` takes `least[0]` of `kwargs` (FedAvg's default is 2).
-    kwargs : dict
-        FedAvg's arguments as the user gave them.
-    fraction : str
-        Name of the argument for the fraction of nodes that train; must be 1.
-    least : tuple of str
-        Names of the arguments for the least number of nodes: training first.
-
-    Raises
-    ------
-    ColearnError
-        If the arguments contradict each other.
-    """
-    if kwargs.get(fraction, 1.0) != 1.0:
-        raise expected(fraction, "1.0, since every participant takes part", kwargs[fraction])
-    k = kwargs.get(least[0], 2) if num_participants is None else num_participants
-    whole_number("num_participants", k, least=1)
-    for name in least[:2]:
-        if num_participants is not None and kwargs.get(name, k) != k:
-            raise expected(name, f"num_participants={k}, or nothing", kwargs[name])
-    return {name: kwargs.get(name, k) if name != least[0] else k for name in least}

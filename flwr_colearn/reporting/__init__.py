@@ -1,1 +1,5 @@
 """Pictures of a history."""
+
+from .figures import Curve, curve, doublings, save_figure, save_panels
+
+__all__ = ["Curve", "curve", "doublings", "save_figure", "save_panels"]

@@ -1,1 +1,18 @@
 """Strategies in which every participant sends its model every round."""
+
+from .algorithm import Algorithm, Progress, algorithm_of
+from .arguments import participant_arguments
+from .averaging import Averaging
+from .colearn import CoLearn
+from .synchronous import GRADIENTS, SynchronousSGD
+
+__all__ = [
+    "GRADIENTS",
+    "Algorithm",
+    "Averaging",
+    "CoLearn",
+    "Progress",
+    "SynchronousSGD",
+    "algorithm_of",
+    "participant_arguments",
+]

@@ -1,201 +1,572 @@
-"""Flower's own FedAvg with a normalization scheme: the baseline that others are compared with."""
+"""Averaging: federated averaging with an exact mean, refusals and a history; the base of others."""
 
-import time
-from collections.abc import Callable, Iterable
-from logging import WARNING
+import random
+from collections.abc import Callable, Iterable, Mapping
+from logging import INFO, WARNING
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.common import log
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common import DEFAULT_TTL, log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ..aggregation.mean import RunningMean
+from ..aggregation import RoundMean, Weighting, as_weighting, examples_of
+from ..checkpoint import CheckpointFolder, as_folder
+from ..compression import Compression
 from ..errors import ColearnError, expected
-from ..history import History, RoundRecord
-from ..normalization.grid import NormalizationGrid
-from ..normalization.recalibration import recalibrate
-from ..normalization.schemes import PARTIAL, Average, Normalization, as_normalization
-from ..records import Outgoing, data_bytes, records_of, view
-from ..roles import Roles, assign_roles
+from ..history import History, RoundLog, RoundRecord
+from ..loop import EvaluateFn, Resume, run
+from ..managed import Managed
+from ..normalization import PARTIAL, Normalization, Pooled
+from ..policy import Recovery, attempt_limit
+from ..records import Outgoing
+from ..recovery import choose_members
+from ..roles import Role, Roles
+from ..stock import warn_of_private_statistics
+from ..traffic import Event, RoundTraffic
+from ..transport import ConnectedGrid, Transport
+from .algorithm import Algorithm, Progress
+from .arguments import participant_arguments, patience
+from .shared_model import SharedModel
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-class NormalizedFedAvg(FedAvg):
-    """``flwr.serverapp.strategy.FedAvg``, its statistics as a scheme has them.
+def folds(aggregate: F) -> F:
+    """Mark an `aggregate_train` that takes replies as they arrive, each once."""
+    aggregate.folds_replies = True  # type: ignore[attr-defined]
+    return aggregate
 
-    With `Average` it aggregates as FedAvg does, by FedAvg's own code. With any other scheme the
-    models are averaged by `RunningMean`, weighted by FedAvg's `weighted_by_key`. `Synchronised`
-    needs an exchange at every step, and is refused.
+
+class Averaging(FedAvg, Managed[RoundLog]):
+    """Federated averaging of all K participants, with an exact mean, refusals and a history.
+
+    In the place of ``FedAvg``: the models are summed in float64 and rounded once, statistics of
+    normalization layers are pooled, bad replies are refused with the reason, and participants that
+    fail are restarted. What participants train is what the train config says; a record's local
+    epochs and learning rate are those of its ``local-epochs`` and ``learning-rate``.
+    `flwr_colearn.CoLearn` decides both.
 
     Parameters
     ----------
-    normalization : Normalization
-        The scheme.
+    num_participants : int, optional
+        K. Sets FedAvg's `min_train_nodes`, `min_available_nodes` and `min_evaluate_nodes`; every
+        round has exactly K distinct participants. By default K is `min_train_nodes`.
+    weighting : {"weighted", "uniform"}, default "weighted"
+        By FedAvg's `weighted_by_key` (number of examples), or 1/K each.
     roles : mapping or sequence, optional
-        See `flwr_colearn.Role`.
+        Which arrays are weights, batch-norm means and variances, counters; see
+        `flwr_colearn.Role`. By default their names decide.
     history : str, Path or History, optional
-        Where rounds and their bytes are recorded, by default in memory. A record's local epochs
-        and learning rate are those of the train config's ``local-epochs`` and ``learning-rate``.
+        Where the rounds are recorded: a file for JSON lines, or a `History`. By default in memory.
+    wait_for_participants : float, optional
+        Seconds to wait for K nodes to connect before the run ends with an error. By default
+        without limit, as FedAvg does.
+    recovery : Recovery, optional
+        How participants that fail are restarted, and what follows when one is lost; by default
+        three restarts, then the run ends with the model of the last completed round. ``None``
+        leaves failed participants out, as Flower does.
+    checkpoints : str, Path or CheckpointFolder, optional
+        Where `start` saves the run after every round. By default nowhere.
+    compression : Compression, optional
+        How models are written on their way; by default as they are. Participants then need
+        `flwr_colearn.participant_mod`.
+    normalization : Normalization, optional
+        What becomes of normalization layers where participants' data are unlike: see
+        `flwr_colearn.Normalization`. By default their statistics are pooled.
+    algorithm : Algorithm, optional
+        Decides T and the learning rate of every round; by default the train config does.
     **kwargs
-        The arguments of ``flwr.serverapp.strategy.FedAvg``.
+        The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
+        stay 1: nobody is left out of a round.
+
+    Attributes
+    ----------
+    history : History
+        The rounds so far.
+    progress : Progress
+        Where the run is.
+    last_nodes : list of int
+        The nodes of the last round's participants, which come first in the next.
+    random : random.Random
+        Chooses among spare nodes.
 
     Raises
     ------
     ColearnError
-        If the scheme cannot be had with FedAvg; during a run, if it does not fit the model.
+        If an argument is not what it should be; during a run, if participants are missing or no
+        model arrived. Its `result` then holds what was reached.
 
     Examples
     --------
-    >>> from flwr_colearn import LocalStatistics
-    >>> strategy = NormalizedFedAvg(LocalStatistics(), min_train_nodes=5)
+    >>> strategy = Averaging(num_participants=5)
+    >>> strategy.min_train_nodes
+    5
     """
+
+    exchanges_steps = False
+    """Whether participants exchange after every step: a subclass may say so."""
 
     def __init__(
         self,
-        normalization: Normalization,
+        num_participants: int | None = None,
         *,
+        weighting: Weighting = "weighted",
         roles: Roles = None,
         history: str | Path | History | None = None,
+        wait_for_participants: float | None = None,
+        recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
+        checkpoints: str | Path | CheckpointFolder | None = None,
+        compression: Compression = Compression(),  # noqa: B008
+        normalization: Normalization = Pooled(),  # noqa: B008
+        algorithm: Algorithm | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.normalization = as_normalization(normalization)
-        if normalization.side_by_side:
+        nodes = participant_arguments(
+            num_participants,
+            kwargs,
+            fraction="fraction_train",
+            least=("min_train_nodes", "min_available_nodes", "min_evaluate_nodes"),
+        )
+        super().__init__(**{**kwargs, **nodes})
+        self.transport = Transport(recovery, normalization, compression, roles)
+        if normalization.all_reduces and not self.exchanges_steps:
             raise expected(
                 "normalization",
                 "a scheme that is exchanged once a round; layers that compute together need "
                 "SynchronousSGD",
                 normalization,
             )
-        self.history = history if isinstance(history, History) else History(history)
-        self._roles = roles
-        self._grid: NormalizationGrid | None = None
-        self._sent: ArrayRecord = ArrayRecord()
-        self._record: RoundRecord | None = None
-        self._epochs_done = 0
-        self._extra = (0, 0)
-        self._opened_at = 0.0
-        self._timeout = 3600.0
+        self.weighting = as_weighting(weighting)
+        self.wait_for_participants = patience(wait_for_participants)
+        self.checkpoints = as_folder(checkpoints)
+        self.algorithm = algorithm
+        self.log = RoundLog(history)
+        self.progress = Progress()
+        self.random = random.Random()
+        self.last_nodes: list[int] = []
+        self._shared = SharedModel()
+        self._outgoing = Outgoing()
+        self._mean: RoundMean | None = None
+        self._timeout: float | None = None
+        self._grid: ConnectedGrid | None = None
+        self._missing: list[int] = []
+        self._evaluated: ArrayRecord | None = None
+
+    @property
+    def num_participants(self) -> int:
+        """K."""
+        return self.min_train_nodes
+
+    @property
+    def history(self) -> History:
+        """The rounds so far."""
+        return self.log.history
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """What the average does with every array; empty before the first round."""
+        return self._shared.roles
+
+    @property
+    def _features(self) -> Transport:
+        """The features of the run's exchanges: the grid may have some that the strategy has not."""
+        return self.transport if self._grid is None else self._grid.transport
+
+    @property
+    def spent(self) -> bool:
+        """Whether the budget of local epochs is used up."""
+        return self.algorithm is not None and self.algorithm.spent(self.progress)
+
+    @property
+    def streams(self) -> bool:  # type: ignore[override]
+        """Whether replies may be handed over as they arrive: unless a subclass aggregates."""
+        return getattr(type(self).aggregate_train, "folds_replies", False)
+
+    def summary(self) -> None:
+        """Log the settings of the strategy."""
+        if self.algorithm is not None:
+            self.algorithm.log_summary(lambda line: log(INFO, line))
+        log(INFO, "\t├──> Participants: %s, weighting: %s", self.num_participants, self.weighting)
+        log(INFO, "\t├──> Normalization: %s", self.transport.normalization)
+        if not self.transport.compression.is_plain:
+            compression = self.transport.compression
+            log(INFO, "\t├──> Compression: %s; participants need participant_mod", compression)
+        super().summary()
+
+    # Flower's hooks -----------------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask K participants to train.
+
+        Returns
+        -------
+        list of Message
+            One for each participant, all with the same content; none when the budget is spent.
+        """
+        self._grid = grid if isinstance(grid, ConnectedGrid) else None
+        self._refuse_foreign_loop()
+        if server_round <= self.progress.round:  # Flower's loop begins another run
+            self._clear()
+        self.close(arrays)
+        if self.spent:
+            return []
+        entries, record = self._begin_round(server_round, arrays, config)
+        self._shared.send(arrays, self._features)
+        self._warn_of_foreign_loop(server_round)
+        self._renew_mean(server_round)
+        members = choose_members(
+            grid,
+            self.num_participants,
+            self.last_nodes,
+            self.random,
+            self._features.recovery,
+            self.wait_for_participants,
+            self.min_available_nodes,
+        )
+        self.last_nodes, self._missing = members.nodes, members.missing
+        self.log.open(record)
+        reason = "it was not connected when the round began"
+        self.log.note_events(
+            Event("absence", self._name_of(node), reason) for node in members.missing
+        )
+        # A copy: Flower hands the same ConfigRecord to every round.
+        content = self._content(arrays, ConfigRecord({**config, **entries}))
+        # The reply, too, must arrive while the message lives.
+        ttl = max(float(DEFAULT_TTL), 2.0 * (self.time_limit or 0.0))
+        return [Message(content, node, MessageType.TRAIN, ttl=ttl) for node in members.nodes]
+
+    @folds
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Add the replies' models to the mean (eq. 2), refusing those that do not fit.
+
+        Raises
+        ------
+        ColearnError
+            If no model arrived at all, or fewer than the recovery's policy needs.
+        """
+        if self.spent and not self.log.is_open:
+            return None, None
+        record = self.log.record
+        assert self._mean is not None
+        accepted = self._mean.fold(self._in_order(replies), self._name_of)
+        self.log.note_events(self._mean.events)
+        record.participants = self._mean.participants
+        self._account()
+        average = self._outgoing.record(self._mean.mean())
+        # By participant: the same bits in whatever order the replies arrived.
+        metrics = [content for _, content in sorted(accepted, key=itemgetter(0))]
+        train_metrics = self._aggregated(self.train_metrics_aggr_fn, metrics)
+        self.log.note(train_metrics=train_metrics)
+        return average, train_metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask participants that are connected to evaluate the shared model."""
+        self._evaluated = arrays
+        nodes = sorted(grid.get_node_ids())
+        # As many as FedAvg asks for, but of those who are there: nobody is waited for.
+        wanted = max(int(len(nodes) * self.fraction_evaluate), self.min_evaluate_nodes)
+        if not self.log.is_open or self.fraction_evaluate == 0.0 or not nodes:
+            return []
+        chosen = nodes if wanted >= len(nodes) else self.random.sample(nodes, wanted)
+        content = self._content(arrays, ConfigRecord({**config, "server-round": server_round}))
+        return [Message(content, node, MessageType.EVALUATE) for node in chosen]
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Aggregate the participants' evaluation metrics; failed or malformed replies are left out.
+
+        Under a wrapper that runs Flower's own loop, such as differential privacy, this is the
+        last hook of a round, so the round's record is closed here.
+        """
+        contents = [reply.content for reply in replies if _evaluated(reply, self.weighted_by_key)]
+        metrics = self._aggregated(self.evaluate_metrics_aggr_fn, contents)
+        self.log.note(evaluate_metrics=metrics)
+        if self._timeout is None and self._evaluated is not None:
+            if self._grid is not None:
+                self.log.note_evaluation(self._grid.take())
+            self.close(self._evaluated)
+        return metrics
 
     def start(
         self,
         grid: Grid,
         initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
+        num_rounds: int | None = None,
         timeout: float = 3600,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+        resume: Resume = "never",
     ) -> Result:
-        """Run FedAvg's own loop; see ``flwr.serverapp.strategy.FedAvg.start``."""
-        self.history.clear()
-        self._epochs_done, self._timeout = 0, timeout
-        self._grid = NormalizationGrid(grid, self.normalization, self._roles)
-        return super().start(
-            self._grid,
+        """Run the strategy; ends after `num_rounds` or when the budget of local epochs is spent.
+
+        Parameters
+        ----------
+        grid : Grid
+            Connects to the participants.
+        initial_arrays : ArrayRecord
+            w^0, by preference with names (``ArrayRecord(model.state_dict())``).
+        num_rounds : int, optional
+            By default 3, as in Flower, or without limit where there is a budget.
+        timeout : float, default 3600
+            Seconds that one attempt of one participant may take. It grows with T, from the time
+            that a local epoch was seen to take, and the log says so.
+        train_config, evaluate_config : ConfigRecord, optional
+            Further entries for the participants; the plan's keys are added to the former.
+        evaluate_fn : callable, optional
+            ``(round, arrays) -> MetricRecord | None``: the server's own evaluation, called with
+            round 0 before the first one.
+        resume : {"never", "auto"}, default "never"
+            "auto" goes on from the newest checkpoint, in the round that was under way when the
+            server ended, with the plan that it would have had; without a checkpoint it begins.
+
+        Returns
+        -------
+        Result
+            The final model and the metrics of every round, by round number.
+
+        Raises
+        ------
+        ColearnError
+            If fewer than K nodes connect in time, a participant is lost, a round brings no model,
+            the checkpoints are damaged or of another configuration, or there are some although
+            `resume` is "never". ``error.result`` holds what was reached.
+        """
+        budget = self.algorithm is not None and self.algorithm.total_epochs is not None
+        return run(
+            self,
+            grid,
             initial_arrays,
-            num_rounds,
+            num_rounds if num_rounds is not None or budget else 3,
             timeout,
             train_config,
             evaluate_config,
             evaluate_fn,
+            resume=resume,
         )
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Sample participants as FedAvg does, and begin the round's record."""
-        messages = list(super().configure_train(server_round, arrays, config, grid))
-        self._extra = (0, 0)
-        self._sent, self._opened_at = arrays, time.perf_counter()
-        epochs, rate = int(_number(config, "local-epochs")), _number(config, "learning-rate")
-        self._epochs_done += epochs
-        self._record = RoundRecord(
-            server_round,
+    # What run asks besides ----------------------------------------------------------------------
+
+    def begin(
+        self,
+        grid: ConnectedGrid,
+        timeout: float,
+        num_rounds: int | None,
+        save: Callable[[int], None],
+    ) -> None:
+        """Begin a run in our own loop, and forget an earlier one."""
+        self._grid, self._timeout = grid, timeout
+        self._clear()
+
+    def end(self) -> None:
+        """End a run in our own loop."""
+        self._timeout = self._grid = None
+
+    def check_reply(self, sent: Message, reply: Message) -> None:
+        """Raise a ColearnError unless `reply` is a usable answer to the train message `sent`."""
+        assert self._mean is not None
+        self._mean.check(sent, reply)
+
+    def close(self, arrays: ArrayRecord) -> None:
+        """Complete the record of the round under way, if any, which ended with these arrays."""
+        if self.log.is_open:
+            assert self._mean is not None
+            self.log.close(self._shared.change(arrays, averaged=self._mean.count > 0))
+
+    def configuration(self) -> dict[str, str]:
+        """Return what must be the same for a run to be resumed."""
+        return {
+            **({} if self.algorithm is None else self.algorithm.configuration()),
+            "weighting": self.weighting,
+            "normalization": str(self._features.normalization),
+            "compression": str(self._features.compression),
+            "number of participants": str(self.num_participants),
+        }
+
+    def strategy_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what the strategy remembers between rounds: what JSON can hold, and arrays."""
+        state = {
+            "progress": self.progress.to_json(),
+            "random": self.random.getstate(),
+            "nodes": self.last_nodes,
+            **self._shared.state(),
+        }
+        return state, {}
+
+    def restore_strategy_state(self, state: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+        """Go on with what `strategy_state` returned."""
+        self.progress = Progress(**state["progress"])
+        self.last_nodes = [int(node) for node in state["nodes"]]
+        version, numbers, gauss = state["random"]
+        self.random.setstate((version, tuple(numbers), gauss))
+        if self.progress.round:
+            self._shared.restore(state)
+
+    # Steps --------------------------------------------------------------------------------------
+
+    def _begin_round(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord
+    ) -> tuple[dict[str, Any], RoundRecord]:
+        """Return what the participants are told, and the round's record."""
+        if self.algorithm is None:
+            epochs, rate = int(_number(config, "local-epochs")), _number(config, "learning-rate")
+            done = self.progress.epochs_done + epochs
+            self.progress = Progress(server_round, epochs, done, self.progress.seconds_per_epoch)
+            entries: dict[str, Any] = {"server-round": server_round}
+        else:
+            averaged = self._mean is None or self._mean.count > 0
+            change = self._shared.change(arrays, averaged) if self.progress.round else None
+            plan, self.progress = self.algorithm.next_plan(server_round, self.progress, change)
+            epochs, rate = plan.local_epochs, plan.learning_rate
+            entries = plan.to_config()
+        self.time_limit = self._limit(epochs)
+        if self.time_limit is not None:
+            entries["time-limit"] = self.time_limit
+        log(
+            INFO,
+            "configure_train: %s participants train %s local epochs from learning rate %g",
+            self.num_participants,
             epochs,
             rate,
-            self._epochs_done,
-            bytes_down=data_bytes(arrays) * len(messages),
         )
-        return messages
+        record = RoundRecord(server_round, epochs, rate, self.progress.epochs_done)
+        scheme = self._features.normalization
+        if not scheme.travels_whole:
+            record.normalization = {"scheme": scheme.name, "reinitialised": []}
+        if scheme.is_local:
+            record.normalization["shared-model"] = PARTIAL
+        return entries, record
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Average the models of the replies, statistics by the scheme."""
-        replies = list(replies)
-        good = [reply for reply in replies if reply.has_content()]
-        arrays, metrics = super().aggregate_train(server_round, replies)
-        if arrays is not None and not isinstance(self.normalization, Average):
-            arrays = self._average(server_round, good)
-        if self._record is not None:
-            self._close(good, metrics)
-        return arrays, metrics
+    def _limit(self, local_epochs: int) -> float | None:
+        """Return the seconds that an attempt of so many epochs may take, in our own loop."""
+        if self._timeout is None:
+            return None
+        likely = local_epochs * self.progress.seconds_per_epoch
+        limit = attempt_limit(self._timeout, likely)
+        if limit is not None and limit > self._timeout:
+            log(
+                WARNING,
+                "CoLearn: %s local epochs take about %.0f s, so an attempt may take %.0f s instead "
+                "of timeout=%.0f. Raise `timeout`, or bound the local epochs "
+                "(IncreasingEpochs(maximum=...))",
+                local_epochs,
+                likely,
+                limit,
+                self._timeout,
+            )
+        return limit
 
-    def _average(self, server_round: int, replies: list[Message]) -> ArrayRecord:
-        sent = view(self._sent)
-        roles = self.normalization.roles(sent, assign_roles(sent, self._roles))
-        outgoing = Outgoing()
-        mean = RunningMean(sent, roles, outgoing.empty)
-        for reply in replies:
-            (record,) = records_of(reply.content, ArrayRecord).values()
-            (metrics,) = records_of(reply.content, MetricRecord).values()
-            try:
-                mean.add(view(record), metrics[self.weighted_by_key])  # type: ignore[arg-type]
-            except ColearnError as error:
-                self._refuse(reply, str(error))
-        if not mean.count:
-            return self._sent
-        average = outgoing.record(mean.mean())
-        if not self.normalization.due(server_round) or self._grid is None:
-            return average
-        nodes = [reply.metadata.src_node_id for reply in replies]
-        result = recalibrate(
-            self._grid,
-            nodes,
-            server_round,
-            average,
-            roles,
-            lambda examples: examples,
-            self._timeout,
-            (self.arrayrecord_key, self.configrecord_key, self.weighted_by_key),
-        )
-        self._extra = result.bytes_down, result.bytes_up
-        return result.arrays
+    def _renew_mean(self, server_round: int) -> None:
+        if self._mean is None:
+            self._mean = RoundMean(
+                self._shared.arrays,
+                self._shared.roles,
+                self.weighting,
+                self.num_participants,
+                self.weighted_by_key,
+                self._outgoing.empty,
+            )
+        self._mean.renew(server_round, self._shared.arrays)
 
-    def _refuse(self, reply: Message, reason: str) -> None:
-        participant = str(reply.metadata.src_node_id)
-        log(WARNING, "NormalizedFedAvg: reply of node %s refused: %s", participant, reason)
-        if self._record is not None:
-            self._record.refusals.append({"participant": participant, "reason": reason})
+    def _account(self) -> None:
+        """Record what moved and happened in the round, and require as many as the policy does."""
+        if self._grid is None:
+            return
+        assert self._mean is not None
+        traffic = self._grid.take()
+        self.log.note_traffic(traffic)
+        self._mean.note(traffic.events)
+        self.last_nodes = self._grid.node_ids + self._missing
+        self._learn_speed(traffic)
+        recovery = self._grid.transport.recovery
+        if recovery is not None:
+            self._mean.require(recovery.required(self.num_participants))
 
-    def _close(self, replies: list[Message], metrics: MetricRecord | None) -> None:
-        assert self._record is not None
-        record, self._record = self._record, None
-        refused = {entry["participant"] for entry in record.refusals}
-        nodes = [str(reply.metadata.src_node_id) for reply in replies]
-        record.participants = [node for node in nodes if node not in refused]
-        record.bytes_up = sum(
-            data_bytes(r)
-            for reply in replies
-            for r in records_of(reply.content, ArrayRecord).values()
-        )
-        record.train_metrics = dict(metrics or {})
-        record.seconds = round(time.perf_counter() - self._opened_at, 3)
+    def _learn_speed(self, traffic: RoundTraffic) -> None:
+        if epochs := self.log.record.local_epochs:
+            self.progress = self.progress.timed(traffic.seconds, epochs)
+
+    def _in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
+        """Sort by participant where the sum's last bit depends on the order: float64 models."""
+        assert self._mean is not None
+        if not self._mean.order_matters:
+            return replies
+        if self._grid is not None:  # by name: a restart may change the node
+            return self._grid.in_order(replies)
+        return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
+
+    def _name_of(self, node_id: int) -> str:
+        return str(node_id) if self._grid is None else self._grid.name_of(node_id)
+
+    def _content(self, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
+        return RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+
+    def _aggregated(
+        self, aggregate: Callable[[list[RecordDict], str], MetricRecord], contents: list[RecordDict]
+    ) -> MetricRecord | None:
+        """Aggregate metrics; metrics that do not fit together never cost the trained model."""
+        if not contents:
+            return None
+        try:
+            return aggregate(contents, self.weighted_by_key)
+        except Exception:  # a user's function over participants' input: anything may happen
+            log(WARNING, "CoLearn: the metrics could not be aggregated", exc_info=True)
+            return None
+
+    def _clear(self) -> None:
+        """Forget an earlier run."""
+        self.progress, self._mean = Progress(), None
+        self.last_nodes, self._missing = [], []
+        self._shared.clear()
+        self.log.clear()
+
+    def _refuse_foreign_loop(self) -> None:
+        """Raise for what only our own loop, or a connected grid, can do."""
+        if self._timeout is not None:
+            return
+        total = None if self.algorithm is None else self.algorithm.total_epochs
+        for name, value in (("total_epochs", total), ("checkpoints", self.checkpoints)):
+            if value is not None:
+                raise expected(
+                    f"{name} under a wrapper such as differential privacy",
+                    "None, since the wrapper's start runs Flower's loop, which has neither a "
+                    "budget nor checkpoints; use num_rounds, or flwr_colearn.run",
+                    value,
+                )
+        mine = self.transport
+        if not (mine.normalization.travels_whole and mine.compression.is_plain):
+            raise expected(
+                "compression and normalization under a wrapper such as differential privacy",
+                "those of the grid, wrapper.start(Transport(...).connect(grid), ...), since the "
+                "wrapper's start runs Flower's loop on it",
+                f"{mine.compression}, {mine.normalization}",
+            )
         if self._grid is not None:
-            traffic = self._grid.take_traffic()
-            down = self._extra[0] - traffic.saved_down
-            up = self._extra[1] - traffic.saved_up
-            record.bytes_down += down
-            record.bytes_up += up
-            record.normalization = {
-                "scheme": self.normalization.name,
-                "bytes": down + up,
-                "fresh": [str(node_id) for node_id in traffic.fresh],
-                **({"shared-model": PARTIAL} if self.normalization.is_local else {}),
-            }
-        self.history.append(record)
+            self._grid.transport.check_privacy()
+
+    def _warn_of_foreign_loop(self, server_round: int) -> None:
+        if self._timeout is None and server_round == 1 and self._shared.untrained:
+            warn_of_private_statistics(self._shared.untrained)
+
+
+def _evaluated(reply: Message, weighted_by_key: str) -> bool:
+    try:
+        examples_of(reply, weighted_by_key)
+    except ColearnError as error:
+        node = reply.metadata.src_node_id
+        log(WARNING, "CoLearn: evaluation of node %s left out: %s", node, error)
+        return False
+    return True
 
 
 def _number(config: ConfigRecord, key: str) -> float:

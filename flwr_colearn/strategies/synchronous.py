@@ -1,26 +1,28 @@
 """SynchronousSGD: every step the participants' gradients are averaged and applied."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
-from ..aggregation.sgd import SGD
+from ..aggregation import SGD
 from ..errors import expected
-from ..grids.threaded import SideBySideGrid
+from ..grids import ThreadedGrid
 from ..plan import LocalPlan
-from ..records import records_of, to_record, view
-from ..roles import Arrays, NDArray, Role, assign_roles
+from ..records import config_of, to_record, view
+from ..roles import NDArray, Role
 from ..schedules import LearningRate
-from .colearn import CoLearn
+from ..transport import ConnectedGrid
+from .algorithm import algorithm_of
+from .averaging import Averaging, folds
 
 GRADIENTS = "gradients"
 """Config key: the names of the arrays whose gradients a participant replies with."""
 
 
-class SynchronousSGD(CoLearn):
+class SynchronousSGD(Averaging):
     """Stochastic gradient descent over all participants' batches, one exchange a step.
 
     g = sum_k B_k g_k / sum_k B_k, with B_k the examples of participant k's batch; then the server
@@ -42,7 +44,7 @@ class SynchronousSGD(CoLearn):
     Parameters
     ----------
     num_participants : int, optional
-        K; see `CoLearn`.
+        K; see `Averaging`.
     learning_rate : float or LearningRate
         Of every step; ``ExponentialRate(initial, decay, total_epochs=steps)`` decays over the
         steps, ``ConstantRate(function of the step)`` does what the function says.
@@ -51,14 +53,14 @@ class SynchronousSGD(CoLearn):
     total_steps : int, optional
         The run ends after so many steps; `num_rounds` of `start` does the same.
     **kwargs
-        Further arguments of `CoLearn`: `normalization`, `roles`, `history`, `recovery`, ...;
+        Further arguments of `Averaging`: `normalization`, `roles`, `history`, `recovery`, ...;
         `fraction_evaluate` is 0 by default, since an evaluation by the participants after every
         step would cost more than the step.
 
     Raises
     ------
     ColearnError
-        As `CoLearn` does.
+        As `Averaging` does.
 
     Examples
     --------
@@ -80,58 +82,47 @@ class SynchronousSGD(CoLearn):
         kwargs.setdefault("fraction_evaluate", 0.0)
         super().__init__(
             num_participants,
-            local_epochs=1,
-            learning_rate=learning_rate,
-            total_epochs=total_steps,
-            weighting="weighted",
+            algorithm=algorithm_of(1, learning_rate, total_steps),
             **kwargs,
         )
-        if self.wire.up.differential:
+        if self.transport.compression.up.differential:
             raise expected(
-                "wire of SynchronousSGD",
+                "compression of SynchronousSGD",
                 "one without differences to the shared model, since gradients travel up",
-                str(self.wire),
+                str(self.transport.compression),
             )
         self.sgd = SGD(momentum, weight_decay)
         self._velocity: dict[str, NDArray] = {}
-        self._differentiated: list[str] = []
-        self._weights: Arrays = {}
-        self._side_by_side: SideBySideGrid | None = None
         self._rate = 0.0
-        self._exchanged = 0
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask K participants for the gradients of their next batches."""
+        self._check_grid(grid)
         messages = list(super().configure_train(server_round, arrays, config, grid))
         if not messages:
             return messages
-        self._weights = self.view_of(arrays)
         if server_round == 1:
             self._velocity = {}
-        if server_round == 1 or not self._differentiated:
-            roles = assign_roles(self._weights, self._roles)
-            self._differentiated = [n for n, role in roles.items() if role is Role.TRAINABLE]
         # One record for all messages, made for this round.
-        train_config = records_of(messages[0].content, ConfigRecord)[self.configrecord_key]
+        train_config = config_of(messages[0].content)
         self._rate = next(iter(LocalPlan.from_config(train_config))).learning_rate
         train_config["sgd"] = [self._rate, self.sgd.momentum, self.sgd.weight_decay]
-        train_config[GRADIENTS] = self._differentiated
+        train_config[GRADIENTS] = self._shared.trained
         return messages
 
-    def configuration(self) -> dict[str, str]:
-        """Return what must be the same for a run to be resumed."""
-        return {**super().configuration(), "optimizer": str(self.sgd)}
+    def _check_grid(self, grid: Grid) -> None:
+        bottom = grid.bottom if isinstance(grid, ConnectedGrid) else grid
+        if self._features.normalization.all_reduces and not isinstance(bottom, ThreadedGrid):
+            raise expected(
+                "grid for synchronised normalization",
+                "a ThreadedGrid, since every layer exchanges sums at every step; where "
+                "participants are apart, use another scheme",
+                type(bottom).__name__,
+            )
 
-    def extra_arrays(self) -> Arrays:
-        """Return the velocity of every array."""
-        return self._velocity
-
-    def restore_extra(self, arrays: Arrays) -> None:
-        """Go on with the velocity that was saved."""
-        self._velocity, self._differentiated = dict(arrays), []
-
+    @folds
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -146,28 +137,21 @@ class SynchronousSGD(CoLearn):
         if average is None:
             return average, metrics
         model = {name: np.array(array) for name, array in view(average).items()}
-        names = [name for name in model if self.rule.roles[name] is Role.TRAINABLE]
-        weights = {name: self._weights[name] for name in names}
+        shared = self._shared
+        weights = {n: shared.arrays[n] for n in model if shared.roles[n] is Role.TRAINABLE}
         new, self._velocity = self.sgd.step(weights, model, self._velocity, self._rate)
-        self._note_exchange()
         return to_record({**model, **new}), metrics
 
-    def _normalized(self, grid: Grid) -> Grid:
-        if self.normalization.side_by_side and not isinstance(grid, SideBySideGrid):
-            raise expected(
-                "grid for synchronised normalization",
-                "a SideBySideGrid, since every layer exchanges sums at every step; where "
-                "participants are apart, use another scheme",
-                type(grid).__name__,
-            )
-        self._side_by_side = grid if isinstance(grid, SideBySideGrid) else None
-        self._exchanged = 0 if self._side_by_side is None else self._side_by_side.exchanged
-        return super()._normalized(grid)
+    def configuration(self) -> dict[str, str]:
+        """Return what must be the same for a run to be resumed."""
+        return {**super().configuration(), "optimizer": str(self.sgd)}
 
-    def _note_exchange(self) -> None:
-        """Record the bytes that layers exchanged in this step."""
-        if self._side_by_side is None or not self.normalization.side_by_side:
-            return
-        moved = self._side_by_side.exchanged - self._exchanged
-        self._exchanged = self._side_by_side.exchanged
-        self.rule.note_normalization(moved // 2, moved - moved // 2)
+    def strategy_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what the strategy remembers between rounds, and the velocity of every array."""
+        state, _ = super().strategy_state()
+        return state, dict(self._velocity)
+
+    def restore_strategy_state(self, state: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+        """Go on with what `strategy_state` returned."""
+        super().restore_strategy_state(state, arrays)
+        self._velocity = dict(arrays)

@@ -12,7 +12,7 @@ from flwr_colearn import (
     Pooled,
     RunningMean,
 )
-from flwr_colearn.grids.threaded import Meeting, _meetings
+from flwr_colearn.grids.threaded import AllReduceGroup, _meetings
 from flwr_colearn.normalization.schemes import layer_arrays
 from flwr_colearn.roles import assign_roles
 
@@ -251,7 +251,7 @@ BatchNorm = keras.layers.BatchNormalization
 
 def side_by_side(models, data, work):
     """Run ``work(model_k, data_k)`` for every participant, at a meeting, in threads."""
-    meeting, results, errors = Meeting(len(data)), [None] * len(data), []
+    meeting, results, errors = AllReduceGroup(len(data)), [None] * len(data), []
     _meetings[999] = meeting
 
     def run(rank):

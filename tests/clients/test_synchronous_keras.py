@@ -21,9 +21,9 @@ from flwr_colearn import (
     Pooled,
     Recalibrated,
     Recovery,
-    SideBySideGrid,
     Synchronised,
     SynchronousSGD,
+    ThreadedGrid,
 )
 
 layers = keras.layers
@@ -250,7 +250,7 @@ def test_synchronised_batch_norm_is_sgd_on_the_joint_batch_too(jit_compile):
         return 2.0 * inputs
 
     options = {"transform": doubled, "jit_compile": jit_compile}
-    found = run(synchronous, shards(), Synchronised(), grid=SideBySideGrid, **options)
+    found = run(synchronous, shards(), Synchronised(), grid=ThreadedGrid, **options)
     alone = trainer_of(network(), joint(), momentum=0.9, weight_decay=0.01, **options)
     for _ in range(5):
         alone.train_epoch(0.1, seed=0)  # one batch: a step of the trainer's own SGD
@@ -260,7 +260,7 @@ def test_synchronised_batch_norm_is_sgd_on_the_joint_batch_too(jit_compile):
 
 def test_synchronised_in_mixed_precision_is_near_that_of_float32():
     found = [
-        run(synchronous, shards(), Synchronised(), grid=SideBySideGrid, precision=precision)
+        run(synchronous, shards(), Synchronised(), grid=ThreadedGrid, precision=precision)
         for precision in ("float32", "bfloat16")
     ]
     for name, wanted in found[0].items():
@@ -288,7 +288,7 @@ def test_synchronised_with_a_participant_that_fails_ends_with_the_reason():
         normalization=Synchronised(),
         recovery=Recovery(max_restarts=0),
     )
-    grid = SideBySideGrid(app, K)
+    grid = ThreadedGrid(app, K)
     grid.contexts[2].node_config["partition-id"] = 99  # there is no such trainer
     with pytest.raises(ColearnError, match=r"list index out of range|one has left"):
         strategy.start(grid, record_of(trainers[0]), num_rounds=1)

@@ -20,9 +20,9 @@ from flwr_colearn import (
     Pooled,
     Recalibrated,
     Recovery,
-    SideBySideGrid,
     Synchronised,
     SynchronousSGD,
+    ThreadedGrid,
 )
 
 K, STEPS, BATCHES = 3, 6, (4, 5, 7)  # examples of each participant, all in one batch
@@ -129,7 +129,7 @@ def test_synchronised_batch_norm_equals_single_site_sgd_too(norm):
     sgd = {"momentum": 0.9}
     wanted = single_site(model, shards, STEPS, lr=0.1, **sgd)
     found, strategy = synchronous(
-        model, shards, STEPS, lr=0.1, grid=SideBySideGrid, normalization=Synchronised(), **sgd
+        model, shards, STEPS, lr=0.1, grid=ThreadedGrid, normalization=Synchronised(), **sgd
     )
     for name in wanted:
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-9, atol=1e-11)
@@ -142,7 +142,7 @@ def test_synchronised_batch_norm_equals_single_site_sgd_too(norm):
 
 def test_synchronised_needs_participants_side_by_side_and_steps():
     model = network(nn.BatchNorm2d)
-    with pytest.raises(ColearnError, match="a SideBySideGrid"):
+    with pytest.raises(ColearnError, match="a ThreadedGrid"):
         synchronous(model, data(), 1, lr=0.1, normalization=Synchronised())
     with pytest.raises(ColearnError, match="SynchronousSGD"):
         CoLearn(K, local_epochs=1, learning_rate=0.1, normalization=Synchronised())
@@ -158,7 +158,7 @@ def test_synchronised_with_a_participant_that_fails_ends_with_the_reason():
         normalization=Synchronised(),
         recovery=Recovery(max_restarts=0),
     )
-    grid = SideBySideGrid(app, K)
+    grid = ThreadedGrid(app, K)
     grid.contexts[2].node_config["partition-id"] = 99  # there is no such trainer
     with pytest.raises(ColearnError, match="participant"):
         strategy.start(grid, record_of(model), num_rounds=1)

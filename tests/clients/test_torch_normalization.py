@@ -24,7 +24,7 @@ from flwr_colearn import (
     Role,
     RunningMean,
 )
-from flwr_colearn.grids.threaded import Meeting, _meetings
+from flwr_colearn.grids.threaded import AllReduceGroup, _meetings
 from flwr_colearn.normalization.schemes import layer_arrays
 
 CHANNELS = 4
@@ -180,7 +180,7 @@ def test_recalibration_without_data_is_refused():
 
 def side_by_side(net, data, work):
     """Run ``work(net_k, data_k)`` for every participant, at a meeting, in threads."""
-    meeting = Meeting(len(data))
+    meeting = AllReduceGroup(len(data))
     _meetings[999] = meeting
     nets = [copy.deepcopy(net) for _ in data]
     errors = []
@@ -268,7 +268,7 @@ def test_synchronised_refuses_a_layer_that_does_anything_else_and_leaves_the_mod
     other, found
 ):
     net = nn.Sequential(nn.BatchNorm2d(3), other(3))
-    _meetings[999] = Meeting(1)
+    _meetings[999] = AllReduceGroup(1)
     config = {"normalization": "synchronised", "meeting": 999, "meeting-rank": 0}
     with pytest.raises(ColearnError, match=found), normalised(net, config):
         pass
@@ -276,7 +276,7 @@ def test_synchronised_refuses_a_layer_that_does_anything_else_and_leaves_the_mod
     assert not any("forward" in vars(layer) for layer in net)
 
 
-def test_one_that_leaves_ends_the_meeting_of_all():
+def test_one_that_leaves_ends_the_group_of_all():
     def work(own, x):
         if len(x) == 6:
             raise RuntimeError("boom")

@@ -8,7 +8,7 @@ import pytest
 from deployment import Deployment, await_that
 from flwr.app import Array, ArrayRecord
 
-from flwr_colearn import DynamicAveraging, DynamicHistory, Float16, InProcessGrid, Wire
+from flwr_colearn import Compression, DynamicAveraging, DynamicHistory, Float16, InProcessGrid
 
 APP = Path(__file__).parent / "online_app"
 LEARNERS, ROUNDS, THRESHOLD = 2, 6, 0.3
@@ -56,7 +56,7 @@ def uninterrupted(output, monkeypatch):
 
     grid = InProcessGrid(app, LEARNERS, run_config={"output-dir": str(output)})
     strategy = DynamicAveraging(
-        THRESHOLD, 2, num_learners=LEARNERS, wire=Wire(Float16(), Float16()), seed=0
+        THRESHOLD, 2, num_learners=LEARNERS, compression=Compression(Float16(), Float16()), seed=0
     )
     initial = ArrayRecord({"weights": Array(np.zeros((3, 1), np.float32))})
     result = strategy.start(grid, initial, num_rounds=IN_ALL)

@@ -9,10 +9,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flwr_colearn import LocalPlan, introduce, participant_mod
+from flwr_colearn import LocalPlan, participant_mod
 
 app = ClientApp(mods=[participant_mod])
-app.query("colearn")(introduce)
 
 
 @app.train()

@@ -7,10 +7,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flwr_colearn import introduce, learner, participant_mod, wire_mod
+from flwr_colearn import learner, participant_mod
 
-app = ClientApp(mods=[participant_mod, wire_mod])
-app.query("colearn")(introduce)
+app = ClientApp(mods=[participant_mod])
 
 
 @learner(app)

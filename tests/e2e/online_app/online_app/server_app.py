@@ -6,7 +6,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from flwr_colearn import DynamicAveraging, Wire
+from flwr_colearn import Compression, DynamicAveraging
 from flwr_colearn.compression.codecs import codec_named
 
 app = ServerApp()
@@ -23,7 +23,7 @@ def main(grid: Grid, context: Context) -> None:
         num_learners=int(config["learners"]),
         history=output / "history.jsonl",
         checkpoints=output / "checkpoints",
-        wire=Wire(codec, codec),
+        compression=Compression(codec, codec),
         seed=0,
     )
     initial = ArrayRecord({"weights": Array(np.zeros((3, 1), np.float32))})

@@ -6,10 +6,9 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flwr_colearn import introduce, normalization_mod, participant_mod
+from flwr_colearn import participant_mod
 
-app = ClientApp(mods=[participant_mod, normalization_mod])
-app.query("colearn")(introduce)
+app = ClientApp(mods=[participant_mod])
 
 
 @app.train()

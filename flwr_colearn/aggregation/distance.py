@@ -1,0 +1,124 @@
+"""How far apart two models are, in float64 and the same bits with any number of threads."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..errors import ColearnError
+from ..roles import Arrays, NDArray, Role
+from .chunks import CHUNK, Chunks, Part, flat
+
+
+def relative_change(
+    new: Arrays | Sequence[NDArray],
+    old: Arrays | Sequence[NDArray],
+) -> float:
+    """Return |new - old| / |old|, the left side of eq. 4 (Mi et al., 2020).
+
+    The norm is L2 over all arrays taken as one vector, in float64; the paper names none.
+
+    Parameters
+    ----------
+    new, old : mapping of str to numpy.ndarray, or sequence of numpy.ndarray
+        The trainable arrays of two successive shared models.
+
+    Returns
+    -------
+    float
+        At least 0; ``inf`` against a model of zeros, and for a change whose square float64 does not
+        hold; 0 where both models are zeros.
+
+    Raises
+    ------
+    ColearnError
+        If the two models differ in names or shapes.
+
+    Examples
+    --------
+    >>> relative_change([np.array([3.0, 5.0])], [np.array([3.0, 4.0])])
+    0.2
+    """
+    new_arrays, old_arrays = _by_name(new), _by_name(old)
+    shapes = [{name: a.shape for name, a in side.items()} for side in (new_arrays, old_arrays)]
+    if shapes[0] != shapes[1]:
+        raise ColearnError(
+            f"relative change: expected two models of the same arrays, found {shapes[0]} "
+            f"and {shapes[1]}"
+        )
+    change, size = _sums_of_squares(new_arrays, old_arrays)
+    if size == 0.0 or math.isinf(change):
+        return 0.0 if change == 0.0 else math.inf
+    return math.sqrt(change) / math.sqrt(size)
+
+
+def squared_distance(one: Arrays, other: Arrays) -> float:
+    """Return |one - other|^2 over all arrays taken as one vector, in float64.
+
+    Parameters
+    ----------
+    one : mapping of str to numpy.ndarray
+        Its arrays are compared.
+    other : mapping of str to numpy.ndarray
+        May have further arrays.
+
+    Raises
+    ------
+    ColearnError
+        If an array is missing or has another shape.
+
+    Examples
+    --------
+    >>> squared_distance({"w": np.array([3.0, 4.0])}, {"w": np.zeros(2)})
+    25.0
+    """
+    for name, array in one.items():
+        if name not in other or other[name].shape != array.shape:
+            raise ColearnError(f"distance: expected two models of the same arrays, found '{name}'")
+    return _sums_of_squares(one, {name: other[name] for name in one})[0]
+
+
+def squared_norm(arrays: Arrays) -> float:
+    """Return |arrays|^2 over all arrays taken as one vector, in float64."""
+    return _sums_of_squares(arrays, arrays)[1]
+
+
+def trainable(arrays: Arrays, roles: Mapping[str, Role]) -> dict[str, NDArray]:
+    """Return the arrays that count in eq. 4."""
+    return {name: array for name, array in arrays.items() if roles[name] is Role.TRAINABLE}
+
+
+def _by_name(model: Arrays | Sequence[NDArray]) -> Arrays:
+    if isinstance(model, Mapping):
+        return model
+    return {str(index): array for index, array in enumerate(model)}
+
+
+def _sums_of_squares(one: Arrays, other: Arrays) -> tuple[float, float]:
+    """Return |one - other|^2 and |other|^2 of two models of the same names and shapes."""
+    one_flat, other_flat = flat(one), flat(other)
+
+    def squares(parts: list[Part]) -> list[tuple[float, float]]:
+        sums, scratch = [], np.empty(CHUNK)
+        for name, chunk in parts:
+            ours, theirs = one_flat[name][chunk], other_flat[name][chunk]
+            part = scratch[: theirs.size]
+            np.subtract(ours, theirs, out=part, dtype=np.float64)
+            difference = _sum_of_squares(part)
+            np.copyto(part, theirs)
+            sums.append((difference, _sum_of_squares(part)))
+        return sums
+
+    # One sum over all chunks in order: the same bits with any number of threads.
+    sums = [pair for share in Chunks(other).map(squares) for pair in share]
+    difference, size = (sum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
+    return difference, size
+
+
+def _sum_of_squares(vector: NDArray) -> float:
+    """Return |vector|^2, and leave the squares in it.
+
+    A BLAS product would start threads of its own, and its last bit would depend on their number.
+    """
+    with np.errstate(over="ignore"):
+        return float(np.square(vector, out=vector).sum())

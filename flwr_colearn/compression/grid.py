@@ -1,0 +1,98 @@
+"""CompressionGrid: the layer that compresses models on their way."""
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from ..errors import expected
+from ..grids import RewritingGrid
+from ..records import config_of, fingerprint, into_record, is_unchanged, kind_of, records_of
+from ..roles import Arrays
+from .agreement import AGREEMENT, KEPT_REFERENCE, Compression, check_agreed
+
+_REMEMBERED = 2
+"""Models whose encoding is remembered: a round sends one, or two where some participants keep part
+of it."""
+
+
+class CompressionGrid(RewritingGrid):
+    """A Grid around any Grid on which models travel compressed.
+
+    Strategies see ordinary arrays: models of train and evaluate messages are encoded on their way
+    down, each once for all participants, and train replies are decoded. Participants need
+    `flwr_colearn.participant_mod`.
+
+    Parameters
+    ----------
+    grid : Grid
+        The one inside.
+    compression : Compression
+        The codecs.
+
+    Attributes
+    ----------
+    reference : mapping of str to numpy.ndarray or None
+        The model that differences are to where participants keep their models (see
+        `KEPT_REFERENCE`); the strategy sets it. Else it is the model in the message.
+    """
+
+    def __init__(self, grid: Grid, compression: Compression) -> None:
+        super().__init__(grid)
+        self.compression = compression
+        self.reference: Arrays | None = None
+        self._encoded: list[tuple[list[bytes], ArrayRecord, Arrays]] = []
+
+    def outgoing(self, message: Message) -> RecordDict:
+        """Return the content with its model encoded, and with what the participant must know."""
+        records = records_of(message.content, ArrayRecord)
+        asked = bool(records) or AGREEMENT in message.content
+        if kind_of(message) not in (MessageType.TRAIN, MessageType.EVALUATE) or not asked:
+            return message.content
+        if len(records) > 1:
+            raise expected("message to compress", "at most one ArrayRecord", sorted(records))
+        content = RecordDict({**message.content, AGREEMENT: self._request(message)})
+        for key, record in records.items():
+            content[key] = self._encode(record)[0]
+        return content
+
+    def incoming(self, sent: Message, reply: Message) -> None:
+        """Decode the model of a train reply."""
+        if kind_of(sent) != MessageType.TRAIN:
+            return
+        said = records_of(reply.content, ConfigRecord).get(AGREEMENT)
+        request = self._request(sent)
+        check_agreed(said, request)
+        del reply.content[AGREEMENT]
+        models = records_of(reply.content, ArrayRecord)
+        if len(models) != 1:  # nothing to decode, or nothing that a strategy accepts
+            return
+        [(key, arrays)] = models.items()
+        decoded = self.compression.up.decode(arrays, self._base(sent, request))
+        reply.content[key] = into_record(dict(decoded))
+
+    def _base(self, sent: Message, request: ConfigRecord) -> Arrays | None:
+        """Return the model that a reply's arrays must fit, and that differences are to."""
+        if request.get(KEPT_REFERENCE):
+            return self.reference
+        records = list(records_of(sent.content, ArrayRecord).values())
+        return self._encode(records[0])[1] if records else None
+
+    def _request(self, message: Message) -> ConfigRecord:
+        """Return what a message says of the compression; its reply must say the same.
+
+        A strategy that leaves models with the participants has said more of it in the message. Else
+        a round of training names itself: what rounding takes away then is made up for in the next.
+        """
+        more = dict(records_of(message.content, ConfigRecord).get(AGREEMENT, {}))
+        if not more and message.metadata.message_type == MessageType.TRAIN:
+            config = config_of(message.content)
+            more = {"round": config.get("server-round", 0), "session": config.get("session", "")}
+        return ConfigRecord({**self.compression.request(), **more})
+
+    def _encode(self, record: ArrayRecord) -> tuple[ArrayRecord, Arrays]:
+        """Return a model as it travels, and as participants will have it."""
+        for known, encoded, arriving in self._encoded:
+            if is_unchanged(record, known):
+                return encoded, arriving
+        encoded, arriving = self.compression.down.encode(record)
+        self._encoded = [(fingerprint(record), encoded, arriving), *self._encoded][:_REMEMBERED]
+        return encoded, arriving

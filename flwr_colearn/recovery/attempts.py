@@ -1,0 +1,292 @@
+"""Attempts: one round's train messages, each sent again until its participant has replied."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from logging import WARNING
+
+from flwr.app import Message
+from flwr.common import log
+from flwr.serverapp import Grid
+
+from .._flwr import REFUSED, copied
+from ..aggregation import echo_of, failure_of
+from ..errors import ColearnError, expected
+from ..grids import WrappingGrid
+from ..policy import Recovery
+from ..traffic import Event, EventKind
+from .identity import Directory
+
+LONGEST_POLL = 3.0
+"""Seconds between two looks for replies, at most."""
+
+Check = Callable[[Message, Message], None]
+
+
+@dataclass
+class Participant:
+    """One participant's part in a round."""
+
+    node_id: int
+    message: Message
+    message_id: str | None = None
+    sent_at: float = 0.0
+    not_before: float = 0.0
+    waiting_since: float = 0.0
+    restarts: int = 0
+    warned: bool = False
+    replied: bool = False
+    lost: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more is expected of it in this round."""
+        return self.replied or self.lost is not None
+
+
+class Attempts:
+    """The participants of one round, until all have replied or are given up.
+
+    Parameters
+    ----------
+    grid : Grid
+        Sends the messages.
+    messages : sequence of Message
+        One for each participant.
+    timeout : float or None
+        Seconds for one attempt of one participant.
+    recovery : Recovery
+        Restarts, pauses, patience and policy.
+    directory : Directory
+        The names of nodes.
+    check : callable
+        ``(sent, reply) -> None``, raising `ColearnError` for a reply that is no good.
+    abandoned : set of str
+        Ids of messages to whose replies nobody listens any more. Replies to them are pulled, so
+        that they leave the SuperLink, and dropped.
+
+    Attributes
+    ----------
+    events : list of Event
+        What happened so far.
+    sent : int
+        Messages sent so far, restarts included.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        messages: Sequence[Message],
+        timeout: float | None,
+        recovery: Recovery,
+        directory: Directory,
+        check: Check,
+        abandoned: set[str],
+    ) -> None:
+        self.grid = grid
+        self.timeout = timeout
+        self.recovery = recovery
+        self.directory = directory
+        self.check = check
+        self.abandoned = abandoned
+        self.participants = [Participant(m.metadata.dst_node_id, m) for m in messages]
+        self.events: list[Event] = []
+        self.sent = 0
+
+    def begin(self) -> None:
+        """Send all messages."""
+        self.directory.refresh(self.grid)
+        self._push(self.participants)
+
+    def replies(self) -> Iterator[Message]:
+        """Yield what arrives, notice what does not, restart what is due, until all are done.
+
+        Raises
+        ------
+        ColearnError
+            If a participant is lost and the policy needs it.
+        """
+        poll = 0.01
+        while not all(participant.done for participant in self.participants):
+            idle = True
+            self._drop_abandoned()
+            for participant in self.participants:
+                if participant.message_id is None:
+                    continue
+                # One at a time, since all that is asked for at once is held at once.
+                for reply in self.grid.pull_messages([participant.message_id]):
+                    if reply.metadata.reply_to_message_id != participant.message_id:
+                        continue
+                    idle = False
+                    if self._accept(participant, reply):
+                        yield reply
+                    del reply
+                self._watch_clock(participant)
+            if self._restart() or not idle:
+                poll = 0.01
+                continue
+            time.sleep(poll)
+            poll = min(1.5 * poll, LONGEST_POLL)
+
+    @property
+    def node_ids(self) -> list[int]:
+        """The nodes of the participants, after any replacement, in the order of the messages."""
+        return [participant.node_id for participant in self.participants]
+
+    @property
+    def seconds(self) -> float:
+        """The longest that a participant took for its successful attempt."""
+        return max((p.seconds for p in self.participants if p.replied), default=0.0)
+
+    # Replies ------------------------------------------------------------------------------------
+
+    def _drop_abandoned(self) -> None:
+        for message_id in sorted(self.abandoned):
+            for reply in self.grid.pull_messages([message_id]):
+                self.abandoned.discard(reply.metadata.reply_to_message_id)
+
+    def _accept(self, participant: Participant, reply: Message) -> bool:
+        """Return whether a reply is good; if it is not, schedule a restart."""
+        participant.message_id = None
+        if reply.has_error() and reply.error.code != REFUSED:
+            self._failed(participant, str(failure_of(reply)))
+            return False
+        try:
+            self._check_identity(participant, reply)
+            self.check(participant.message, reply)
+        except ColearnError as error:
+            self._note("refusal", participant, str(error))
+            self._failed(participant, f"its reply was refused: {error}")
+            return False
+        participant.seconds = time.monotonic() - participant.sent_at
+        participant.replied = True
+        return True
+
+    def _check_identity(self, participant: Participant, reply: Message) -> None:
+        directory = self.directory
+        answered = echo_of(reply).get("participant")
+        registered = directory.registered.get(participant.node_id)
+        for other in self.participants:
+            if other is participant:
+                continue
+            if answered is not None and directory.answered.get(other.node_id) == answered:
+                raise _shared_name(participant, other, str(answered))
+            # Of two with one registered name, the one that replies first is accepted.
+            if registered and other.replied and directory.name_of(other.node_id) == registered:
+                raise _shared_name(participant, other, registered)
+        if answered is not None:
+            directory.answered[participant.node_id] = str(answered)
+
+    def _watch_clock(self, participant: Participant) -> None:
+        if self.timeout is None or participant.message_id is None:
+            return
+        waited = time.monotonic() - participant.sent_at
+        if waited >= self.timeout:
+            self._abandon(participant)
+            self._failed(participant, f"no reply within {self.timeout:g} s")
+        elif waited >= 0.8 * self.timeout and not participant.warned:
+            participant.warned = True
+            log(
+                WARNING,
+                "Recovery: no reply from participant %s after %.0f s; at %.0f s its training "
+                "counts as failed. If it is merely slow, raise `timeout` or bound the local epochs "
+                "(IncreasingEpochs(maximum=...))",
+                self.directory.name_of(participant.node_id),
+                waited,
+                self.timeout,
+            )
+
+    def _abandon(self, participant: Participant) -> None:
+        assert participant.message_id is not None
+        self.abandoned.add(participant.message_id)
+        if isinstance(self.grid, WrappingGrid):
+            self.grid.forget([participant.message_id])
+        participant.message_id = None
+
+    # Restarts -----------------------------------------------------------------------------------
+
+    def _push(self, ready: Sequence[Participant]) -> None:
+        for participant in ready:
+            participant.sent_at, participant.warned = time.monotonic(), False
+        accepted = set(self.grid.push_messages([p.message for p in ready]))
+        for participant in ready:
+            # Flower's grids put the id into the message that they push.
+            message_id = participant.message.metadata.message_id
+            if message_id in accepted:
+                participant.message_id = message_id
+                self.sent += 1
+            else:
+                self._failed(participant, "the message was not accepted")
+
+    def _failed(self, participant: Participant, reason: str) -> None:
+        """Schedule a restart, or give the participant up."""
+        now, recovery = time.monotonic(), self.recovery
+        if participant.restarts >= recovery.max_restarts and not recovery.restarts_for_ever:
+            self._give_up(participant, f"{reason} (after {participant.restarts} restarts)")
+            return
+        participant.not_before = now + recovery.pause_before(participant.restarts)
+        participant.waiting_since = now
+        participant.restarts += 1
+        self._note("restart", participant, reason)
+
+    def _restart(self) -> bool:
+        """Send again to those whose pause is over and whose node is there."""
+        now = time.monotonic()
+        waiting = [p for p in self.participants if not p.done and p.message_id is None]
+        due = [participant for participant in waiting if now >= participant.not_before]
+        if not due:
+            return False
+        connected = set(self.grid.get_node_ids())
+        ready = []
+        for participant in due:
+            node_id = self._find_node(participant, connected)
+            if node_id is not None:
+                participant.node_id = node_id
+                # A new message: Flower ignores one that it has seen.
+                participant.message = copied(
+                    participant.message, participant.message.content, node_id
+                )
+                ready.append(participant)
+            elif (
+                now - participant.waiting_since >= self.recovery.patience
+                and not self.recovery.restarts_for_ever
+            ):
+                self._give_up(
+                    participant,
+                    f"it left and did not come back within {self.recovery.patience:g} s",
+                )
+        if ready:
+            self._push(ready)
+        return bool(ready)
+
+    def _find_node(self, participant: Participant, connected: set[int]) -> int | None:
+        """Return the node on which a participant is to be found now, or None."""
+        if participant.node_id in connected:
+            return participant.node_id
+        others = [other.node_id for other in self.participants if other is not participant]
+        return self.directory.successor(self.grid, participant.node_id, connected, others)
+
+    def _give_up(self, participant: Participant, reason: str) -> None:
+        participant.lost = reason
+        self._note("absence", participant, reason)
+        wanted = self.recovery.required(len(self.participants))
+        if sum(other.lost is None for other in self.participants) >= wanted:
+            return
+        raise ColearnError(
+            f"participants: expected replies from at least {wanted} of {len(self.participants)}, "
+            f"lost participant {self.directory.name_of(participant.node_id)}: {reason}"
+        )
+
+    def _note(self, kind: EventKind, participant: Participant, reason: str) -> None:
+        name = self.directory.name_of(participant.node_id)
+        self.events.append(Event(kind, name, reason))
+        log(WARNING, "Recovery: %s of participant %s: %s", kind, name, reason)
+
+
+def _shared_name(one: Participant, other: Participant, name: str) -> ColearnError:
+    return expected(
+        f"reply of node {one.node_id}",
+        "a participant of its own",
+        f"{name}, which is node {other.node_id} too; do two sites share a node config?",
+    )

@@ -1,0 +1,185 @@
+"""Stock: stands beside a strategy of others in `flwr_colearn.run`, and mends what it returns."""
+
+import random
+from collections.abc import Callable, Mapping
+from logging import WARNING
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common import log as write
+from flwr.serverapp.strategy import Strategy
+
+from ._flwr import is_private
+from .aggregation import RunningMean, read_reply, relative_change, trainable
+from .errors import ColearnError
+from .history import RoundLog, RoundRecord
+from .managed import Managed
+from .normalization import Average
+from .policy import attempt_limit
+from .records import to_record, view
+from .roles import UNTRAINED, Arrays, NDArray, Role, assign_roles
+from .strategy_state import chain_of
+from .transport import ConnectedGrid, Transport
+
+
+class Stock(Managed[RoundLog]):
+    """Keeps the record of a strategy that keeps none, and pools statistics in its stead.
+
+    Strategies of others treat a model's running means, variances and counters as weights: FedAvg
+    averages variances, FedAdam steps them, FedAvgM makes them negative. After each aggregation they
+    are replaced by those of all replies pooled, so that the strategy acts on trainable arrays only.
+    It is not done with the scheme ``Average()``, nor under differential privacy, whose noise the
+    pooled ones would not have. What stays with the participants, or is not returned by them, stays
+    as it was sent.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        Of whatever kind.
+    log : RoundLog
+        Where its rounds are recorded. A record's local epochs and learning rate are those of the
+        train config's ``local-epochs`` and ``learning-rate``, 0 without them.
+    """
+
+    weighting = "weighted"
+
+    def __init__(self, strategy: Strategy, log: RoundLog) -> None:
+        self._strategy = strategy
+        self.log = log
+        self.transport = Transport()
+        self._private = any(map(is_private, chain_of(strategy)))
+        self._key = str(getattr(strategy, "weighted_by_key", "num-examples"))
+        self._timeout = float("inf")
+        self._roles: dict[str, Role] = {}
+        self._sent: Arrays = {}
+        self._record = ArrayRecord()
+        self._epochs_done = 0
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """What the average does with every array; empty before the first round."""
+        return self._roles
+
+    def begin(
+        self,
+        grid: ConnectedGrid,
+        timeout: float,
+        num_rounds: int | None,
+        save: Callable[[int], None],
+    ) -> None:
+        """Begin a run, and forget an earlier one."""
+        self.transport = grid.transport
+        self._timeout, self._roles, self._epochs_done = timeout, {}, 0
+        self.log.clear()
+
+    def open(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord) -> None:
+        """Begin a round's record."""
+        self._sent, self._record = view(arrays), arrays
+        if not self._roles:
+            scheme = self.transport.normalization
+            roles = assign_roles(self._sent, self.transport.roles)
+            scheme.check(self._sent, roles)
+            self._roles = scheme.roles(self._sent, roles)
+            self._warn_of_privacy()
+        epochs = int(_number(config, "local-epochs"))
+        self._epochs_done += epochs
+        rate = _number(config, "learning-rate") or _number(config, "lr")
+        self.log.open(RoundRecord(server_round, epochs, rate, self._epochs_done))
+        self.time_limit = attempt_limit(self._timeout)
+        if self.time_limit is not None:
+            config["time-limit"] = self.time_limit
+
+    def statistics_of(self, replies: list[Message]) -> dict[str, NDArray]:
+        """Return what takes the place of the strategy's own averages, from the replies.
+
+        Statistics and counters are pooled; what stays with the participants, or is not returned by
+        them, is as it was sent.
+        """
+        scheme, sent = self.transport.normalization, self._sent
+        names = [] if self._private else self._pooled_names()
+        pooled = self._pooled(names, replies) if names else {}
+        local = scheme.local(sent, self._roles) if scheme.is_local else []
+        silent = scheme.not_returned(self.log.record.round, sent, self._roles)
+        return {**pooled, **{name: sent[name] for name in (*local, *silent)}}
+
+    def mended(self, average: ArrayRecord, statistics: dict[str, NDArray]) -> ArrayRecord:
+        """Return the strategy's average with these arrays in the places of its own."""
+        if not statistics:
+            return average
+        ours = to_record(statistics)
+        return ArrayRecord({n: ours.get(n, a) for n, a in average.items()})
+
+    def _pooled_names(self) -> list[str]:
+        if isinstance(self.transport.normalization, Average):
+            return []
+        return [name for name, role in self._roles.items() if role in UNTRAINED]
+
+    def _pooled(self, names: list[str], replies: list[Message]) -> dict[str, NDArray]:
+        """Return these arrays of all replies together."""
+        like = {name: self._sent[name] for name in names}
+        mean = RunningMean(like, {name: self._roles[name] for name in names})
+        for reply in replies:
+            try:
+                model, examples = read_reply(reply, self._key)
+                mean.add({name: model[name] for name in names if name in model}, examples)
+            except ColearnError as error:
+                write(WARNING, "Run: statistics of node %s left out: %s", _node(reply), error)
+        return mean.mean() if mean.count else {}
+
+    def note_training(self, names: list[str], metrics: MetricRecord | None) -> None:
+        """Record whose replies the strategy was given, and what it made of their metrics."""
+        self.log.record.participants = names
+        self.log.note(train_metrics=metrics)
+
+    def close(self, arrays: ArrayRecord) -> None:
+        """Complete the record of the round under way."""
+        new, old = trainable(view(arrays), self._roles), trainable(self._sent, self._roles)
+        self.log.close(None if arrays is self._record else relative_change(new, old))
+
+    def configuration(self) -> dict[str, str]:
+        """Return what must be the same for a run to be resumed."""
+        return {
+            "strategy": " around ".join(type(each).__name__ for each in chain_of(self._strategy)),
+            "normalization": str(self.transport.normalization),
+            "compression": str(self.transport.compression),
+        }
+
+    def own_state(self) -> dict[str, Any]:
+        """Return what is needed to go on, as JSON can hold it.
+
+        Flower's strategies sample nodes with Python's own generator, so its state is part of it.
+        """
+        return {"epochs-done": self._epochs_done, "random": random.getstate()}
+
+    def restore_own_state(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `own_state` returned."""
+        self._epochs_done = int(state["epochs-done"])
+        version, numbers, gauss = state["random"]
+        random.setstate((version, tuple(numbers), gauss))
+
+    def _warn_of_privacy(self) -> None:
+        untrained = [name for name, role in self._roles.items() if role in UNTRAINED]
+        if self._private and untrained:
+            warn_of_private_statistics(untrained)
+
+
+def warn_of_private_statistics(untrained: list[str]) -> None:
+    """Log what a differential privacy wrapper does to statistics and counters."""
+    write(
+        WARNING,
+        "CoLearn: the model holds batch-norm statistics or counters (%s, %s in all). A "
+        "differential privacy wrapper takes them for weights: its noise makes variances "
+        "negative, and counters drown the update's norm or end the run. Use a model "
+        "without batch norm, or do not send them.",
+        untrained[0],
+        len(untrained),
+    )
+
+
+def _number(config: ConfigRecord, key: str) -> float:
+    value = config.get(key)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _node(reply: Message) -> int:
+    return reply.metadata.src_node_id

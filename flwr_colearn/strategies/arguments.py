@@ -1,0 +1,44 @@
+"""What the strategies' arguments must be."""
+
+import math
+from typing import Any
+
+from ..errors import expected, real_number, whole_number
+
+
+def participant_arguments(
+    num_participants: int | None, kwargs: dict[str, Any], fraction: str, least: tuple[str, ...]
+) -> dict[str, int]:
+    """Return FedAvg's arguments that make every round have exactly K participants.
+
+    Parameters
+    ----------
+    num_participants : int or None
+        K; ``None`` takes `least[0]` of `kwargs` (FedAvg's default is 2).
+    kwargs : dict
+        FedAvg's arguments as the user gave them.
+    fraction : str
+        Name of the argument for the fraction of nodes that train; must be 1.
+    least : tuple of str
+        Names of the arguments for the least number of nodes: training first.
+
+    Raises
+    ------
+    ColearnError
+        If the arguments contradict each other.
+    """
+    if kwargs.get(fraction, 1.0) != 1.0:
+        raise expected(fraction, "1.0, since every participant is in every round", kwargs[fraction])
+    k = kwargs.get(least[0], 2) if num_participants is None else num_participants
+    whole_number("num_participants", k, least=1)
+    for name in least[:2]:
+        if num_participants is not None and kwargs.get(name, k) != k:
+            raise expected(name, f"num_participants={k}, or nothing", kwargs[name])
+    return {name: kwargs.get(name, k) if name != least[0] else k for name in least}
+
+
+def patience(wait_for_participants: float | None) -> float:
+    """Return the seconds to wait for participants to connect; infinity for None."""
+    if wait_for_participants is None:
+        return math.inf
+    return real_number("wait_for_participants", wait_for_participants, least=0.0)
