@@ -5,22 +5,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from faults import (
-    BAD_REPLIES,
-    EXAMPLES,
-    FAILURES,
-    FAULTS,
-    MODEL,
-    UNSEEN,
-    FaultyGrid,
-    bits,
-    numpy_of,
-    outcome,
-    random_faults,
-    record_of,
-    strategy_of,
-    train,
-)
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common import DEFAULT_TTL
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
@@ -35,6 +19,22 @@ from flwr_colearn import (
     Quorum,
     RecoveringGrid,
     Recovery,
+)
+from tests.faults import (
+    BAD_REPLIES,
+    EXAMPLES,
+    FAILURES,
+    FAULTS,
+    MODEL,
+    UNSEEN,
+    FaultyGrid,
+    bits,
+    numpy_of,
+    outcome,
+    random_faults,
+    record_of,
+    strategy_of,
+    train,
 )
 
 K = 4

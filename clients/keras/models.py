@@ -1,8 +1,8 @@
-"""Keras networks for the tasks: those of `clients.models`, layer by layer, and Keras's own."""
+"""Keras networks for the tasks: `clients.torch.models.small`, layer by layer, and Keras's own."""
 
 from collections.abc import Callable
 
-from clients.tf_setup import keras
+from clients.tensorflow.setup import keras
 
 layers = keras.layers
 

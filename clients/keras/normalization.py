@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clients.tf_setup import keras, tf
+from clients.tensorflow.setup import keras, tf
 from clients.trainer import NDArray
 from flwr_colearn import (
     BatchRenorm,
@@ -144,7 +144,7 @@ def convert(model: keras.Model, scheme: Normalization) -> keras.Model:
 def normalised(model: keras.Model, config: Mapping[str, Any]) -> Iterator[None]:
     """Let a model's batch-norm layers train as the server's scheme says, within the block.
 
-    As `clients.torch_normalization.normalised`; for `Frozen` the model has been converted, and for
+    As `clients.torch.normalization.normalised`; for `Frozen` the model has been converted, and for
     `Synchronised` gradients are computed eagerly, with no ``tf.function`` around the model.
 
     Raises
@@ -162,7 +162,7 @@ def normalised(model: keras.Model, config: Mapping[str, Any]) -> Iterator[None]:
         if not isinstance(layer, FreezableBatchNormalization):
             raise ColearnError(
                 f"normalization frozen: expected layers that can be frozen, found "
-                f"{type(layer).__name__}; clients.keras_normalization.convert(model, Frozen(...)) "
+                f"{type(layer).__name__}; clients.keras.normalization.convert(model, Frozen(...)) "
                 "makes them"
             )
     for layer in layers:
@@ -181,7 +181,7 @@ def recalibrated(
 ) -> dict[str, NDArray]:
     """Return the statistics of all data under the model's weights.
 
-    As `clients.torch_normalization.recalibrated`: every layer normalises with its batch, and mean
+    As `clients.torch.normalization.recalibrated`: every layer normalises with its batch, and mean
     and variance are taken over all batches together.
 
     Parameters

@@ -1,13 +1,13 @@
 """The tasks with Keras on TensorFlow: models and trainers."""
 
 from clients.data import Task
-from clients.keras_models import densenet40, resnet8, resnet152, small_cnn, vgg19
-from clients.keras_normalization import convert
-from clients.keras_trainer import KerasTrainer
+from clients.keras.models import densenet40, resnet8, resnet152, small_cnn, vgg19
+from clients.keras.normalization import convert
+from clients.keras.trainer import KerasTrainer
 from clients.settings import ParticipantSettings
 from clients.tasks.kit import Kit, kit_for
-from clients.tf_setup import keras
-from clients.tf_transforms import augment, no_transform, normalise
+from clients.tensorflow.setup import keras
+from clients.tensorflow.transforms import augment, no_transform, normalise
 
 KITS = {
     "digits": Kit({"cnn": small_cnn}, no_transform, no_transform),

@@ -9,10 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from clients.data import Examples, shuffled_batches
-from clients.keras_normalization import normalised, recalibrated
+from clients.keras.normalization import normalised, recalibrated
 from clients.objective import CLASSES, Objective
-from clients.tf_setup import check_device, keras, tf
-from clients.tf_transforms import Transform, no_transform
+from clients.tensorflow.setup import check_device, keras, tf
+from clients.tensorflow.transforms import Transform, no_transform
 from clients.trainer import EpochResult, NDArray, check_weights, derive_seed
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.errors import whole_number
@@ -49,7 +49,7 @@ class KerasTrainer:
         training.
     transform : callable, optional
         ``(inputs, training, seed) -> inputs`` in TensorFlow: normalisation, augmentation. See
-        `clients.tf_transforms`.
+        `clients.tensorflow.transforms`.
     device : str, optional
         Such as ``"cpu"`` or ``"GPU:0"``; by default a GPU if there is one.
     precision : {"float32", "bfloat16", "float16"}, default "float32"
@@ -224,7 +224,7 @@ class KerasTrainer:
         Returns
         -------
         arrays : dict
-            Moving means and variances by name; see `clients.keras_normalization.recalibrated`.
+            Moving means and variances by name; see `clients.keras.normalization.recalibrated`.
         examples : int
             How many they are of: a single left-over example is left out, as in training.
         """
@@ -243,7 +243,7 @@ class KerasTrainer:
         """Return a block in which batch norm trains as the server's scheme says.
 
         Under `Synchronised`, `gradients` computes eagerly there: see
-        `clients.keras_normalization.normalised`.
+        `clients.keras.normalization.normalised`.
         """
         compiled = self._gradients
         if config.get("normalization") == "synchronised":

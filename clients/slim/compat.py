@@ -1,10 +1,10 @@
-"""tf-slim 1.1 with today's TensorFlow: ``from clients.slim_import import slim``."""
+"""tf-slim 1.1 with today's TensorFlow: ``from clients.slim.compat import slim``."""
 
 import sys
 import warnings
 from importlib import import_module
 
-from clients.tf_setup import tf
+from clients.tensorflow.setup import tf
 
 # tf-slim, through TensorFlow, looks for tf_keras.legacy_tf_layers, which tf-keras has elsewhere.
 for _name in ("", ".base", ".convolutional", ".core", ".normalization", ".pooling"):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from clients.slim_import import nets, slim, tf
+from clients.slim.compat import nets, slim, tf
 
 
 def small_cnn(inputs: tf.Tensor, is_training: bool) -> tf.Tensor:

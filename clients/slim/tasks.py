@@ -2,10 +2,10 @@
 
 from clients.data import Task
 from clients.settings import ParticipantSettings
-from clients.slim_models import resnet8, resnet_152, small_cnn, vgg_19
-from clients.slim_trainer import SlimTrainer
+from clients.slim.models import resnet8, resnet_152, small_cnn, vgg_19
+from clients.slim.trainer import SlimTrainer
 from clients.tasks.kit import Kit, kit_for
-from clients.tf_transforms import augment, no_transform, normalise
+from clients.tensorflow.transforms import augment, no_transform, normalise
 from flwr_colearn import Average, ColearnError, LocalBN, LocalStatistics, Pooled
 
 KITS = {

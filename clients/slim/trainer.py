@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from clients.data import Examples, shuffled_batches
 from clients.objective import CLASSES, Objective
-from clients.slim_import import slim, tf
-from clients.tf_setup import check_device
-from clients.tf_transforms import Transform, no_transform
+from clients.slim.compat import slim, tf
+from clients.tensorflow.setup import check_device
+from clients.tensorflow.transforms import Transform, no_transform
 from clients.trainer import EpochResult, NDArray, check_weights, derive_seed
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.errors import whole_number
@@ -60,7 +60,7 @@ class SlimTrainer:
         regularization losses are added in training.
     transform : callable, optional
         ``(inputs, training, seed) -> inputs`` in TensorFlow: normalisation, augmentation. See
-        `clients.tf_transforms`.
+        `clients.tensorflow.transforms`.
     device : str, optional
         Such as ``"cpu"`` or ``"GPU:0"``; by default a GPU if there is one.
     clip_norm : float, optional

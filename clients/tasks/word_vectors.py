@@ -11,7 +11,7 @@ from flwr.common import log
 from tqdm import tqdm
 
 from clients.data import NDArray
-from clients.words import FIRST_WORD, UNKNOWN, tokens
+from clients.tasks.words import FIRST_WORD, UNKNOWN, tokens
 from flwr_colearn import ColearnError
 
 _NAMED = 10

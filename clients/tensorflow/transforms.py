@@ -7,7 +7,7 @@ another one for every step, from which all randomness comes.
 from collections.abc import Callable
 
 from clients.tasks import cifar10
-from clients.tf_setup import tf
+from clients.tensorflow.setup import tf
 
 Transform = Callable[[tf.Tensor, bool, tf.Tensor], tf.Tensor]
 

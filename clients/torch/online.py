@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from clients.streams import Stream
+from clients.torch.streams import Stream
 from flwr_colearn import introduce, learner, participant_mod, wire_mod
 
 

@@ -19,13 +19,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, Dataset
 
-from clients.torch_normalization import (
+from clients.torch.normalization import (
     BatchNorm,
     BatchRenormLayer,
     holds_activation,
     timm_layers,
 )
-from clients.torch_trainer import TorchTrainer, roles_of
+from clients.torch.trainer import TorchTrainer, roles_of
 from clients.trainer import EpochResult, NDArray, derive_seed
 from flwr_colearn import ColearnError, Role
 

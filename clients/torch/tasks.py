@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from clients import audio_models, image_models
 from clients.data import Examples, Task
-from clients.models import densenet40, mnist_cnn, resnet8, small_cnn
 from clients.settings import ParticipantSettings
 from clients.tasks import cifar10, imagefolder
 from clients.tasks.kit import Kit, kit_for
-from clients.text_models import BiGRU, Capsules, bigru_small
-from clients.torch_images import image_files
-from clients.torch_normalization import convert
-from clients.torch_parallel import ParallelTrainer
-from clients.torch_trainer import TorchTrainer
+from clients.torch.image_files import image_files
+from clients.torch.models import audio, image
+from clients.torch.models.small import densenet40, mnist_cnn, resnet8, small_cnn
+from clients.torch.models.text import BiGRU, Capsules, bigru_small
+from clients.torch.normalization import convert
+from clients.torch.parallel import ParallelTrainer
+from clients.torch.trainer import TorchTrainer
 from flwr_colearn import ColearnError, Frozen, Recalibrated
 
 
@@ -81,10 +81,10 @@ KITS = {
         {
             "resnet8": resnet8,
             "densenet40": densenet40,
-            "vgg19": image_models.vgg19_bn,
-            "resnet152": image_models.resnet152,
-            "inception_v4": image_models.inception_v4,
-            "inception_resnet_v2": image_models.inception_resnet_v2,
+            "vgg19": image.vgg19_bn,
+            "resnet152": image.resnet152,
+            "inception_v4": image.inception_v4,
+            "inception_resnet_v2": image.inception_resnet_v2,
         },
         normalise,
         augment,
@@ -92,9 +92,9 @@ KITS = {
     "imagefolder": Kit(
         {
             "resnet8": resnet8,
-            "vgg19": image_models.vgg19,
-            "inception_v4": image_models.inception_v4,
-            "resnetv2_101": image_models.resnetv2_101,
+            "vgg19": image.vgg19,
+            "inception_v4": image.inception_v4,
+            "resnetv2_101": image.resnetv2_101,
         },
         normalise_imagenet,
         normalise_imagenet,  # the files are augmented as they are read
@@ -104,8 +104,8 @@ KITS = {
         no_transform,
         no_transform,
     ),
-    "speech": Kit(audio_models.SPEECH, no_transform, no_transform),
-    "audioset": Kit(audio_models.AUDIOSET, no_transform, no_transform),
+    "speech": Kit(audio.SPEECH, no_transform, no_transform),
+    "audioset": Kit(audio.AUDIOSET, no_transform, no_transform),
 }
 
 

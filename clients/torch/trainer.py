@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 from tqdm import tqdm
 
 from clients.objective import CLASSES, Objective
-from clients.torch_normalization import normalised, recalibrated
+from clients.torch.normalization import normalised, recalibrated
 from clients.trainer import EpochResult, NDArray, derive_seed
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.errors import whole_number
@@ -214,7 +214,7 @@ class TorchTrainer:
         Returns
         -------
         arrays : dict
-            Running means and variances by name; see `clients.torch_normalization.recalibrated`.
+            Running means and variances by name; see `clients.torch.normalization.recalibrated`.
         examples : int
             How many they are of.
         """

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from flwr_colearn import ColearnError
-from simulations.local_run import ROOT, flower, free_port, stop
+from simulations.launch.simulation import ROOT, flower, free_port, stop
 
 SCRIPTS = ROOT / "simulations" / "deploy"
 

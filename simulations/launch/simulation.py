@@ -17,7 +17,7 @@ import psutil
 
 from flwr_colearn import ColearnError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT = 60.0
 
 

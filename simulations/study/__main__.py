@@ -29,16 +29,16 @@ from clients.tasks.registry import load_task
 from flwr_colearn import ColearnError
 from flwr_colearn.report import Curve, save_figure
 from simulations.arms import ARMS
-from simulations.calibration import calibrate
 from simulations.settings import RunSettings, check_keys, read_config
-from simulations.training import ArmUnit, run_unit
-from simulations.units import data_digest, digest, kept, unit_config
+from simulations.study.calibration import calibrate
+from simulations.study.training import ArmUnit, run_unit
+from simulations.study.units import data_digest, digest, kept, unit_config
 
-CONF = Path(__file__).parent / "conf"
+CONF = Path(__file__).parents[1] / "conf"
 STUDIES = {
-    "dynamic": "simulations.dynamic",
-    "normalization": "simulations.normalization",
-    "paper": "simulations.paper",
+    "dynamic": "simulations.study.dynamic",
+    "normalization": "simulations.study.normalization",
+    "paper": "simulations.study.paper",
 }
 OVERRIDES = ("data_dir", "examples", "total_epochs", "compression_up", "compression_down")
 

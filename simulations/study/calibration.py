@@ -6,7 +6,7 @@ from clients.settings import ParticipantSettings
 from flwr_colearn.errors import whole_number
 from simulations.arms import arm_named
 from simulations.settings import RunSettings
-from simulations.training import train_averaged
+from simulations.study.training import train_averaged
 
 ARM = "clr-fle"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from simulations.arms import ARMS
-from simulations.training import ArmUnit
+from simulations.study.training import ArmUnit
 
 Units = Sequence[ArmUnit]
 FOUR_ARMS = ("clr-ile", "clr-fle", "elr-ile", "elr-fle")

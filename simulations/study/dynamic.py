@@ -22,12 +22,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clients.models import mnist_cnn, resnet8
-from clients.online import dump, load, make_online_app
 from clients.partition import equal_shards
-from clients.streams import Drifting, Interleaved, Passes, Stream, random_drifts
 from clients.tasks import cifar10, mnist
-from clients.torch_tasks import normalise, tensors_of
+from clients.torch.models.small import mnist_cnn, resnet8
+from clients.torch.online import dump, load, make_online_app
+from clients.torch.streams import Drifting, Interleaved, Passes, Stream, random_drifts
+from clients.torch.tasks import normalise, tensors_of
 from clients.trainer import derive_seed
 from flwr_colearn import ColearnError, InProcessGrid, ModelAveraging
 from flwr_colearn.operators import (
@@ -38,8 +38,8 @@ from flwr_colearn.operators import (
     Periodic,
     Serial,
 )
-from simulations.dynamic_figures import save_over_time, save_tradeoff
-from simulations.units import kept
+from simulations.study.dynamic_figures import save_over_time, save_tradeoff
+from simulations.study.units import kept
 
 FEATURES, HIDDEN = 100, 64
 TEST_EXAMPLES = 2000

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from clients.client_app import make_client_app
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import participant_trainer, server_trainer, shards
-from clients.torch_normalization import convert
-from clients.torch_trainer import TorchTrainer, roles_of
+from clients.torch.normalization import convert
+from clients.torch.trainer import TorchTrainer, roles_of
 from clients.trainer import NDArray
 from flwr_colearn import (
     CoLearn,
@@ -46,9 +46,9 @@ from flwr_colearn.normalization import SCHEMES, scheme_named
 from simulations.arms import ARMS, schedules
 from simulations.server_app import to_record
 from simulations.settings import RunSettings, check_keys, read_config
-from simulations.units import kept, unit_config
+from simulations.study.units import kept, unit_config
 
-CONF = Path(__file__).parent / "conf"
+CONF = Path(__file__).parents[1] / "conf"
 
 TRAININGS = {
     "synchronous": "synchronous SGD",

@@ -22,9 +22,8 @@ from typing import Any
 from flwr_colearn import ColearnError
 from flwr_colearn.report import Curve, save_panels
 from simulations.arms import ARMS
-from simulations.claims import claims_table
 from simulations.settings import read_config
-from simulations.study import (
+from simulations.study.__main__ import (
     CONF,
     add_unit_arguments,
     check_same_data,
@@ -33,8 +32,9 @@ from simulations.study import (
     run_study,
     settings_of,
 )
-from simulations.training import ArmUnit
-from simulations.units import read_unit, unit_config
+from simulations.study.claims import claims_table
+from simulations.study.training import ArmUnit
+from simulations.study.units import read_unit, unit_config
 
 RESULTS = Path("docs/results")
 NOT_RUN = "not run"

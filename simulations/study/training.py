@@ -18,7 +18,7 @@ from flwr_colearn.wire import codec_named
 from simulations.arms import Arm, arm_named, schedules
 from simulations.server_app import evaluate_with, make_strategy, to_record
 from simulations.settings import RunSettings
-from simulations.units import data_digest, unit_config
+from simulations.study.units import data_digest, unit_config
 
 Curves = dict[str, list[float]]
 """Values by metric, after each round."""

@@ -7,11 +7,11 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from clients import torch_tasks
 from clients.app import app, build
 from clients.settings import ParticipantSettings
 from clients.tasks import digits
 from clients.tasks.registry import server_trainer, shards
+from clients.torch import tasks as torch_tasks
 from flwr_colearn import InProcessGrid, LocalPlan
 from simulations.server_app import to_record
 

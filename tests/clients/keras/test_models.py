@@ -1,11 +1,11 @@
-"""Keras's own networks as participants train them; small ones are in test_keras_trainer.py."""
+"""Keras's own networks as participants train them; small ones are in test_trainer.py."""
 
 import numpy as np
 import pytest
 
-from clients.keras_models import resnet152, vgg19
-from clients.keras_trainer import roles_of
-from clients.tf_setup import keras
+from clients.keras.models import resnet152, vgg19
+from clients.keras.trainer import roles_of
+from clients.tensorflow.setup import keras
 from flwr_colearn import Role
 
 

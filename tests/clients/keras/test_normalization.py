@@ -18,9 +18,9 @@ from flwr_colearn.sidebyside import Meeting, _meetings
 
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
-keras_normalization = pytest.importorskip("clients.keras_normalization")
-batch_norms, convert = keras_normalization.batch_norms, keras_normalization.convert
-normalised, recalibrated = keras_normalization.normalised, keras_normalization.recalibrated
+normalization = pytest.importorskip("clients.keras.normalization")
+batch_norms, convert = normalization.batch_norms, normalization.convert
+normalised, recalibrated = normalization.normalised, normalization.recalibrated
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,9 +8,9 @@ from torch import nn
 
 from clients.client_app import make_client_app
 from clients.data import Examples
-from clients.keras_normalization import convert
-from clients.keras_trainer import KerasTrainer
-from clients.tf_setup import keras, tf
+from clients.keras.normalization import convert
+from clients.keras.trainer import KerasTrainer
+from clients.tensorflow.setup import keras, tf
 from flwr_colearn import (
     BatchRenorm,
     CoLearn,

@@ -8,12 +8,12 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from clients import keras_trainer
 from clients.data import Examples
-from clients.keras_models import densenet40, resnet8, small_cnn
-from clients.keras_trainer import KerasTrainer, named_variables, roles_of
-from clients.tf_setup import keras, tf
-from clients.torch_trainer import TorchTrainer
+from clients.keras import trainer as keras_trainer
+from clients.keras.models import densenet40, resnet8, small_cnn
+from clients.keras.trainer import KerasTrainer, named_variables, roles_of
+from clients.tensorflow.setup import keras, tf
+from clients.torch.trainer import TorchTrainer
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.roles import pair_statistics
 

@@ -12,12 +12,12 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from clients.data import Examples
-from clients.slim_import import nets, slim, tf
-from clients.slim_models import resnet8, small_cnn, vgg_19
-from clients.slim_trainer import SlimTrainer
+from clients.slim.compat import nets, slim, tf
+from clients.slim.models import resnet8, small_cnn, vgg_19
+from clients.slim.trainer import SlimTrainer
 from clients.tasks import cifar10
-from clients.tf_transforms import augment
-from clients.torch_trainer import TorchTrainer
+from clients.tensorflow.transforms import augment
+from clients.torch.trainer import TorchTrainer
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.roles import pair_statistics
 

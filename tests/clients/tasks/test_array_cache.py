@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from clients.array_cache import cache_places, cached_arrays
+from clients.tasks.array_cache import cache_places, cached_arrays
 
 
 class Maker:

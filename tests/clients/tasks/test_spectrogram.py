@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from clients.spectrogram import log_mel, mel_bank
-from clients.tf_setup import tf
+from clients.tasks.spectrogram import log_mel, mel_bank
+from clients.tensorflow.setup import tf
 
 
 def tone(frequency, amplitude=3000.0):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from clients.word_vectors import read_vectors
+from clients.tasks.word_vectors import read_vectors
 from flwr_colearn import ColearnError
 
 GOOD = "4 3\nthe 1 2 3\n, 4 5 6\nThe 9 9 9\ncat 1.5 -2e0 0 \n"

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from clients.words import most_frequent, numbered, sequences, tokens
+from clients.tasks.words import most_frequent, numbered, sequences, tokens
 
 
 @pytest.mark.parametrize(

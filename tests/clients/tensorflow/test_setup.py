@@ -1,7 +1,7 @@
 import pytest
 
-from clients import tf_setup
-from clients.tf_setup import check_device, tf
+from clients.tensorflow import setup
+from clients.tensorflow.setup import check_device, tf
 from flwr_colearn import ColearnError
 
 
@@ -9,7 +9,7 @@ def test_memory_of_every_gpu_grows(monkeypatch):
     grown = {}
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [f"{kind}:0", f"{kind}:1"])
     monkeypatch.setattr(tf.config.experimental, "set_memory_growth", grown.__setitem__)
-    tf_setup.grow_memory()
+    setup.grow_memory()
     assert grown == {"GPU:0": True, "GPU:1": True}
 
 
@@ -19,7 +19,7 @@ def test_gpus_already_in_use_stay_as_they_are(monkeypatch):
 
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["GPU:0"])
     monkeypatch.setattr(tf.config.experimental, "set_memory_growth", too_late)
-    tf_setup.grow_memory()
+    setup.grow_memory()
 
 
 @pytest.mark.parametrize("name", ["cpu", "CPU:0", "/cpu:0"])

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torchvision.transforms import functional as reference
 
-from clients import tf_transforms, torch_tasks
-from clients.tf_setup import tf
+from clients.tensorflow import transforms
+from clients.tensorflow.setup import tf
+from clients.torch import tasks as torch_tasks
 
 SEED = tf.constant([3, 4], tf.int64)
 
@@ -23,7 +24,7 @@ def as_torch(batch):
 
 def test_normalise_is_pytorchs():
     batch = images(4)
-    ours = tf_transforms.normalise(batch, True, SEED)
+    ours = transforms.normalise(batch, True, SEED)
     theirs = torch_tasks.normalise(as_torch(batch), True).permute(0, 2, 3, 1)
     assert ours.dtype == tf.float32
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -31,7 +32,7 @@ def test_normalise_is_pytorchs():
 
 def test_every_crop_is_torchvisions_crop_at_some_offset_and_all_offsets_occur():
     batch = images(2000, channels=1, size=8)
-    cropped = as_torch(tf_transforms.random_crop(tf.constant(batch), 4, SEED))
+    cropped = as_torch(transforms.random_crop(tf.constant(batch), 4, SEED))
     padded = reference.pad(as_torch(batch), [4] * 4)
     crops = [reference.crop(padded, top, left, 8, 8) for top in range(9) for left in range(9)]
     matches = torch.stack([(crop == cropped).flatten(1).all(1) for crop in crops])
@@ -43,7 +44,7 @@ def test_every_crop_is_torchvisions_crop_at_some_offset_and_all_offsets_occur():
 
 def test_flip_mirrors_whole_images_about_every_second():
     batch = images(1000, size=4)
-    flipped = tf_transforms.random_flip(tf.constant(batch), SEED).numpy()
+    flipped = transforms.random_flip(tf.constant(batch), SEED).numpy()
     kept = (flipped == batch).all((1, 2, 3))
     mirrored = (flipped == batch[:, :, ::-1]).all((1, 2, 3))
     assert np.all(kept ^ mirrored)
@@ -52,8 +53,8 @@ def test_flip_mirrors_whole_images_about_every_second():
 
 def test_training_images_are_normalised_cropped_and_flipped_independently():
     batch = images(600, size=8)
-    augmented = as_torch(tf_transforms.augment(tf.constant(batch), True, SEED))
-    plain = as_torch(tf_transforms.normalise(batch, True, SEED))
+    augmented = as_torch(transforms.augment(tf.constant(batch), True, SEED))
+    plain = as_torch(transforms.normalise(batch, True, SEED))
     padded = reference.pad(plain, [4] * 4)
     crops = [reference.crop(padded, top, left, 8, 8) for top in range(9) for left in range(9)]
     both = [*crops, *(reference.hflip(crop) for crop in crops)]
@@ -68,7 +69,7 @@ def test_training_images_are_normalised_cropped_and_flipped_independently():
 def test_augmentation_follows_the_seed():
     batch = tf.constant(images(8))
     first, again, other = (
-        tf_transforms.augment(batch, True, tf.constant([seed, 0], tf.int64)) for seed in (1, 1, 2)
+        transforms.augment(batch, True, tf.constant([seed, 0], tf.int64)) for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -78,6 +79,6 @@ def test_augmentation_follows_the_seed():
 def test_evaluation_is_never_augmented(seed):
     batch = images(16)
     seeds = tf.constant([seed, 0], tf.int64)
-    expected = tf_transforms.normalise(batch, False, SEED)
-    np.testing.assert_array_equal(tf_transforms.augment(batch, False, seeds), expected)
-    assert not np.array_equal(tf_transforms.augment(batch, True, seeds), expected)
+    expected = transforms.normalise(batch, False, SEED)
+    np.testing.assert_array_equal(transforms.augment(batch, False, seeds), expected)
+    assert not np.array_equal(transforms.augment(batch, True, seeds), expected)

@@ -11,9 +11,9 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
 
-from clients.models import resnet8
-from clients.torch_normalization import BatchRenormLayer, convert, normalised, recalibrated
-from clients.torch_trainer import TorchTrainer, roles_of
+from clients.torch.models.small import resnet8
+from clients.torch.normalization import BatchRenormLayer, convert, normalised, recalibrated
+from clients.torch.trainer import TorchTrainer, roles_of
 from flwr_colearn import (
     BatchRenorm,
     ColearnError,

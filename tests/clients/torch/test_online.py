@@ -9,8 +9,8 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from clients.online import dump, learn, load, make_online_app
-from clients.streams import Drifting, Interleaved
+from clients.torch.online import dump, learn, load, make_online_app
+from clients.torch.streams import Drifting, Interleaved
 from flwr_colearn import DynamicAveraging, InProcessGrid, ModelAveraging, learner
 from flwr_colearn.operators import Continuous, Never, Periodic, Serial
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from clients.torch_parallel import ParallelTrainer, _Replica, convert_sync_batchnorm
-from clients.torch_trainer import TorchTrainer
+from clients.torch.parallel import ParallelTrainer, _Replica, convert_sync_batchnorm
+from clients.torch.trainer import TorchTrainer
 from clients.trainer import derive_seed
 from flwr_colearn import ColearnError
 

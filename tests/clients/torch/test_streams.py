@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from clients.streams import Drifting, GraphicalModel, Interleaved, Passes, random_drifts
+from clients.torch.streams import Drifting, GraphicalModel, Interleaved, Passes, random_drifts
 
 
 def passes(examples=10, batch_size=3, seed=0):

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import TensorDataset
 
 from clients.client_app import make_client_app, normalising
-from clients.torch_trainer import TorchTrainer, roles_of
+from clients.torch.trainer import TorchTrainer, roles_of
 from flwr_colearn import (
     CoLearn,
     ColearnError,

@@ -9,7 +9,7 @@ from clients.data import Examples, Task
 from clients.settings import ParticipantSettings
 from clients.tasks import digits
 from clients.tasks.registry import load_task, participant_trainer, server_trainer, shards
-from clients.torch_tasks import (
+from clients.torch.tasks import (
     KITS,
     augment,
     build_model,
@@ -210,8 +210,8 @@ def test_a_compiled_model_trains_as_without_and_has_the_same_names():
     ],
 )
 def test_augmentation_is_the_tasks_and_only_if_asked_for(settings, transform):
-    from clients import torch_tasks
+    from clients.torch import tasks
 
     data = Examples(np.zeros((4, 32, 32, 3), np.uint8), np.arange(4))
-    for build in (torch_tasks.participant_trainer, torch_tasks.server_trainer):
+    for build in (tasks.participant_trainer, tasks.server_trainer):
         assert build(settings, Task(data, data)).transform is transform

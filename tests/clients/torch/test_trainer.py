@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy, l1_loss, softmax
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.models import resnet18
 
-from clients.models import densenet40, resnet8, small_cnn
-from clients.torch_trainer import TorchTrainer, roles_of
+from clients.torch.models.small import densenet40, resnet8, small_cnn
+from clients.torch.trainer import TorchTrainer, roles_of
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.roles import assign_roles, pair_statistics
 

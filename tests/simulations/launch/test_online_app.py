@@ -9,9 +9,9 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from flwr_colearn import DynamicHistory, InProcessGrid
-from simulations.local_run import run_app
+from simulations.launch.simulation import run_app
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 APP = ROOT / "tests" / "e2e" / "online_app"
 CONFIG = {"learners": 2, "rounds": 8, "threshold": 0.3, "compression": "float32"}
 

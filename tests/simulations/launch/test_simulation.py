@@ -18,8 +18,9 @@ from clients.app import app as client_app
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import server_trainer
 from flwr_colearn import ColearnError, History, InProcessGrid
-from simulations import local_run, server_app
-from simulations.local_run import free_port, run_app, simulation_superlink, stop
+from simulations import server_app
+from simulations.launch import simulation
+from simulations.launch.simulation import free_port, run_app, simulation_superlink, stop
 from simulations.settings import RunSettings
 
 ROOT = Path(simulations.__file__).resolve().parent.parent
@@ -141,7 +142,7 @@ def test_nothing_is_left_after_a_failed_run_either(two):
 
 
 def test_a_superlink_that_does_not_start_is_an_error_that_names_its_log(tmp_path, monkeypatch):
-    monkeypatch.setattr(local_run, "flower", lambda program: shutil.which("false"))
+    monkeypatch.setattr(simulation, "flower", lambda program: shutil.which("false"))
     with (
         pytest.raises(ColearnError, match=r"found exit code 1; its log is .*superlink.log"),
         simulation_superlink(tmp_path),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy.io import wavfile
 
-from simulations import study
 from simulations.settings import read_config
+from simulations.study import __main__ as study
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 

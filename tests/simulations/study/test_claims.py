@@ -3,8 +3,8 @@ import math
 import pytest
 
 from simulations.arms import ARMS
-from simulations.claims import CLAIMS, Finding, claims_table, compare
-from simulations.training import ArmUnit
+from simulations.study.claims import CLAIMS, Finding, claims_table, compare
+from simulations.study.training import ArmUnit
 
 BEST, EPOCHS, DOUBLING, ENSEMBLE, VANILLA, INTERVAL = CLAIMS.values()
 

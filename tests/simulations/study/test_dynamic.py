@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clients.streams import Interleaved
+from clients.torch.streams import Interleaved
 from flwr_colearn import ColearnError
 from flwr_colearn.operators import Dynamic, FractionAveraging, Never, Periodic, Serial
-from simulations import dynamic, study
-from simulations.dynamic import STUDIES, Setting, build_streams, operator_named, run_unit
+from simulations.study import __main__ as study
+from simulations.study import dynamic
+from simulations.study.dynamic import STUDIES, Setting, build_streams, operator_named, run_unit
 
 QUICK = Setting("drift", learners=3, steps=16, batch_size=4, learning_rate=0.1, drifts=1)
 

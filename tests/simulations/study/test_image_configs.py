@@ -13,9 +13,9 @@ from PIL import Image
 import simulations
 from clients.settings import ParticipantSettings
 from clients.tasks.kit import kit_for
-from clients.torch_tasks import KITS
-from simulations import study
+from clients.torch.tasks import KITS
 from simulations.settings import read_config
+from simulations.study import __main__ as study
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 

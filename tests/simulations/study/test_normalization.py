@@ -8,8 +8,10 @@ from flwr.app import Array, ArrayRecord
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import shards
 from flwr_colearn import ColearnError
-from simulations import normalization, study
-from simulations.normalization import (
+from simulations.settings import RunSettings
+from simulations.study import __main__ as study
+from simulations.study import normalization
+from simulations.study.normalization import (
     SCHEMES,
     TRAININGS,
     Cell,
@@ -19,7 +21,6 @@ from simulations.normalization import (
     run_cell,
     run_study,
 )
-from simulations.settings import RunSettings
 
 PARTICIPANTS = ParticipantSettings(partition="classes")
 SETTINGS = RunSettings(total_epochs=2, learning_rate=0.05)

@@ -7,13 +7,13 @@ from dataclasses import asdict, replace
 import pytest
 
 from flwr_colearn import ColearnError
-from simulations import paper
 from simulations.arms import ARMS
-from simulations.paper import Column, Exhibit, Row, exhibits, ours, table_of, write_page
 from simulations.settings import read_config
-from simulations.study import CONF, settings_of
-from simulations.training import ArmUnit
-from simulations.units import unit_config
+from simulations.study import paper
+from simulations.study.__main__ import CONF, settings_of
+from simulations.study.paper import Column, Exhibit, Row, exhibits, ours, table_of, write_page
+from simulations.study.training import ArmUnit
+from simulations.study.units import unit_config
 
 UNIT = ArmUnit(
     arm="clr-ile",

@@ -15,15 +15,15 @@ from sklearn.metrics import accuracy_score
 from clients.settings import ParticipantSettings
 from clients.tasks import digits
 from clients.tasks.registry import participant_trainer, server_trainer
-from clients.torch_tasks import tensors_of
-from clients.torch_trainer import TorchTrainer
+from clients.torch.tasks import tensors_of
+from clients.torch.trainer import TorchTrainer
 from clients.trainer import derive_seed, follow
 from flwr_colearn import ColearnError, LocalPlan
-from simulations import study
 from simulations.arms import ARMS
 from simulations.server_app import to_record
 from simulations.settings import RunSettings
-from simulations.training import ArmUnit, run_unit, train_averaged
+from simulations.study import __main__ as study
+from simulations.study.training import ArmUnit, run_unit, train_averaged
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
@@ -360,7 +360,7 @@ WITHOUT = """
 import sys
 for name in ("ray", "tensorflow", "sklearn", "scipy", "matplotlib", "tabulate", "timm", "h5py"):
     sys.modules[name] = None
-from simulations import study
+from simulations.study import __main__ as study
 study.main(sys.argv[1:])
 """
 

@@ -9,8 +9,8 @@ import torch
 from clients.settings import ParticipantSettings
 from clients.tasks import toxic
 from clients.tasks.registry import server_trainer
-from simulations import study
 from simulations.server_app import to_record
+from simulations.study import __main__ as study
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from clients.audio_models import (
+from clients.torch.models.audio import (
     AUDIOSET,
     DEEP,
     SHALLOW,
@@ -17,7 +17,7 @@ from clients.audio_models import (
     MaxHead,
     MultiAttentionHead,
 )
-from clients.torch_trainer import roles_of
+from clients.torch.trainer import roles_of
 from flwr_colearn import Role
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way

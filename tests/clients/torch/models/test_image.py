@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from clients import image_models
-from clients.image_models import SMALLEST_INCEPTION, AtLeast
-from clients.torch_trainer import roles_of
+from clients.torch.models import image
+from clients.torch.models.image import SMALLEST_INCEPTION, AtLeast
+from clients.torch.trainer import roles_of
 from flwr_colearn import ColearnError, Role
 
 torch.set_num_threads(1)  # small batches: more threads only get in each other's way
@@ -29,7 +29,7 @@ NETWORKS = [
 
 
 def build(name, num_classes):
-    return getattr(image_models, name)(num_classes=num_classes)
+    return getattr(image, name)(num_classes=num_classes)
 
 
 @pytest.mark.parametrize(("name", "num_classes", "parameters"), NETWORKS)
@@ -69,7 +69,7 @@ def test_images_of_the_tasks_sizes_become_logits(name, num_classes, size):
 
 def test_resnet152_works_on_32_16_8_and_4_pixels():
     with torch.device("meta"):
-        model = image_models.resnet152()
+        model = image.resnet152()
         sizes = []
         for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
             stage.register_forward_hook(lambda m, _, out: sizes.append(tuple(out.shape[-2:])))
@@ -80,7 +80,7 @@ def test_resnet152_works_on_32_16_8_and_4_pixels():
 def without_gradient(size):
     """The share of Inception-V4's kernel weights that one step on images of this size misses."""
     torch.manual_seed(0)
-    model = image_models.inception_v4()[1]
+    model = image.inception_v4()[1]
     nn.functional.cross_entropy(model(torch.randn(2, 3, size, size)), torch.arange(2)).backward()
     kernels = [p.grad for p in model.parameters() if p.dim() == 4]
     return sum(int((g == 0).sum()) for g in kernels) / sum(g.numel() for g in kernels)

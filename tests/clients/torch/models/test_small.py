@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from clients.models import densenet40, resnet8, small_cnn
+from clients.torch.models.small import densenet40, resnet8, small_cnn
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 

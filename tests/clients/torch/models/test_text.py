@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.special import expit, softmax
 
-from clients.text_models import BiGRU, Capsules, bigru_small, routed, squash
+from clients.torch.models.text import BiGRU, Capsules, bigru_small, routed, squash
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
