@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, Dataset
 
-from clients.torch.normalization import (
+from clients.torch.layers import (
     BatchNorm,
     BatchRenormLayer,
     holds_activation,

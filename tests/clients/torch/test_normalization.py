@@ -11,8 +11,9 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
 
+from clients.torch.layers import BatchRenormLayer
 from clients.torch.models.small import resnet8
-from clients.torch.normalization import BatchRenormLayer, convert, normalised, recalibrated
+from clients.torch.normalization import convert, normalised, recalibrated
 from clients.torch.trainer import TorchTrainer, roles_of
 from flwr_colearn import (
     BatchRenorm,
