@@ -14,12 +14,10 @@ from tqdm import tqdm
 
 from clients.objective import CLASSES, Objective
 from clients.torch.normalization import normalised, recalibrated
+from clients.torch.transforms import Transform
 from clients.trainer import EpochResult, NDArray, derive_seed
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.errors import whole_number
-
-Transform = Callable[[Tensor, bool], Tensor]
-"""``(inputs, training) -> inputs``, applied to every batch on the device."""
 
 _NORMS_WITH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 

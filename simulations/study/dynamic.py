@@ -27,7 +27,8 @@ from clients.tasks import cifar10, mnist
 from clients.torch.models.small import mnist_cnn, resnet8
 from clients.torch.online import dump, load, make_online_app
 from clients.torch.streams import Drifting, Interleaved, Passes, Stream, random_drifts
-from clients.torch.tasks import normalise, tensors_of
+from clients.torch.tasks import tensors_of
+from clients.torch.transforms import normalise
 from clients.trainer import derive_seed
 from flwr_colearn import ColearnError, InProcessGrid, ModelAveraging
 from flwr_colearn.operators import (

@@ -7,7 +7,7 @@ from torchvision.transforms import functional as reference
 
 from clients.tensorflow import transforms
 from clients.tensorflow.setup import tf
-from clients.torch import tasks as torch_tasks
+from clients.torch import transforms as torch_transforms
 
 SEED = tf.constant([3, 4], tf.int64)
 
@@ -25,7 +25,7 @@ def as_torch(batch):
 def test_normalise_is_pytorchs():
     batch = images(4)
     ours = transforms.normalise(batch, True, SEED)
-    theirs = torch_tasks.normalise(as_torch(batch), True).permute(0, 2, 3, 1)
+    theirs = torch_transforms.normalise(as_torch(batch), True).permute(0, 2, 3, 1)
     assert ours.dtype == tf.float32
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 

@@ -14,8 +14,8 @@ from clients.tasks import imagefolder
 from clients.tasks.registry import load_task, participant_trainer, server_trainer
 from clients.torch.image_files import ImageFiles, image_files
 from clients.torch.parallel import ParallelTrainer
-from clients.torch.tasks import normalise_imagenet
 from clients.torch.trainer import TorchTrainer
+from clients.torch.transforms import normalise_imagenet
 from flwr_colearn import ColearnError
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
