@@ -32,8 +32,7 @@ from simulations.bench.app.noop.rounds import random_model, seconds_per_round
 from simulations.launch.deployment import Deployment
 from simulations.launch.simulation import run_app
 from simulations.server_app import to_record
-from simulations.settings import read_config
-from simulations.study.__main__ import CONF
+from simulations.settings import CONF, read_config
 
 APP = Path(__file__).parent / "app"
 RATE = CyclicalRate(0.05)

@@ -45,10 +45,8 @@ from flwr_colearn.errors import NOT_FINITE
 from flwr_colearn.normalization import SCHEMES, scheme_named
 from simulations.arms import ARMS, schedules
 from simulations.server_app import to_record
-from simulations.settings import RunSettings, check_keys, read_config
+from simulations.settings import CONF, RunSettings, check_keys, read_config
 from simulations.study.units import kept, unit_config
-
-CONF = Path(__file__).parents[1] / "conf"
 
 TRAININGS = {
     "synchronous": "synchronous SGD",

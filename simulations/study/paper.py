@@ -22,17 +22,10 @@ from typing import Any
 from flwr_colearn import ColearnError
 from flwr_colearn.report import Curve, save_panels
 from simulations.arms import ARMS
-from simulations.settings import read_config
-from simulations.study.__main__ import (
-    CONF,
-    add_unit_arguments,
-    check_same_data,
-    curves,
-    rows,
-    run_study,
-    settings_of,
-)
+from simulations.settings import CONF, read_config
+from simulations.study.arguments import add_unit_arguments, settings_of
 from simulations.study.claims import claims_table
+from simulations.study.comparison import check_same_data, curves, rows, run_study
 from simulations.study.training import ArmUnit
 from simulations.study.units import read_unit, unit_config
 

@@ -2,14 +2,13 @@
 
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.io import wavfile
 
-from simulations.settings import read_config
+from simulations.settings import CONF, read_config
 from simulations.study import __main__ as study
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
@@ -70,7 +69,7 @@ def test_audioset_trains_with_every_head(tmp_path, head):
 
 @pytest.mark.parametrize("name", [f"audioset-{head}" for head in AUDIOSET])
 def test_the_audioset_configs_have_the_papers_values(name):
-    config = read_config(Path(study.CONF) / f"{name}.toml")
+    config = read_config(CONF / f"{name}.toml")
     paper = {"num-participants": 5, "batch-size": 128, "learning-rate": 0.01, "decay": 0.25}
     assert {key: config[key] for key in paper} == paper
     assert config["model"] == name.replace("audioset", "crnn")

@@ -10,16 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-import simulations
 from clients.settings import ParticipantSettings
 from clients.tasks.kit import kit_for
 from clients.torch.tasks import KITS
-from simulations.settings import read_config
+from simulations.settings import CONF, read_config
 from simulations.study import __main__ as study
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
-CONF = Path(simulations.__file__).parent / "conf"
 FOR_A_GPU = {"precision": "bfloat16", "channels-last": True, "augment": True}
 PAPER = {"learning-rate": 0.01, "decay": 0.25, "num-participants": 5}
 

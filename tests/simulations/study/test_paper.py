@@ -8,9 +8,9 @@ import pytest
 
 from flwr_colearn import ColearnError
 from simulations.arms import ARMS
-from simulations.settings import read_config
+from simulations.settings import CONF, read_config
 from simulations.study import paper
-from simulations.study.__main__ import CONF, settings_of
+from simulations.study.arguments import settings_of
 from simulations.study.paper import Column, Exhibit, Row, exhibits, ours, table_of, write_page
 from simulations.study.training import ArmUnit
 from simulations.study.units import unit_config

@@ -23,6 +23,8 @@ from simulations.arms import ARMS
 from simulations.server_app import to_record
 from simulations.settings import RunSettings
 from simulations.study import __main__ as study
+from simulations.study.arguments import seeds
+from simulations.study.comparison import rows
 from simulations.study.training import ArmUnit, run_unit, train_averaged
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
@@ -306,7 +308,7 @@ def test_no_seeds_are_refused(quick, words):
 
 
 def test_seeds_can_be_shared_between_machines(quick):
-    assert study.seeds("3") == range(3)
+    assert seeds("3") == range(3)
     units = run_quick(quick, "--arms", "clr-fle", "--seeds", "4:6", "--total-epochs", "1")
     assert [unit["seed"] for unit in units] == [4, 5]
 
@@ -413,7 +415,7 @@ def test_the_table_by_hand():
         unit_of("ensemble", 0, 0.50, 7.0),
         unit_of("clr-ile", 1, 0.94, 12.0),
     ]
-    assert list(study.rows(units)) == [
+    assert list(rows(units)) == [
         {
             "arm": "CLR+ILE (co-learning)",
             "accuracy %": "92.00",
