@@ -14,6 +14,9 @@ from clients.settings import ParticipantSettings
 from flwr_colearn import ColearnError
 from simulations.settings import RunSettings
 
+Curves = dict[str, list[float]]
+"""Values by metric, after each round."""
+
 
 class Unit(Protocol):
     """The result of one run: a dataclass of what JSON can hold."""
