@@ -8,18 +8,19 @@ from flwr.app import Array, ArrayRecord
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import shards
 from flwr_colearn import ColearnError
+from flwr_colearn.normalization import SCHEMES
 from simulations.settings import RunSettings
 from simulations.study import __main__ as study
-from simulations.study import normalization
-from simulations.study.normalization import (
-    SCHEMES,
+from simulations.study import normalization, normalization_cells
+from simulations.study.normalization import cells, rows, run_study
+from simulations.study.normalization_cells import (
     TRAININGS,
     Cell,
     Unit,
-    cells,
-    rows,
+    _labels,
+    config_of,
+    evaluate,
     run_cell,
-    run_study,
 )
 
 PARTICIPANTS = ParticipantSettings(partition="classes")
@@ -73,7 +74,7 @@ def test_units_are_written_skipped_and_refused_with_another_config(tmp_path, mon
 
     def fake(each):
         calls.append(each.scheme)
-        return unit(scheme=each.scheme, config=normalization.config_of(each))
+        return unit(scheme=each.scheme, config=config_of(each))
 
     monkeypatch.setattr(normalization, "run_cell", fake)
     assert len(run_study(plan, tmp_path, minutes=0)) == 0  # no time: nothing is begun
@@ -129,7 +130,7 @@ def test_one_participant_that_diverges_is_enough(monkeypatch):
             reply.content["arrays"] = ArrayRecord({n: Array(a) for n, a in arrays.items()})
         return reply
 
-    monkeypatch.setattr(normalization, "count_epochs", poison)
+    monkeypatch.setattr(normalization_cells, "count_epochs", poison)
     assert run_cell(replace(cell("fedavg", "pooled"), test_examples=20)).diverged
 
 
@@ -159,9 +160,9 @@ def test_local_accuracy_weighs_classes_as_the_participants_data_do(monkeypatch):
     class Grid:
         contexts = dict.fromkeys(range(1, 6))
 
-    overall, local = normalization.evaluate(Judge(), {}, Grid(), PARTICIPANTS, is_local=False)
+    overall, local = evaluate(Judge(), {}, Grid(), PARTICIPANTS, is_local=False)
     assert overall == [0.5] * 5
-    labels = normalization._labels(PARTICIPANTS)
+    labels = _labels(PARTICIPANTS)
     for found, shard in zip(local, shards(PARTICIPANTS, 5), strict=True):
         assert found == pytest.approx((labels[shard] % 2 == 0).mean())
 
