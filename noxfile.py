@@ -15,6 +15,16 @@ VERSIONS = ("1.29.0", "1.41.0")
 TOOLS = ("build", "hatchling", "hypothesis", "numpy", "pytest", "pytest-timeout")
 
 
+# What needs a framework, Flower's simulation or a deployment.
+ELSEWHERE = ("clients", "simulations", "dropin", "e2e")
+
+
+def plugin_tests(root: Path) -> list[Path]:
+    """Return the plugin's own tests: every file below `root` except those of `ELSEWHERE`."""
+    found = root.rglob("test_*.py")
+    return [path for path in found if path.relative_to(root).parts[0] not in ELSEWHERE]
+
+
 @nox.session
 @nox.parametrize("flwr", VERSIONS)
 def flower(session: nox.Session, flwr: str) -> None:
@@ -23,5 +33,5 @@ def flower(session: nox.Session, flwr: str) -> None:
     session.install(f"flwr=={flwr}", *(pin for pin in pins if pin.partition("==")[0] in TOOLS))
     session.install("--no-deps", "--editable", ".")
     session.run("python", "-m", "pip", "check")
-    tests = map(str, sorted(Path("tests").glob("test_*.py")))
+    tests = map(str, sorted(plugin_tests(Path("tests"))))
     session.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *session.posargs)

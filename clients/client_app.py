@@ -15,7 +15,7 @@ from flwr_colearn import (
     participant_mod,
 )
 from flwr_colearn.records import to_record, view
-from flwr_colearn.strategies.synchronous import GRADIENTS
+from flwr_colearn.strategies import GRADIENTS
 
 Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
 

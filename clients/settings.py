@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from flwr_colearn import ColearnError, Frozen, Normalization
-from flwr_colearn.normalization.schemes import scheme_named
+from flwr_colearn.normalization import scheme_named
 
 
 class FromConfig:
@@ -91,7 +91,7 @@ class ParticipantSettings(FromConfig):
     jit_compile : bool
         Compile the training step: with keras by XLA, with torch by ``torch.compile``.
     channels_last, workers
-        With torch: see `clients.torch_trainer.TorchTrainer`.
+        With torch: see `clients.torch.trainer.TorchTrainer`.
     image_size : int
         Height and width in pixels to which the task "imagefolder" brings its images; 0 for 224.
     normalization : str

@@ -1,8 +1,9 @@
 """The arms of the paper's study as pairs of a learning rate and an epoch rule."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from clients.settings import ParticipantSettings
 from flwr_colearn import (
     ColearnError,
     CyclicalRate,
@@ -61,6 +62,17 @@ def arm_named(name: str) -> Arm:
     if name not in ARMS:
         raise ColearnError(f"arm: expected one of {', '.join(ARMS)}, found {name!r}")
     return ARMS[name]
+
+
+def at_one_site(
+    participants: ParticipantSettings, settings: RunSettings
+) -> tuple[ParticipantSettings, RunSettings]:
+    """Return the settings of one participant with all the data, whose model travels nowhere."""
+    plain = {"compression_up": "float32", "compression_down": "float32"}
+    return (
+        replace(participants, partition="iid"),
+        replace(settings, num_participants=1, **plain),
+    )
 
 
 def schedules(arm: Arm, settings: RunSettings) -> dict[str, Any]:

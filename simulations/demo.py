@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from simulations.local_run import run_app
+from simulations.launch.simulation import run_app
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTICIPANTS = 5

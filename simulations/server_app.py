@@ -16,8 +16,8 @@ from clients.settings import ParticipantSettings
 from clients.tasks.registry import load_task, server_trainer
 from clients.trainer import Trainer
 from flwr_colearn import CoLearn, ColearnError, History, Normalization, Pooled
-from flwr_colearn.compression.codecs import Compression, codec_named
-from flwr_colearn.reporting.figures import curve, save_figure
+from flwr_colearn.compression import Compression, codec_named
+from flwr_colearn.reporting import curve, save_figure
 from simulations.arms import arm_named, schedules
 from simulations.settings import RunSettings
 
@@ -76,7 +76,9 @@ def make_strategy(
         roles=trainer.roles(),
         history=history,
         checkpoints=checkpoints,
-        compression=Compression(codec_named(settings.compression_up), codec_named(settings.compression_down)),
+        compression=Compression(
+            codec_named(settings.compression_up), codec_named(settings.compression_down)
+        ),
         fraction_evaluate=settings.fraction_evaluate,
         wait_for_participants=settings.wait_for_participants,
         normalization=normalization,

@@ -9,6 +9,9 @@ from typing import Any
 from clients.settings import FromConfig, ParticipantSettings
 from flwr_colearn import ColearnError
 
+CONF = Path(__file__).parent / "conf"
+"""Folder of the run configs."""
+
 
 @dataclass(frozen=True)
 class RunSettings(FromConfig):

@@ -25,7 +25,7 @@ settings.load_profile("tests")
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch):
     """The plugin's clock, which only the test moves."""
-    from faults import Clock
+    from tests.faults import Clock
 
     return Clock(monkeypatch)
 

@@ -6,7 +6,6 @@ import zipfile
 
 import numpy as np
 import pytest
-from faults import EXPLOSIONS, Bomb, serialised
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -14,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from flwr_colearn import CheckpointFolder, ColearnError
 from flwr_colearn import checkpoint as module
 from flwr_colearn.checkpoint import Checkpoint, check_same_configuration, describe_arrays, read
+from tests.faults import EXPLOSIONS, Bomb, serialised
 
 STATE = {"rule": {"T": 4, "rate": 0.1, "none": None, "list": [1, "zwei", 3.5]}, "text": "π/2\n"}
 

@@ -8,7 +8,6 @@ from random import Random
 
 import numpy as np
 import pytest
-from divergence import divergence
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
@@ -29,7 +28,7 @@ from flwr_colearn import (
     learner,
     participant_mod,
 )
-from flwr_colearn.dynamic.operators import (
+from flwr_colearn.dynamic import (
     Continuous,
     Dynamic,
     FractionAveraging,
@@ -37,6 +36,7 @@ from flwr_colearn.dynamic.operators import (
     Periodic,
     Serial,
 )
+from tests.divergence import divergence
 
 M, BATCH, RATE = 4, 5, np.float32(0.05)
 TRUTH = np.arange(1, 4, dtype=np.float32)

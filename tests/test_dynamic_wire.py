@@ -4,7 +4,6 @@ import logging
 
 import numpy as np
 import pytest
-from divergence import divergence
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import given, settings
@@ -28,10 +27,11 @@ from flwr_colearn import (
 )
 from flwr_colearn.compression import AGREEMENT, AVERAGE_OF, KEPT_REFERENCE
 from flwr_colearn.compression.residuals import RESIDUAL
+from flwr_colearn.dynamic import Dynamic, FractionAveraging, Never, Periodic
 from flwr_colearn.dynamic.coordinator import Coordinator
 from flwr_colearn.dynamic.messages import Ask, checksum
-from flwr_colearn.dynamic.operators import Dynamic, FractionAveraging, Never, Periodic
 from flwr_colearn.records import view
+from tests.divergence import divergence
 
 M = 4
 MODS = (participant_mod,)

@@ -446,7 +446,7 @@ def test_inside_a_recovering_grid_that_the_user_brings():
 
 def test_under_a_wrapper_with_a_loop_of_its_own_local_schemes_are_refused():
     wrapped = DifferentialPrivacyServerSideFixedClipping(strategy_of(LocalBN()), 0.1, 1.0, K)
-    with pytest.raises(ColearnError, match="normalization under a wrapper.*Transport"):
+    with pytest.raises(ColearnError, match=r"normalization under a wrapper.*Transport"):
         wrapped.start(SpyGrid(client_app(), K), record(MODEL), num_rounds=1)
     pooled = DifferentialPrivacyServerSideFixedClipping(strategy_of(Pooled()), 0.1, 1.0, K)
     pooled.start(SpyGrid(client_app(), K), record(MODEL), num_rounds=1)

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flwr_colearn import ColearnError
-from flwr_colearn.dynamic.balancing import Balance
-from flwr_colearn.dynamic.operators import (
+from flwr_colearn.dynamic import (
     Absolute,
     Continuous,
     Dynamic,
@@ -17,6 +16,7 @@ from flwr_colearn.dynamic.operators import (
     Relative,
     Serial,
 )
+from flwr_colearn.dynamic.balancing import Balance
 
 
 def balance(reporters=(0,), learners=4, distance=0.0, violations=0, square=1.0):

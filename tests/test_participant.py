@@ -82,7 +82,7 @@ def test_the_echo_tells_models_of_other_names_shapes_and_types_apart():
 
 def test_a_server_of_another_version_is_refused_before_anything_is_trained():
     message = message_of(**{"server-round": 1, "colearn-version": "0.4.0"})
-    with pytest.raises(ColearnError, match="expected the server's version 0.4.0, found"):
+    with pytest.raises(ColearnError, match=r"expected the server's version 0\.4\.0, found"):
         participant_mod(message, context_of(), never)
 
 

@@ -2,17 +2,17 @@
 
 import numpy as np
 import pytest
-import small_net
 from flwr.app import Array, ArrayRecord
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideFixedClipping,
 )
-from small_net import K
 
 from flwr_colearn import CoLearn, CyclicalRate, IncreasingEpochs, InProcessGrid
 from flwr_colearn.strategies import Progress
+from tests import small_net
+from tests.small_net import K
 
 EPSILON = 0.08
 ROUNDS = 16

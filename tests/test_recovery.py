@@ -5,23 +5,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from faults import (
-    BAD_REPLIES,
-    EXAMPLES,
-    FAILURES,
-    FAULTS,
-    MODEL,
-    UNSEEN,
-    FaultyGrid,
-    bits,
-    numpy_of,
-    outcome,
-    participants,
-    random_faults,
-    record_of,
-    strategy_of,
-    train,
-)
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common import DEFAULT_TTL
@@ -38,6 +21,23 @@ from flwr_colearn import (
     RecoveringGrid,
     Recovery,
     Transport,
+)
+from tests.faults import (
+    BAD_REPLIES,
+    EXAMPLES,
+    FAILURES,
+    FAULTS,
+    MODEL,
+    UNSEEN,
+    FaultyGrid,
+    bits,
+    numpy_of,
+    outcome,
+    participants,
+    random_faults,
+    record_of,
+    strategy_of,
+    train,
 )
 
 K = 4

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from faults import BAD_REPLIES, EXPLOSIONS, MODEL, Bomb, bits, numpy_of, record_of, serialised
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import HealthCheck, Phase, given, settings
@@ -18,6 +17,7 @@ from flwr_colearn.aggregation.replies import (
     examples_of,
     failure_of,
 )
+from tests.faults import BAD_REPLIES, EXPLOSIONS, MODEL, Bomb, bits, numpy_of, record_of, serialised
 
 SMALL = {
     "w": np.ones(3),
@@ -184,7 +184,7 @@ def test_bytes_that_are_no_array_are_refused_and_never_unpickled(data):
 
 def test_the_bomb_is_live(monkeypatch):
     explosions = []
-    monkeypatch.setattr("faults.EXPLOSIONS", explosions)
+    monkeypatch.setattr("tests.faults.EXPLOSIONS", explosions)
     data = serialised(np.array([Bomb()] * 3), allow_pickle=True)
     np.load(io.BytesIO(data), allow_pickle=True)
     assert explosions

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import MODEL, Clock, FaultyGrid, bits, random_faults, record_of, strategy_of, train
 from flwr.app import MetricRecord
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
 from hypothesis import HealthCheck, example, given, settings
@@ -26,6 +25,16 @@ from flwr_colearn import (
 )
 from flwr_colearn import checkpoint as checkpoint_module
 from flwr_colearn.checkpoint import Checkpoint
+from tests.faults import (
+    MODEL,
+    Clock,
+    FaultyGrid,
+    bits,
+    random_faults,
+    record_of,
+    strategy_of,
+    train,
+)
 
 ROUNDS = 5
 

@@ -1,12 +1,10 @@
 import numpy as np
 import pytest
-import small_net
 from flwr.app import Context, RecordDict
 from flwr.client.mod import secaggplus_mod
 from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server import LegacyContext, ServerConfig
 from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
-from small_net import K
 
 from flwr_colearn import (
     ColearnError,
@@ -18,6 +16,8 @@ from flwr_colearn import (
     secagg,
 )
 from flwr_colearn import legacy as plain
+from tests import small_net
+from tests.small_net import K
 
 STEP = 2 * 8.0 / 2**22  # of SecAgg+'s default quantization
 EPSILON = 0.03

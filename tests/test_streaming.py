@@ -5,10 +5,10 @@ import weakref
 
 import numpy as np
 import pytest
-from faults import FaultyGrid, K, bits, outcome, record_of, strategy_of
 from flwr.app import ConfigRecord
 
 from flwr_colearn import InProcessGrid, RecoveringGrid
+from tests.faults import FaultyGrid, K, bits, outcome, record_of, strategy_of
 
 MODEL = {"w": np.linspace(-1, 1, 6, dtype=np.float32), "step": np.array(3)}
 

@@ -6,8 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from faults import FaultyGrid, numpy_of, outcome, participants, record_of
-from faults import strategy_of as faults_strategy_of
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod
@@ -39,6 +37,8 @@ from flwr_colearn.compression import AGREEMENT, CompressionGrid, codec_named, co
 from flwr_colearn.compression.agreement import VERSION
 from flwr_colearn.compression.residuals import RESIDUAL
 from flwr_colearn.records import data_bytes
+from tests.faults import FaultyGrid, numpy_of, outcome, participants, record_of
+from tests.faults import strategy_of as faults_strategy_of
 
 CODECS = [Float16(), BFloat16(), Int8(), Int8(0), Int8(-1)]
 INT8 = [Int8(), Int8(0), Int8(-1)]
@@ -233,7 +233,7 @@ def test_narrow_floats_are_not_made_wider():
     ids=str,
 )
 def test_bytes_of_a_small_residual_network(codec, share):
-    models = pytest.importorskip("clients.models", exc_type=ImportError)
+    models = pytest.importorskip("clients.torch.models.small", exc_type=ImportError)
     model = {name: tensor.numpy() for name, tensor in models.resnet8().state_dict().items()}
     record = record_of(model)
     travelling, _ = codec.encode(record, model)
@@ -986,7 +986,7 @@ SURVIVED = [  # those in which the participant's state survives
 
 
 def test_recovered_faults_leave_no_trace_in_a_run_of_int8(monkeypatch):
-    from faults import MODEL, Clock
+    from tests.faults import MODEL, Clock
 
     outcomes = []
     for faults in (

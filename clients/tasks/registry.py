@@ -13,9 +13,9 @@ from clients.trainer import Trainer
 from flwr_colearn import ColearnError
 
 _FRAMEWORKS = {
-    "torch": ("clients.torch_tasks", "torch"),
-    "keras": ("clients.keras_tasks", "tensorflow"),
-    "slim": ("clients.slim_tasks", "slim"),
+    "torch": ("clients.torch.tasks", "torch"),
+    "keras": ("clients.keras.tasks", "tensorflow"),
+    "slim": ("clients.slim.tasks", "slim"),
 }
 """For each framework its module, imported when it is asked for, and the extra that it needs."""
 

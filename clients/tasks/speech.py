@@ -17,11 +17,11 @@ from flwr.common import log
 from scipy.io import wavfile
 from tqdm import tqdm
 
-from clients import spectrogram
-from clients.array_cache import cache_places, cached_arrays
 from clients.data import Examples, Task
 from clients.metrics import validation_and_test
 from clients.objective import CLASSES, Objective
+from clients.tasks import spectrogram
+from clients.tasks.array_cache import cache_places, cached_arrays
 from clients.trainer import NDArray
 from flwr_colearn import ColearnError
 
@@ -36,7 +36,7 @@ MAX_NUM_WAVS_PER_CLASS = 2**27 - 1
 
 @cache
 def load(data_dir: str, split: str) -> Task:
-    """Return the task; inputs are log-mel spectrograms [98, 40, 1] of `clients.spectrogram`.
+    """Return the task; inputs are log-mel spectrograms [98, 40, 1] of `clients.tasks.spectrogram`.
 
     The server's test set is the validation set followed by the test set; ``accuracy`` is of the
     latter, ``validation-accuracy`` of the former. Files that are no 16 kHz, mono, 16-bit WAV are

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 from flwr.common import log
 
-from clients.array_cache import cache_places, cached_arrays
 from clients.data import Examples, NDArray, Task
 from clients.metrics import mean_roc_auc
 from clients.objective import Objective
-from clients.word_vectors import read_vectors
-from clients.words import FIRST_WORD, most_frequent, numbered, sequences
+from clients.tasks.array_cache import cache_places, cached_arrays
+from clients.tasks.word_vectors import read_vectors
+from clients.tasks.words import FIRST_WORD, most_frequent, numbered, sequences
 from flwr_colearn import ColearnError
 
 LABELS = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
@@ -69,7 +69,7 @@ def load(data_dir: str, vectors: str = "", vocabulary: int = VOCABULARY) -> Task
     ``natural``, only rows that have 1 there, those at the labels' real rates, are held out, so
     that the score is one at real rates; all others are trained on.
 
-    Prepared arrays are kept on disk, see `clients.array_cache`.
+    Prepared arrays are kept on disk, see `clients.tasks.array_cache`.
 
     Parameters
     ----------

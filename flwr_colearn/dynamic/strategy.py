@@ -48,7 +48,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
     ----------
     operator : Operator
         ``Dynamic``, ``Periodic``, ``Continuous``, ``FractionAveraging``, ``Never`` or ``Serial``
-        of `flwr_colearn.operators`.
+        of `flwr_colearn.dynamic`.
     num_learners : int
         m. Every round has exactly so many.
     roles : mapping or sequence, optional
@@ -99,7 +99,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         seed: int | None = None,
     ) -> None:
         if not isinstance(operator, Operator):
-            raise expected("operator", "one of flwr_colearn.operators", operator)
+            raise expected("operator", "one of flwr_colearn.dynamic", operator)
         operator.check_learners(num_learners)
         if evaluate_mean_every is not None:
             whole_number("evaluate_mean_every", evaluate_mean_every, least=1)

@@ -26,9 +26,8 @@ from clients.settings import ParticipantSettings
 from clients.tasks.registry import participant_trainer
 from flwr_colearn import History
 from simulations.arms import arm_named
-from simulations.settings import RunSettings, check_keys, read_config
-from simulations.study import CONF
-from simulations.training import train_averaged
+from simulations.settings import CONF, RunSettings, check_keys, read_config
+from simulations.study.training import train_averaged
 
 MIB = 2**20
 

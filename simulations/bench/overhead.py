@@ -24,16 +24,15 @@ from torch import nn
 from clients.app import app
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import participant_trainer, server_trainer
-from clients.torch_trainer import TorchTrainer
+from clients.torch.trainer import TorchTrainer
 from clients.trainer import derive_seed
 from flwr_colearn import CoLearn, ColearnError, CyclicalRate, InProcessGrid, LocalPlan
 from simulations.bench.app.noop.client_app import app as noop_app
 from simulations.bench.app.noop.rounds import random_model, seconds_per_round
-from simulations.deployment import Deployment
-from simulations.local_run import run_app
+from simulations.launch.deployment import Deployment
+from simulations.launch.simulation import run_app
 from simulations.server_app import to_record
-from simulations.settings import read_config
-from simulations.study import CONF
+from simulations.settings import CONF, read_config
 
 APP = Path(__file__).parent / "app"
 RATE = CyclicalRate(0.05)

@@ -30,7 +30,7 @@ from typing import Any
 from flwr_colearn import ColearnError
 from simulations.bench.peers_app import work_config
 from simulations.bench.users import Work, as_json
-from simulations.local_run import run_app
+from simulations.launch.simulation import run_app
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TIMEOUT = 3600.0

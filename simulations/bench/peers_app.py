@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch.utils.data import TensorDataset
 
 from clients.client_app import make_client_app
-from clients.torch_trainer import TorchTrainer
+from clients.torch.trainer import TorchTrainer
 from flwr_colearn import CoLearn, InProcessGrid, LocalPlan
 from simulations.bench.users import SmallCnn, Stopwatch, Work, data, task
 

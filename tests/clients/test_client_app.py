@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 from clients.client_app import make_client_app
 from clients.numpy_client import OPTIMIZER
-from clients.torch_trainer import TorchTrainer, roles_of
+from clients.torch.trainer import TorchTrainer, roles_of
 from clients.trainer import derive_seed, follow
 from flwr_colearn import (
     CoLearn,

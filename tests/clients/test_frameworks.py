@@ -229,7 +229,7 @@ def test_a_reply_with_another_frameworks_arrays_is_refused_with_what_differs(tra
 
 SCRIPT = """
 import json, sys
-import clients.app, simulations.server_app, simulations.study
+import clients.app, simulations.server_app, simulations.study.__main__
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import participant_trainer, server_trainer
 for name in sys.argv[1:]:

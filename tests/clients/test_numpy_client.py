@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from clients.client_app import make_client_app
 from clients.numpy_client import OPTIMIZER, TrainerClient, make_numpy_client_app
-from clients.torch_trainer import TorchTrainer, roles_of
+from clients.torch.trainer import TorchTrainer, roles_of
 from clients.trainer import derive_seed, follow
 from flwr_colearn import CoLearn, ColearnError, CyclicalRate, InProcessGrid, LocalPlan, legacy
 from simulations.server_app import to_record

@@ -1,7 +1,6 @@
 """A project on Flower's legacy API, in the shape of quickstart-pytorch before Flower 1.22."""
 
 import torch
-from digits import part
 from flwr import common
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
@@ -10,6 +9,8 @@ from flwr.server import ServerAppComponents, ServerConfig
 from flwr.server.strategy import FedAvg
 from flwr.serverapp import ServerApp
 from torch import nn
+
+from tests.dropin.digits import part
 
 OUTCOME = {"metrics": {}}
 

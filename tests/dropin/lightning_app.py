@@ -2,12 +2,13 @@
 
 import lightning.pytorch as pl
 import torch
-from digits import part
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
+
+from tests.dropin.digits import part
 
 app = ClientApp()
 server = ServerApp()

@@ -3,12 +3,13 @@
 import warnings
 
 import numpy as np
-from digits import part
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from sklearn.linear_model import LogisticRegression
+
+from tests.dropin.digits import part
 
 app = ClientApp()
 server = ServerApp()

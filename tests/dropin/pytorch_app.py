@@ -1,12 +1,13 @@
 """A project with PyTorch and Flower's Message API, in the shape of quickstart-pytorch."""
 
 import torch
-from digits import part
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
+
+from tests.dropin.digits import part
 
 app = ClientApp()
 server = ServerApp()

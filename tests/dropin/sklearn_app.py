@@ -1,12 +1,13 @@
 """A project with scikit-learn and Flower's Message API: a model with a learning rate."""
 
 import numpy as np
-from digits import part
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from sklearn.linear_model import SGDClassifier
+
+from tests.dropin.digits import part
 
 app = ClientApp()
 server = ServerApp()

@@ -1,11 +1,12 @@
 """A project with Keras and Flower's Message API, in the shape of quickstart-tensorflow."""
 
 import keras
-from digits import part
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
+
+from tests.dropin.digits import part
 
 app = ClientApp()
 server = ServerApp()

@@ -3,15 +3,15 @@
 import signal
 from pathlib import Path
 
-import simulations.deployment
-from simulations.deployment import ROOT as ROOT
-from simulations.deployment import Site as Site
-from simulations.deployment import await_that as await_that
+import simulations.launch.deployment
+from simulations.launch.deployment import ROOT as ROOT
+from simulations.launch.deployment import Site as Site
+from simulations.launch.deployment import await_that as await_that
 
 APP = Path(__file__).parent / "app"
 
 
-class Deployment(simulations.deployment.Deployment):
+class Deployment(simulations.launch.deployment.Deployment):
     def run(self, app=APP, **config):
         return super().run(app, **config)
 

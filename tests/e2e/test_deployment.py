@@ -6,9 +6,9 @@ import subprocess
 
 import numpy as np
 import pytest
-from deployment import ROOT, Deployment, Site, await_that
 
 from flwr_colearn import History
+from tests.e2e.deployment import ROOT, Deployment, Site, await_that
 
 ROUNDS = 6
 SITES = [f"partition-{index}" for index in range(5)]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deployment import Deployment, await_that
 from flwr.app import Array, ArrayRecord
 
 from flwr_colearn import Compression, DynamicAveraging, DynamicHistory, Float16, InProcessGrid
+from tests.e2e.deployment import Deployment, await_that
 
 APP = Path(__file__).parent / "online_app"
 LEARNERS, ROUNDS, THRESHOLD = 2, 6, 0.3

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deployment import Deployment, await_that
 
 from flwr_colearn import History
+from tests.e2e.deployment import Deployment, await_that
 
 APP = Path(__file__).parent / "silo_app"
 PARTICIPANTS, ROUNDS = 2, 3  # in the last one a SuperNode dies

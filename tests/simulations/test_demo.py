@@ -1,4 +1,4 @@
-"""What ``make demo`` says; test_local_run.py has the run itself."""
+"""What ``make demo`` says; launch/test_simulation.py has the run itself."""
 
 import json
 

@@ -10,7 +10,7 @@ from flwr.app import Context, RecordDict
 from clients.app import app as client_app
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import server_trainer
-from clients.torch_normalization import BatchRenormLayer
+from clients.torch.layers import BatchRenormLayer
 from flwr_colearn import (
     CoLearn,
     ColearnError,

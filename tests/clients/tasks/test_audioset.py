@@ -6,7 +6,7 @@ import pytest
 
 from clients.metrics import audio_tagging
 from clients.tasks import audioset
-from clients.torch_tasks import tensors_of
+from clients.torch.tasks import tensors_of
 from flwr_colearn import ColearnError
 
 CLASSES = 5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clients.tasks import mnist
-from clients.torch_tasks import tensors_of
+from clients.torch.tasks import tensors_of
 from flwr_colearn import ColearnError
 
 REAL = Path(os.environ.get("COLEARN_DATA", "/nowhere"))

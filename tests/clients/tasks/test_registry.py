@@ -41,7 +41,7 @@ def test_unknown_names_are_refused_with_the_known_ones(settings, message):
 )
 def test_a_framework_that_is_not_installed_is_named_with_its_extra(name, extra, monkeypatch):
     def missing(module):
-        if module.endswith("_tasks"):
+        if module.endswith(".tasks"):
             raise ModuleNotFoundError("No module named 'framework'", name="framework")
         return import_module(module)
 
@@ -95,7 +95,7 @@ def test_every_framework_gets_the_settings_and_the_same_shards_and_test_set(name
     asked = []
 
     def importing(module):
-        if not module.endswith("_tasks"):
+        if not module.endswith(".tasks"):
             return import_module(module)
         asked.append(module)
         return Recorder
@@ -111,4 +111,4 @@ def test_every_framework_gets_the_settings_and_the_same_shards_and_test_set(name
         np.testing.assert_array_equal(examples.labels, data.train_set.labels[indices])
     _, task = server_trainer(settings)
     assert task.train_set is task.test_set is data.test_set
-    assert asked == [f"clients.{name}_tasks"] * 2
+    assert asked == [f"clients.{name}.tasks"] * 2

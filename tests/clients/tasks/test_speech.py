@@ -10,9 +10,9 @@ from scipy.io import wavfile
 
 from clients.objective import CLASSES
 from clients.settings import ParticipantSettings
-from clients.spectrogram import log_mel
 from clients.tasks import registry, speech
-from clients.torch_tasks import tensors_of
+from clients.tasks.spectrogram import log_mel
+from clients.torch.tasks import tensors_of
 from flwr_colearn import ColearnError
 
 REAL = Path(os.environ.get("COLEARN_DATA", "/nowhere"), "SpeechCommands")

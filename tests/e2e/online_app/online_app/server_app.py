@@ -7,7 +7,7 @@ from flwr.app import Array, ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from flwr_colearn import Compression, DynamicAveraging
-from flwr_colearn.compression.codecs import codec_named
+from flwr_colearn.compression import codec_named
 
 app = ServerApp()
 

@@ -1,0 +1,1 @@
+"""Participants in Keras 3 on TensorFlow."""

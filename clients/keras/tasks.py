@@ -1,0 +1,55 @@
+"""The tasks with Keras on TensorFlow: models and trainers."""
+
+from clients.data import Task
+from clients.keras.models import densenet40, resnet8, resnet152, small_cnn, vgg19
+from clients.keras.normalization import convert
+from clients.keras.trainer import KerasTrainer
+from clients.settings import ParticipantSettings
+from clients.tasks.kit import Kit, kit_for
+from clients.tensorflow.setup import keras
+from clients.tensorflow.transforms import augment, no_transform, normalise
+
+KITS = {
+    "digits": Kit({"cnn": small_cnn}, no_transform, no_transform),
+    "cifar10": Kit(
+        {"resnet8": resnet8, "densenet40": densenet40, "vgg19": vgg19, "resnet152": resnet152},
+        normalise,
+        augment,
+    ),
+}
+
+
+def build_model(settings: ParticipantSettings, task: Task) -> keras.Model:
+    """Return the model, freshly initialised from the settings' seed, normalised as they say.
+
+    Raises
+    ------
+    ColearnError
+        If the task has no such model.
+    """
+    build = kit_for(KITS, settings).model(settings)
+    keras.utils.set_random_seed(settings.seed)
+    return convert(build(**task.model_options), settings.scheme)
+
+
+def participant_trainer(settings: ParticipantSettings, task: Task) -> KerasTrainer:
+    """Return a participant's trainer, on the device that it names."""
+    return _trainer(settings, task, device=settings.devices or None)
+
+
+def server_trainer(settings: ParticipantSettings, task: Task) -> KerasTrainer:
+    """Return the server's trainer, on a device of its own choice."""
+    return _trainer(settings, task)
+
+
+def _trainer(settings: ParticipantSettings, task: Task, device: str | None = None) -> KerasTrainer:
+    settings.refuse("channels_last", "workers", "image_size")
+    return KerasTrainer(
+        build_model(settings, task),
+        task.train_set,
+        task.test_set,
+        **kit_for(KITS, settings).options(settings, task),
+        precision=settings.precision,
+        jit_compile=settings.jit_compile,
+        device=device,
+    )

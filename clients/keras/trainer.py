@@ -1,0 +1,426 @@
+"""KerasTrainer: any Keras 3 model on TensorFlow as a participant."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from clients.data import Examples, shuffled_batches
+from clients.keras.normalization import normalised, recalibrated
+from clients.objective import CLASSES, Objective
+from clients.tensorflow.setup import check_device, keras, tf
+from clients.tensorflow.transforms import Transform, no_transform
+from clients.trainer import EpochResult, NDArray, check_weights, derive_seed
+from flwr_colearn import ColearnError, Role
+from flwr_colearn.errors import whole_number
+
+FIRST_LOSS_SCALE = 2.0**15
+
+
+class KerasTrainer:
+    """Trains a ``keras.Model`` on one participant's data with SGD, as a plan asks.
+
+    The step is PyTorch's, not that of ``keras.optimizers.SGD``: ``g += weight_decay * w``,
+    ``v = momentum * v + g``, ``w -= rate * v``. Keras multiplies by the rate before it adds up
+    momentum, so that a rate which changes from epoch to epoch would act on later epochs too, and
+    applies weight decay outside of momentum.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Built (with a ``keras.Input``); maps a batch of inputs to outputs for `loss`.
+    train_set : Examples
+        Inputs and labels as arrays.
+    test_set : Examples, optional
+        What `evaluate` uses.
+    batch_size : int, default 32
+        The last batch of an epoch may be smaller; a single left-over example, which batch norm
+        cannot train on, is left out of that epoch.
+    momentum, weight_decay : float, default 0.9 and 0
+        Of SGD.
+    objective : Objective, default one class for every example
+        Says which loss and which metrics there are.
+    loss : callable, optional
+        ``(targets, outputs) -> scalar`` mean loss, such as a ``keras.losses.Loss``; by default
+        the objective's. The model's own losses (regularizers) are added in
+        training.
+    transform : callable, optional
+        ``(inputs, training, seed) -> inputs`` in TensorFlow: normalisation, augmentation. See
+        `clients.tensorflow.transforms`.
+    device : str, optional
+        Such as ``"cpu"`` or ``"GPU:0"``; by default a GPU if there is one.
+    precision : {"float32", "bfloat16", "float16"}, default "float32"
+        The latter two give every layer Keras's mixed precision policy; weights stay float32, and
+        float16 comes with loss scaling.
+    jit_compile : bool, default False
+        Compile the training step with XLA: once for each size of batch.
+    clip_norm : float, optional
+        Clip the gradient to this L2 norm.
+
+    Notes
+    -----
+    Random layers (dropout) must draw from a ``keras.random.SeedGenerator`` that they hold, as
+    Keras's own do. Its state is set anew for every epoch, and is not one of the model's arrays.
+
+    Raises
+    ------
+    ColearnError
+        If there is nothing to train on, the model is not built, Keras has another backend, or an
+        argument is unknown.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        train_set: Examples,
+        test_set: Examples | None = None,
+        *,
+        batch_size: int = 32,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        objective: Objective = CLASSES,
+        loss: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None,
+        transform: Transform = no_transform,
+        device: str | None = None,
+        precision: str = "float32",
+        jit_compile: bool = False,
+        clip_norm: float | None = None,
+    ) -> None:
+        if len(train_set) == 0:
+            raise ColearnError("train_set: expected at least one example, found an empty shard")
+        whole_number("batch_size", batch_size, least=1)
+        if precision not in ("float32", "bfloat16", "float16"):
+            raise ColearnError(
+                f"precision: expected float32, bfloat16 or float16, found {precision!r}"
+            )
+        if keras.backend.backend() != "tensorflow":
+            raise ColearnError(
+                f"Keras: expected the backend tensorflow, found {keras.backend.backend()}; set the "
+                "environment variable KERAS_BACKEND=tensorflow"
+            )
+        self.model = model
+        self.train_set, self.test_set = train_set, test_set
+        self.batch_size = batch_size
+        self.momentum, self.weight_decay, self.clip_norm = momentum, weight_decay, clip_norm
+        self.objective = objective
+        self.loss = loss or _loss_of(objective)
+        self.transform = transform
+        self.device = check_device(device) if device else None
+        self.precision = precision
+        if precision != "float32":
+            for layer in model._flatten_layers():
+                layer.dtype_policy = f"mixed_{precision}"
+        self._variables = {name: variable for name, variable, _ in named_variables(model)}
+        if not self._variables:
+            raise ColearnError(
+                "model: expected a built one with weights, found none; start it with keras.Input"
+            )
+        trained = {id(variable) for variable in model.trainable_variables}
+        self._trained = {n: v for n, v in self._variables.items() if id(v) in trained}
+        self._seeds = [g for layer in model._flatten_layers() for g in layer._seed_generators]
+        with self._on_device():
+            self._velocities = {
+                name: tf.Variable(tf.zeros(variable.shape, variable.dtype), trainable=False)
+                for name, variable in self._trained.items()
+                if momentum
+            }
+            self._loss_scale = tf.Variable(1.0, trainable=False)
+        batch = tf.TensorSpec((None, *train_set.inputs.shape[1:]), train_set.inputs.dtype)
+        labels = tf.TensorSpec((None, *train_set.labels.shape[1:]), train_set.labels.dtype)
+        rate, seed = tf.TensorSpec((), tf.float32), tf.TensorSpec((2,), tf.int64)
+        self._train_step = tf.function(
+            self._step, input_signature=[batch, labels, rate, seed], jit_compile=jit_compile
+        )
+        self._gradients = tf.function(
+            self._loss_and_gradients, input_signature=[batch, labels, seed], jit_compile=jit_compile
+        )
+        self._predict_batch = tf.function(self._outputs, input_signature=[batch])
+
+    def get_weights(self) -> dict[str, NDArray]:
+        """Return the model's arrays by `named_variables`' names."""
+        return {name: np.array(variable.numpy()) for name, variable in self._variables.items()}
+
+    def set_weights(self, weights: Mapping[str, NDArray]) -> None:
+        """Load the arrays and start with a fresh optimizer.
+
+        Raises
+        ------
+        ColearnError
+            If names, shapes or types are not the model's.
+        """
+        check_weights(weights, self._variables, f"Keras model '{self.model.name}'")
+        for name, variable in self._variables.items():
+            variable.assign(weights[name])
+        for velocity in self._velocities.values():
+            velocity.assign(tf.zeros_like(velocity))
+
+    def roles(self) -> dict[str, Role]:
+        """Return the role of every array, by layer type."""
+        return roles_of(self.model)
+
+    def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
+        """Train one full pass over the local data; see `Trainer.train_epoch`."""
+        self._seed_layers(seed)
+        self._loss_scale.assign(FIRST_LOSS_SCALE if self.precision == "float16" else 1.0)
+        total, count = 0.0, 0
+        batches = shuffled_batches(len(self.train_set), self.batch_size, seed)
+        with self._on_device():
+            # disable=None: no bar where no terminal watches.
+            for number, indices in enumerate(
+                tqdm(batches, desc="local epoch", disable=None, leave=False)
+            ):
+                batch = self.train_set.take(indices)
+                step_seed = np.array([derive_seed(seed, 0), number])
+                loss = self._train_step(
+                    batch.inputs, batch.labels, np.float32(learning_rate), step_seed
+                )
+                total += loss * len(batch)
+                count += len(batch)
+        return EpochResult(float(total) / count, count)
+
+    def gradients(
+        self, names: Sequence[str], step: int, seed: int
+    ) -> tuple[dict[str, NDArray], EpochResult]:
+        """Return the gradients of one batch's mean loss, for synchronous SGD.
+
+        Parameters
+        ----------
+        names : sequence of str
+            The arrays to differentiate by; those that take no part have gradient zero.
+        step : int
+            From 1. The batches of a pass are taken in turn; every pass has an order of its own.
+        seed : int
+            The participant's.
+
+        Returns
+        -------
+        arrays : dict
+            The model's arrays after the forward pass (moving statistics move), with gradients in
+            the places of `names`.
+        result : EpochResult
+            Loss and size of the batch.
+        """
+        batch, own_seed = self._batch(step, seed), derive_seed(seed, 0, step)
+        self._seed_layers(own_seed)
+        self._loss_scale.assign(1.0)
+        with self._on_device():
+            step_seed = np.array([derive_seed(own_seed, 0), 0])
+            given = (batch.inputs, batch.labels, step_seed)
+            loss, found = self._gradients(*(tf.constant(each) for each in given))
+        arrays = self.get_weights()
+        for name in names:
+            gradient = found.get(name)
+            arrays[name] = (
+                np.zeros_like(arrays[name]) if gradient is None else np.array(gradient.numpy())
+            )
+        return arrays, EpochResult(float(loss), len(batch))
+
+    def recalibrated(self) -> tuple[dict[str, NDArray], int]:
+        """Return the statistics of the whole local data under the weights, without augmentation.
+
+        Returns
+        -------
+        arrays : dict
+            Moving means and variances by name; see `clients.keras.normalization.recalibrated`.
+        examples : int
+            How many they are of: a single left-over example is left out, as in training.
+        """
+        names = {id(variable): name for name, variable in self._variables.items()}
+        size, count = max(self.batch_size, 256), len(self.train_set)
+        lonely = count > 1 and count % size == 1
+        chunks = [c for c in self.train_set.chunks(size) if len(c) > 1 or not lonely]
+        no_seed = tf.zeros(2, tf.int64)  # nothing is drawn without augmentation
+        with self._on_device():
+            batches = (self.transform(tf.constant(c.inputs), False, no_seed) for c in chunks)
+            arrays = recalibrated(self.model, batches, lambda variable: names[id(variable)])
+        return arrays, count - lonely
+
+    @contextmanager
+    def normalised(self, config: Mapping[str, Any]) -> Iterator[None]:
+        """Return a block in which batch norm trains as the server's scheme says.
+
+        Under `Synchronised`, `gradients` computes eagerly there: see
+        `clients.keras.normalization.normalised`.
+        """
+        compiled = self._gradients
+        if config.get("normalization") == "synchronised":
+            self._gradients = self._loss_and_gradients
+        try:
+            with normalised(self.model, config):
+                yield
+        finally:
+            self._gradients = compiled
+
+    def evaluate(self) -> dict[str, float]:
+        """Return ``num-examples``, mean ``loss`` and the objective's metrics on the test set."""
+        outputs, targets = self.predict()
+        return {
+            "num-examples": len(targets),
+            "loss": float(self.loss(tf.constant(targets), tf.constant(outputs))),
+            **self.objective.metrics(outputs, targets),
+        }
+
+    def predict(self) -> tuple[NDArray, NDArray]:
+        """Return the model's outputs (float32) and the targets on the test set, in its order."""
+        if self.test_set is None:
+            raise ColearnError("test_set: expected a data set to evaluate on, found None")
+        chunks = self.test_set.chunks(max(self.batch_size, 256))
+        with self._on_device():
+            outputs = [self._predict_batch(chunk.inputs).numpy() for chunk in chunks]
+        return np.concatenate(outputs), self.test_set.labels
+
+    def get_optimizer_state(self) -> dict[str, NDArray]:
+        """Return momentum by the name of the array that it moves."""
+        return {name: velocity.numpy().copy() for name, velocity in self._velocities.items()}
+
+    def set_optimizer_state(self, state: Mapping[str, NDArray]) -> None:
+        """Go on with momentum that `get_optimizer_state` returned."""
+        check_weights(state, self._velocities, f"momentum of Keras model '{self.model.name}'")
+        for name, velocity in self._velocities.items():
+            velocity.assign(state[name])
+
+    def _step(
+        self, inputs: tf.Tensor, targets: tf.Tensor, rate: tf.Tensor, seed: tf.Tensor
+    ) -> tf.Tensor:
+        """Make one step of SGD; return the loss."""
+        loss, gradients = self._loss_and_gradients(inputs, targets, seed)
+        if self.precision == "float16":
+            finite = tf.reduce_all(
+                [tf.reduce_all(tf.math.is_finite(g)) for g in gradients.values()]
+            )
+            tf.cond(finite, lambda: self._apply(gradients, rate), self._halve_loss_scale)
+        else:
+            self._apply(gradients, rate)
+        return loss
+
+    def _loss_and_gradients(
+        self, inputs: tf.Tensor, targets: tf.Tensor, seed: tf.Tensor
+    ) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+        """Return the loss in training, and its gradients by name."""
+        with tf.GradientTape() as tape:
+            outputs = self.model(self.transform(inputs, True, seed), training=True)
+            losses = [self.loss(targets, tf.cast(outputs, tf.float32)), *self.model.losses]
+            loss = tf.add_n([tf.cast(each, tf.float32) for each in losses])
+            scaled = loss * self._loss_scale
+        names = list(self._trained)
+        found = tape.gradient(scaled, [self._trained[name].value for name in names])
+        return loss, {
+            name: tf.convert_to_tensor(gradient) / tf.cast(self._loss_scale, gradient.dtype)
+            for name, gradient in zip(names, found, strict=True)
+            if gradient is not None  # of weights that the loss does not depend on
+        }
+
+    def _apply(self, gradients: dict[str, tf.Tensor], rate: tf.Tensor) -> None:
+        if self.clip_norm is not None:
+            clipped, _ = tf.clip_by_global_norm(list(gradients.values()), self.clip_norm)
+            gradients = dict(zip(gradients, clipped, strict=True))
+        for name, gradient in gradients.items():
+            variable = self._trained[name]
+            step = gradient + self.weight_decay * variable.value
+            if self.momentum:
+                velocity = self._velocities[name]
+                step = velocity.assign(self.momentum * velocity + step)
+            variable.assign_sub(tf.cast(rate, step.dtype) * step)
+            if variable.constraint is not None:
+                variable.assign(variable.constraint(variable))
+
+    def _halve_loss_scale(self) -> None:
+        self._loss_scale.assign(self._loss_scale / 2)
+
+    def _outputs(self, inputs: tf.Tensor) -> tf.Tensor:
+        no_seed = tf.zeros(2, tf.int64)  # nothing is drawn in evaluation
+        outputs = self.model(self.transform(inputs, False, no_seed), training=False)
+        return tf.cast(outputs, tf.float32)
+
+    def _batch(self, step: int, seed: int) -> Examples:
+        """Return the batch of a step: the same order within a pass as `train_epoch` has it."""
+        count = len(self.train_set)
+        done, place = divmod(step - 1, len(shuffled_batches(count, self.batch_size, 0)))
+        batches = shuffled_batches(count, self.batch_size, derive_seed(seed, done + 1))
+        return self.train_set.take(batches[place])
+
+    def _seed_layers(self, seed: int) -> None:
+        """Let random layers (dropout) draw from a seed."""
+        for index, generator in enumerate(self._seeds):
+            generator.state.assign([derive_seed(seed, 1, index), 0])
+
+    def _on_device(self) -> Any:
+        return tf.device(self.device) if self.device else nullcontext()
+
+
+def named_variables(model: keras.Model) -> Iterator[tuple[str, Any, keras.Layer]]:
+    """Yield the name, variable and layer of each of a model's arrays.
+
+    Names are made of the layers' types and their order, ``resnet_block_1/conv2d/kernel``. Keras's
+    own names count all layers that a process ever made (``dense_7``), so they would differ between
+    participants. The states of random layers are left out: they are no weights.
+    """
+    yield from _walk(model, "", set())
+
+
+def roles_of(model: keras.Model) -> dict[str, Role]:
+    """Return the role of every array of a model, by layer type, never by name.
+
+    Variables that are trained are ``trainable``; moving means and variances of
+    ``keras.layers.BatchNormalization`` get their roles; integers are ``counter``; frozen variables
+    and the rest (spectral norm's vectors, say) are ``buffer``.
+    """
+    trained = {id(variable) for variable in model.trainable_variables}
+    roles = {}
+    for name, variable, layer in named_variables(model):
+        if isinstance(layer, keras.layers.BatchNormalization) and variable is layer.moving_mean:
+            roles[name] = Role.MEAN
+        elif isinstance(layer, keras.layers.BatchNormalization) and (
+            variable is layer.moving_variance
+        ):
+            roles[name] = Role.VARIANCE
+        elif id(variable) in trained:
+            roles[name] = Role.TRAINABLE
+        else:
+            is_float = tf.as_dtype(variable.dtype).is_floating
+            roles[name] = Role.BUFFER if is_float else Role.COUNTER
+    return roles
+
+
+def _loss_of(objective: Objective) -> keras.losses.Loss:
+    if objective.multi_label:
+        return keras.losses.BinaryCrossentropy(from_logits=True)
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def _walk(
+    layer: keras.Layer, prefix: str, seen: set[int]
+) -> Iterator[tuple[str, Any, keras.Layer]]:
+    children = layer._flatten_layers(include_self=False, recursive=False)
+    of_children = {id(variable) for child in children for variable in child.weights}
+    taken: set[str] = set()
+    for variable in layer.weights:
+        if id(variable) not in of_children | seen:
+            seen.add(id(variable))
+            # Unnamed variables are numbered through the process as well.
+            name = re.sub(r"^variable_\d+$", "variable", variable.name)
+            yield prefix + _unique(name, taken), variable, layer
+    for child in children:
+        # A layer that a normalization scheme converted is named as what it was.
+        kind = getattr(child, "converted_from", type(child)).__name__
+        label = _unique(_snake_case(kind), taken)
+        yield from _walk(child, f"{prefix}{label}/", seen)
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    """Return `name`, or `name` with the first number that makes it new; remember it."""
+    free, number = name, 0
+    while free in taken:
+        number += 1
+        free = f"{name}_{number}"
+    taken.add(free)
+    return free
+
+
+def _snake_case(name: str) -> str:
+    """Return a class name as Keras writes it: ``Conv2D`` is conv2d, ``LSTMCell`` lstm_cell."""
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()

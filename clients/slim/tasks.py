@@ -1,0 +1,51 @@
+"""The tasks with TF-slim: models and trainers."""
+
+from clients.data import Task
+from clients.settings import ParticipantSettings
+from clients.slim.models import resnet8, resnet_152, small_cnn, vgg_19
+from clients.slim.trainer import SlimTrainer
+from clients.tasks.kit import Kit, kit_for
+from clients.tensorflow.transforms import augment, no_transform, normalise
+from flwr_colearn import Average, ColearnError, LocalBN, LocalStatistics, Pooled
+
+KITS = {
+    "digits": Kit({"cnn": small_cnn}, no_transform, no_transform),
+    "cifar10": Kit(
+        {"resnet8": resnet8, "vgg19": vgg_19, "resnet152": resnet_152}, normalise, augment
+    ),
+}
+
+
+def participant_trainer(settings: ParticipantSettings, task: Task) -> SlimTrainer:
+    """Return a participant's trainer, on the device that it names."""
+    return _trainer(settings, task, device=settings.devices or None)
+
+
+def server_trainer(settings: ParticipantSettings, task: Task) -> SlimTrainer:
+    """Return the server's trainer, on a device of its own choice."""
+    return _trainer(settings, task)
+
+
+def _trainer(settings: ParticipantSettings, task: Task, device: str | None = None) -> SlimTrainer:
+    settings.refuse("precision", "jit_compile", "channels_last", "workers", "image_size")
+    _check_scheme(settings)
+    kit = kit_for(KITS, settings)
+    return SlimTrainer(
+        kit.model(settings),
+        task.train_set,
+        task.test_set,
+        **kit.options(settings, task),
+        seed=settings.seed,
+        device=device,
+    )
+
+
+def _check_scheme(settings: ParticipantSettings) -> None:
+    """Raise a ColearnError if a scheme changes how layers compute, which a graph fixes."""
+    possible = (Average, Pooled, LocalStatistics, LocalBN)
+    if not isinstance(settings.scheme, possible):
+        raise ColearnError(
+            f"run config 'normalization': expected {', '.join(each.name for each in possible)} "
+            f"with framework 'slim', whose layers are as its models have them, found "
+            f"{settings.normalization!r}"
+        )

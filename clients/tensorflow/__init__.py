@@ -1,0 +1,1 @@
+"""What Keras on TensorFlow and TF-slim share."""

@@ -1,0 +1,1 @@
+"""PyTorch networks for the tasks."""

@@ -1,0 +1,195 @@
+"""PyTorch networks for text: word numbers [N, length], 0 for padding, to logits [N, labels]."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from clients.data import NDArray
+from clients.tasks.words import PAD
+
+TYPES, PRIMARY, CLASS = 32, 8, 16
+"""Types of primary capsules, and the dimensions of primary and of class capsules (paper)."""
+ROUTINGS = 3
+
+
+class FrozenEmbedding(nn.Module):
+    """Looks up vectors that are neither trained nor exchanged: every site reads the same file.
+
+    Parameters
+    ----------
+    vectors : array of float32, [vocabulary, dimension]
+    """
+
+    def __init__(self, vectors: NDArray) -> None:
+        super().__init__()
+        self.embedding_dim = vectors.shape[1]
+        self.register_buffer("vectors", torch.from_numpy(vectors), persistent=False)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Map [N, length] to [N, length, dimension]."""
+        return nn.functional.embedding(words, self.vectors)  # type: ignore[arg-type]
+
+
+def embedding(
+    vocabulary: int, dimension: int, vectors: NDArray | None
+) -> nn.Embedding | FrozenEmbedding:
+    """Return an embedding to learn, or one that looks up `vectors` where there are any."""
+    if vectors is not None:
+        return FrozenEmbedding(vectors)
+    return nn.Embedding(vocabulary, dimension, padding_idx=PAD)
+
+
+class BiGRU(nn.Module):
+    """Embedding, spatial dropout, bidirectional GRU, average and maximum over words, linear.
+
+    Padding takes no part in any of them; a comment without words counts as one word of padding.
+    333,318 parameters, and those of a learned embedding.
+
+    Parameters
+    ----------
+    vocabulary : int
+        Word numbers, padding and unknown words included.
+    vectors : array, [vocabulary, dimension], optional
+        To look words up in; by default the embedding is learned.
+    num_labels : int, default 6
+    dimension : int, default 300
+        Of a learned embedding.
+    units : int, default 128
+        In each direction.
+    dropout : float, default 0.2
+        Share of the embedding's dimensions that are dropped, in all of a comment's words alike.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        vectors: NDArray | None = None,
+        num_labels: int = 6,
+        dimension: int = 300,
+        units: int = 128,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding(vocabulary, dimension, vectors)
+        self.dropout = nn.Dropout1d(dropout)
+        width = self.embedding.embedding_dim
+        self.gru = nn.GRU(width, units, batch_first=True, bidirectional=True)
+        self.linear = nn.Linear(4 * units, num_labels)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Map [N, length] to logits [N, num_labels]."""
+        lengths = (words != PAD).sum(1).clamp(min=1)
+        embedded = self.dropout(self.embedding(words).transpose(1, 2)).transpose(1, 2)
+        # Packed, the backward direction starts at the last word, not in the padding.
+        packed = pack_padded_sequence(
+            embedded, lengths.cpu(), batch_first=True, enforce_sorted=False
+        )
+        states, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True)
+        padding = torch.arange(states.shape[1], device=words.device) >= lengths[:, None]
+        highest = states.masked_fill(padding[..., None], float("-inf")).amax(1)
+        average = states.sum(1) / lengths[:, None]  # states of padding are zero
+        return self.linear(torch.cat([average, highest], 1))  # type: ignore[no-any-return]
+
+
+class Capsules(nn.Module):
+    """A capsule network: embedding, primary capsules, one class capsule for every label.
+
+    The paper (4.5.2) gives 32 types of primary capsules of dimension 8 at stride 1 and class
+    capsules of dimension 16. Routing is the dynamic one of Sabour, Frosst and Hinton (2017), whose
+    capsules these are; the paper cites EM routing, which has matrices in their place. Ours are:
+    primary capsules come from a convolution over the embedding's whole width and three words, one
+    window for each word, so a comment of 150 words has 4,800; they share the prediction weights
+    of their type; windows centred on padding take no part. 255,232 parameters, and those of a
+    learned embedding.
+
+    The logit of a label is ``log(|s|**2)``, s being its capsule before squashing: that is the logit
+    of the squashed capsule's length, ``|s|**2 / (1 + |s|**2)``, taken as a probability.
+
+    Parameters
+    ----------
+    vocabulary, vectors, num_labels, dimension
+        As those of `BiGRU`.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        vectors: NDArray | None = None,
+        num_labels: int = 6,
+        dimension: int = 300,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding(vocabulary, dimension, vectors)
+        width = self.embedding.embedding_dim
+        self.primary = nn.Conv1d(width, TYPES * PRIMARY, 3, padding=1)
+        # Small, so that the lengths of sums over thousands of capsules start small.
+        weights = torch.randn(TYPES, num_labels, PRIMARY, CLASS) * 0.01
+        self.predictions = nn.Parameter(weights)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Map [N, length] to logits [N, num_labels]."""
+        features = self.primary(self.embedding(words).transpose(1, 2)).transpose(1, 2).float()
+        capsules = squash(features.unflatten(-1, (TYPES, PRIMARY)))
+        capsules = capsules * (words != PAD)[..., None, None]
+        with torch.autocast(words.device.type, enabled=False):
+            summed = routed(capsules, self.predictions, ROUTINGS)
+        return (summed.square().sum(-1) + 1e-12).log()
+
+
+def squash(vectors: Tensor) -> Tensor:
+    """Shorten vectors [..., dimension] of length n to n**2 / (1 + n**2); zero stays zero.
+
+    Examples
+    --------
+    >>> squash(torch.tensor([3.0, 4.0]))
+    tensor([0.5769, 0.7692])
+    """
+    square = vectors.square().sum(-1, keepdim=True)
+    # The root's slope is infinite at zero.
+    return vectors * (square + 1e-12).sqrt() / (1 + square)
+
+
+def routed(capsules: Tensor, weights: Tensor, iterations: int) -> Tensor:
+    """Return the sums that the class capsules get by dynamic routing, before squashing.
+
+    Capsule i of type t predicts ``u_i @ weights[t, j]`` for class j; a class capsule sums the
+    predictions, weighted by a softmax over the classes, whose inputs start at zero and grow by
+    the agreement ``prediction . squash(sum)``. All but the last iteration are without gradients.
+    Because weights are shared, predictions, [N, P, types, classes, CLASS], are never formed:
+    capsules are summed first and then multiplied.
+
+    Parameters
+    ----------
+    capsules : Tensor, [N, P, types, PRIMARY]
+        For P places.
+    weights : Tensor, [types, classes, PRIMARY, CLASS]
+    iterations : int
+        At least 1.
+
+    Returns
+    -------
+    Tensor, [N, classes, CLASS]
+    """
+    n, places, types, _ = capsules.shape
+    inputs = capsules.new_zeros(n, places, types, weights.shape[1])
+    with torch.no_grad():
+        for _ in range(iterations - 1):
+            outputs = squash(_sums(capsules, weights, inputs))
+            wanted = torch.einsum("tjde,nje->njtd", weights, outputs)
+            inputs = inputs + torch.einsum("nptd,njtd->nptj", capsules, wanted)
+    return _sums(capsules, weights, inputs)
+
+
+def _sums(capsules: Tensor, weights: Tensor, inputs: Tensor) -> Tensor:
+    pooled = torch.einsum("nptj,nptd->njtd", inputs.softmax(-1), capsules)
+    return torch.einsum("njtd,tjde->nje", pooled, weights)
+
+
+def bigru_small(**options: Any) -> BiGRU:
+    """Return a compact `BiGRU` for CPUs: 64 dimensions, learned, and 32 units a direction.
+
+    19,590 parameters, and those of the embedding.
+    """
+    return BiGRU(dimension=64, units=32, **options)

@@ -1,0 +1,237 @@
+"""ParallelTrainer: one participant with several GPUs, data parallel inside its site.
+
+The paper's sites have four GPUs each, and name synchronized batch norm as the way to use them.
+"""
+
+import copy
+import tempfile
+import traceback
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import BatchSampler, Dataset
+
+from clients.torch.layers import (
+    BatchNorm,
+    BatchRenormLayer,
+    holds_activation,
+    timm_layers,
+)
+from clients.torch.trainer import TorchTrainer, roles_of
+from clients.trainer import EpochResult, NDArray, derive_seed
+from flwr_colearn import ColearnError, Role
+
+
+class ParallelTrainer:
+    """A Trainer over N devices: every step's batch is split over them, gradients are averaged.
+
+    One process a device (``DistributedDataParallel``); batch norm is synchronised over the
+    devices, so training is that of one device with the same `batch_size`, to float precision. An
+    epoch leaves out the up to N-1 examples that do not split evenly.
+
+    Parameters
+    ----------
+    model, train_set, test_set
+        As for `TorchTrainer`; they are pickled to the processes.
+    devices : sequence of str
+        Such as ``["cuda:0", "cuda:1"]``. CPUs serve networks without batch norm, for tests.
+    batch_size : int, default 32
+        Of a step, over all devices together; at least N.
+    **options
+        Further arguments of `TorchTrainer`.
+
+    Raises
+    ------
+    ColearnError
+        If the batch cannot be split, or batch norm is to be synchronised on CPUs, which torch
+        does not offer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_set: Dataset[Any],
+        test_set: Dataset[Any] | None = None,
+        *,
+        devices: Sequence[str],
+        batch_size: int = 32,
+        **options: Any,
+    ) -> None:
+        world = len(devices)
+        if batch_size < world:
+            raise ColearnError(f"batch_size: expected at least {world} devices, found {batch_size}")
+        if any(isinstance(module, BatchRenormLayer) for module in model.modules()):
+            raise ColearnError(
+                "devices: expected one device for a network with batch renorm, which torch cannot "
+                f"synchronise over several, found {list(devices)}"
+            )
+        kinds = {torch.device(name).type for name in devices}
+        if kinds != {"cuda"} and _has_batch_norm(model):
+            raise ColearnError(
+                "devices: expected CUDA devices for a network with batch norm, which torch "
+                f"synchronises on them only, found {list(devices)}"
+            )
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                holds_activation(module)  # refuses a layer of which more would be lost
+        self.model = model
+        self._folder = tempfile.TemporaryDirectory()
+        meeting_point = Path(self._folder.name, "rendezvous").as_uri()
+        context = mp.get_context("spawn")
+        self._pipes: list[Connection] = []
+        processes = []
+        for rank, device in enumerate(devices):
+            ours, theirs = context.Pipe()
+            job = (model, train_set, test_set, {**options, "batch_size": batch_size})
+            process = context.Process(
+                target=_serve,
+                args=(theirs, rank, world, device, meeting_point, mp.get_start_method(), job),
+                daemon=True,
+            )
+            process.start()
+            theirs.close()  # so that the end of the process is seen at once
+            self._pipes.append(ours)
+            processes.append(process)
+        weakref.finalize(self, _dismiss, self._pipes, processes)
+
+    def get_weights(self) -> dict[str, NDArray]:
+        """Return the state dict as numpy arrays."""
+        return self._ask("get_weights", only_first=True)  # type: ignore[no-any-return]
+
+    def set_weights(self, weights: Mapping[str, NDArray]) -> None:
+        """Load the state dict on every device and start with a fresh optimizer."""
+        self._ask("set_weights", dict(weights))
+
+    def roles(self) -> dict[str, Role]:
+        """Return the role of every array of the state dict, by module type."""
+        return roles_of(self.model)
+
+    def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
+        """Train one full pass over the local data, each device its part of every batch."""
+        results = self._ask("train_epoch", learning_rate, seed)
+        examples = sum(result.num_examples for result in results)
+        loss = sum(result.loss * result.num_examples for result in results) / examples
+        return EpochResult(loss, examples)
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate on the first device."""
+        return self._ask("evaluate", only_first=True)  # type: ignore[no-any-return]
+
+    def predict(self) -> tuple[NDArray, NDArray]:
+        """Return outputs and targets on the test set, from the first device."""
+        return self._ask("predict", only_first=True)  # type: ignore[no-any-return]
+
+    def get_optimizer_state(self) -> dict[str, NDArray]:
+        """Return SGD's buffers, which are the same on every device."""
+        return self._ask("get_optimizer_state", only_first=True)  # type: ignore[no-any-return]
+
+    def set_optimizer_state(self, state: Mapping[str, NDArray]) -> None:
+        """Go on with buffers returned earlier."""
+        self._ask("set_optimizer_state", dict(state))
+
+    def _ask(self, method: str, *arguments: Any, only_first: bool = False) -> Any:
+        """Call a method of every replica (or of the first) and return what they return."""
+        pipes = self._pipes[:1] if only_first else self._pipes
+        for pipe in pipes:
+            pipe.send((method, arguments))
+        # All are heard before a failure is told: an answer left in a pipe would be the next one's.
+        replies = [_receive(pipe) for pipe in pipes]
+        for rank, (failure, _) in enumerate(replies):
+            if failure:
+                raise ColearnError(f"device {rank}: expected {method} to succeed, found {failure}")
+        answers = [answer for _, answer in replies]
+        return answers[0] if only_first else answers
+
+
+class _Replica(TorchTrainer):
+    """The trainer of one device: its part of every batch, gradients averaged over the devices."""
+
+    def __init__(self, rank: int, world: int, model: nn.Module, *args: Any, **options: Any) -> None:
+        # The pickled model's tensors are shared memory: each replica needs its own.
+        model = copy.deepcopy(model)
+        if torch.device(options["device"]).type == "cuda":
+            model = convert_sync_batchnorm(model)
+        super().__init__(model, *args, **options)
+        self.rank, self.world = rank, world
+        device_ids = [self.device] if self.device.type == "cuda" else None
+        # Buffers are equal on all devices: synchronised statistics, and constants.
+        self.network = DistributedDataParallel(
+            self.network, device_ids=device_ids, broadcast_buffers=False
+        )
+
+    def own_seed(self, seed: int) -> int:
+        """Return a seed of this device: its part of a batch is augmented by itself."""
+        return derive_seed(seed, self.rank)
+
+    def own_part(self, batches: BatchSampler) -> Iterator[list[int]]:
+        """Yield every world-th example of each batch, equally many on every device."""
+        for batch in batches:
+            usable = len(batch) // self.world * self.world
+            if usable:
+                yield batch[self.rank : usable : self.world]
+
+
+def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
+    """Return a model whose batch-norm layers take the batches of all devices together.
+
+    timm's layers may hold an activation, which torch's own conversion would drop.
+    """
+    convert = (timm_layers() or nn.SyncBatchNorm).convert_sync_batchnorm
+    return convert(model)  # type: ignore[no-any-return]
+
+
+def _serve(
+    pipe: Connection,
+    rank: int,
+    world: int,
+    device: str,
+    meeting_point: str,
+    start_method: str,
+    job: tuple[Any, ...],
+) -> None:
+    """Answer calls in a device's process until the other end of the pipe is gone."""
+    # The processes that load data start as they do for a single device: daemons may not start any,
+    # and by default a spawned process spawns its own, which import everything anew in every epoch.
+    mp.current_process().daemon = False
+    mp.set_start_method(start_method, force=True)
+    backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, init_method=meeting_point, rank=rank, world_size=world)
+    model, train_set, test_set, options = job
+    replica = _Replica(rank, world, model, train_set, test_set, device=device, **options)
+    while True:
+        try:
+            method, arguments = pipe.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        try:
+            pipe.send((None, getattr(replica, method)(*arguments)))
+        except Exception:  # whatever it is, the participant's process must hear of it
+            pipe.send((traceback.format_exc(), None))
+
+
+def _receive(pipe: Connection) -> tuple[str | None, Any]:
+    try:
+        return pipe.recv()  # type: ignore[no-any-return]
+    except (EOFError, ConnectionResetError):
+        return "that its process ended", None
+
+
+def _dismiss(pipes: list[Connection], processes: list[Any]) -> None:
+    for pipe in pipes:
+        pipe.close()
+    for process in processes:
+        process.join(timeout=10)
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())

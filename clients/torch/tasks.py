@@ -1,0 +1,144 @@
+"""The tasks with PyTorch: models and trainers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from clients.data import Examples, Task
+from clients.settings import ParticipantSettings
+from clients.tasks.kit import Kit, kit_for
+from clients.torch.image_files import image_files
+from clients.torch.models import audio, image
+from clients.torch.models.small import densenet40, mnist_cnn, resnet8, small_cnn
+from clients.torch.models.text import BiGRU, Capsules, bigru_small
+from clients.torch.normalization import convert
+from clients.torch.parallel import ParallelTrainer
+from clients.torch.trainer import TorchTrainer
+from clients.torch.transforms import augment, no_transform, normalise, normalise_imagenet
+from flwr_colearn import ColearnError, Frozen, Recalibrated
+
+KITS = {
+    "digits": Kit({"cnn": small_cnn}, no_transform, no_transform),
+    "mnist": Kit({"cnn": mnist_cnn}, no_transform, no_transform),
+    "cifar10": Kit(
+        {
+            "resnet8": resnet8,
+            "densenet40": densenet40,
+            "vgg19": image.vgg19_bn,
+            "resnet152": image.resnet152,
+            "inception_v4": image.inception_v4,
+            "inception_resnet_v2": image.inception_resnet_v2,
+        },
+        normalise,
+        augment,
+    ),
+    "imagefolder": Kit(
+        {
+            "resnet8": resnet8,
+            "vgg19": image.vgg19,
+            "inception_v4": image.inception_v4,
+            "resnetv2_101": image.resnetv2_101,
+        },
+        normalise_imagenet,
+        normalise_imagenet,  # the files are augmented as they are read
+    ),
+    "toxic": Kit(
+        {"bigru": BiGRU, "capsule": Capsules, "bigru-small": bigru_small},
+        no_transform,
+        no_transform,
+    ),
+    "speech": Kit(audio.SPEECH, no_transform, no_transform),
+    "audioset": Kit(audio.AUDIOSET, no_transform, no_transform),
+}
+
+
+def build_model(settings: ParticipantSettings, task: Task) -> nn.Module:
+    """Return the model, freshly initialised from the settings' seed, normalised as they say.
+
+    Raises
+    ------
+    ColearnError
+        If the task has no such model.
+    """
+    build = kit_for(KITS, settings).model(settings)
+    torch.manual_seed(settings.seed)
+    return convert(build(**task.model_options), settings.scheme)
+
+
+def participant_trainer(
+    settings: ParticipantSettings, task: Task
+) -> TorchTrainer | ParallelTrainer:
+    """Return a participant's trainer, over all of its devices."""
+    devices = settings.devices.split(",") if settings.devices else []
+    if len(devices) > 1:
+        _check_scheme(settings)
+        return ParallelTrainer(*_parts(settings, task), devices=devices, **_options(settings, task))
+    device = devices[0] if devices else None
+    return TorchTrainer(*_parts(settings, task), device=device, **_options(settings, task))
+
+
+def _check_scheme(settings: ParticipantSettings) -> None:
+    """Raise a ColearnError if the scheme asks for what a trainer over several devices lacks."""
+    if isinstance(settings.scheme, Frozen | Recalibrated):
+        raise ColearnError(
+            f"run config 'normalization': expected a scheme other than {Frozen.name} and "
+            f"{Recalibrated.name} where a site trains on several devices, found "
+            f"{settings.normalization!r} with {settings.devices!r}; name one device"
+        )
+
+
+def server_trainer(settings: ParticipantSettings, task: Task) -> TorchTrainer:
+    """Return the server's trainer, on a device of its own choice."""
+    return TorchTrainer(*_parts(settings, task), **_options(settings, task))
+
+
+def _parts(
+    settings: ParticipantSettings, task: Task
+) -> tuple[nn.Module, Dataset[Any], Dataset[Any]]:
+    """Return the model, and the data sets to train and to evaluate on."""
+    train = _dataset(settings, task.train_set)
+    # The same object for the same examples: a device holds them once.
+    test = train if task.test_set is task.train_set else _dataset(settings, task.test_set)
+    return build_model(settings, task), train, test
+
+
+def _dataset(settings: ParticipantSettings, examples: Examples) -> Dataset[Any]:
+    if settings.task in DATASETS:
+        return DATASETS[settings.task](examples, settings)
+    if settings.image_size:
+        raise ColearnError(
+            f"run config 'image-size': expected 0, since the examples of task {settings.task!r} "
+            f"are of one size, found {settings.image_size}"
+        )
+    return tensors_of(examples)
+
+
+def tensors_of(examples: Examples) -> TensorDataset:
+    """Return examples in memory; images [N, H, W, C] as PyTorch has them, [N, C, H, W]."""
+    inputs = examples.inputs
+    if inputs.ndim == 4:
+        inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
+    return TensorDataset(torch.from_numpy(inputs), torch.from_numpy(examples.labels))
+
+
+DATASETS: dict[str, Callable[[Examples, ParticipantSettings], Dataset[Any]]] = {
+    "imagefolder": image_files
+}
+"""Data sets of the tasks whose examples are read from files while training.
+
+Those that augment do so only once they are ``seeded`` (see `TorchTrainer`), never in evaluation.
+"""
+
+
+def _options(settings: ParticipantSettings, task: Task) -> dict[str, Any]:
+    return {
+        **kit_for(KITS, settings).options(settings, task),
+        "precision": settings.precision,
+        "channels_last": settings.channels_last,
+        "jit_compile": settings.jit_compile,
+        "workers": settings.workers,
+    }

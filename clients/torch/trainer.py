@@ -1,0 +1,402 @@
+"""TorchTrainer: any nn.Module as a participant."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
+from tqdm import tqdm
+
+from clients.objective import CLASSES, Objective
+from clients.torch.normalization import normalised, recalibrated
+from clients.torch.transforms import Transform
+from clients.trainer import EpochResult, NDArray, derive_seed
+from flwr_colearn import ColearnError, Role
+from flwr_colearn.errors import whole_number
+
+_NORMS_WITH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+class TorchTrainer:
+    """Trains an ``nn.Module`` on one participant's data with SGD, as a plan asks.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any module that maps a batch of inputs to outputs for `loss`.
+    train_set : Dataset
+        Yields (input, target). A ``TensorDataset`` is indexed a batch at a time, on the device if
+        it takes no more than half of the memory that is free there. One that draws random numbers
+        has a method ``seeded(seed)``, which returns it as it is for one epoch.
+    test_set : Dataset, optional
+        What `evaluate` uses.
+    batch_size : int, default 32
+        The last batch of an epoch may be smaller; a single left-over example, which batch norm
+        cannot train on, is left out of that epoch.
+    momentum, weight_decay : float, default 0.9 and 0
+        Of SGD.
+    objective : Objective, default one class for every example
+        Says which loss and which metrics there are.
+    loss : callable, optional
+        ``(outputs, targets) -> scalar`` mean loss; by default the objective's.
+    transform : callable, optional
+        ``(inputs, training) -> inputs`` on the device: normalisation, augmentation.
+    device : str or torch.device, optional
+        By default ``cuda`` if there is one, else ``cpu``.
+    precision : {"float32", "bfloat16", "float16"}, default "float32"
+        The latter two train under autocast; float16 with loss scaling.
+    channels_last : bool, default False
+        Make the model and its 4-d inputs channels-last: faster convolutions on recent GPUs. By
+        default inputs stay as `transform` returns them.
+    jit_compile : bool, default False
+        Train through ``torch.compile``.
+    clip_norm : float, optional
+        Clip the gradient to this L2 norm.
+    workers : int, default 0
+        Processes that load data which is not on the device.
+
+    Raises
+    ------
+    ColearnError
+        If there is nothing to train on or an argument is unknown.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_set: Dataset[Any],
+        test_set: Dataset[Any] | None = None,
+        *,
+        batch_size: int = 32,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        objective: Objective = CLASSES,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        transform: Transform | None = None,
+        device: str | torch.device | None = None,
+        precision: str = "float32",
+        channels_last: bool = False,
+        jit_compile: bool = False,
+        clip_norm: float | None = None,
+        workers: int = 0,
+    ) -> None:
+        if len(train_set) == 0:  # type: ignore[arg-type]
+            raise ColearnError("train_set: expected at least one example, found an empty shard")
+        whole_number("batch_size", batch_size, least=1)
+        if precision not in ("float32", "bfloat16", "float16"):
+            raise ColearnError(
+                f"precision: expected float32, bfloat16 or float16, found {precision!r}"
+            )
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.channels_last = channels_last
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=memory_format)
+        # What training calls: the model, perhaps wrapped.
+        self.network: nn.Module = torch.compile(self.model) if jit_compile else self.model
+        self.train_set, self.test_set = train_set, test_set
+        self.batch_size = batch_size
+        self.objective = objective
+        self.loss = (
+            loss or (nn.BCEWithLogitsLoss if objective.multi_label else nn.CrossEntropyLoss)()
+        )
+        self.transform = transform or (lambda inputs, training: inputs)
+        self.precision = precision
+        self.clip_norm = clip_norm
+        self.workers = workers
+        self._resident: WeakKeyDictionary[TensorDataset, tuple[Tensor, ...] | None]
+        self._resident = WeakKeyDictionary()
+        self._sgd = {"momentum": momentum, "weight_decay": weight_decay}
+        self.optimizer = self._new_optimizer()
+
+    def get_weights(self) -> dict[str, NDArray]:
+        """Return the state dict as numpy arrays."""
+        # Copies: on the CPU .numpy() would go on changing with the model.
+        state = self.model.state_dict()
+        return {name: tensor.cpu().numpy().copy() for name, tensor in state.items()}
+
+    def set_weights(self, weights: Mapping[str, NDArray]) -> None:
+        """Load the state dict and start with a fresh optimizer.
+
+        Raises
+        ------
+        ColearnError
+            If names or shapes are not the model's.
+        """
+        # A copy, because the arrays may be read-only views of a message.
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}
+        try:
+            self.model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ColearnError(
+                f"weights: expected those of this participant's {type(self.model).__name__}, "
+                f"found others; is it the server's model? {error}"
+            ) from error
+        self.optimizer = self._new_optimizer()
+
+    def roles(self) -> dict[str, Role]:
+        """Return the role of every array of the state dict, by module type."""
+        return roles_of(self.model)
+
+    def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
+        """Train one full pass over the local data; see `Trainer.train_epoch`."""
+        self._seed(self.own_seed(seed))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.model.train()
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
+        total, count = torch.zeros((), device=self.device), 0
+        # disable=None: no bar where no terminal watches.
+        for inputs, targets in tqdm(
+            self._train_batches(seed), desc="local epoch", disable=None, leave=False
+        ):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self._forward(inputs, targets)
+            scaler.scale(loss).backward()
+            if self.clip_norm is not None:
+                scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            scaler.step(self.optimizer)
+            scaler.update()
+            total += loss.detach() * len(targets)
+            count += len(targets)
+        return EpochResult(float(total) / count, count)
+
+    def gradients(
+        self, names: Sequence[str], step: int, seed: int
+    ) -> tuple[dict[str, NDArray], EpochResult]:
+        """Return the gradients of one batch's mean loss, for synchronous SGD.
+
+        Parameters
+        ----------
+        names : sequence of str
+            The arrays to differentiate by; those that take no part have gradient zero.
+        step : int
+            From 1. The batches of a pass are taken in turn; every pass has an order of its own.
+        seed : int
+            The participant's.
+
+        Returns
+        -------
+        arrays : dict
+            The state dict after the forward pass (running statistics move), with gradients in
+            the places of `names`.
+        result : EpochResult
+            Loss and size of the batch.
+        """
+        self.model.train()
+        inputs, targets = self._batch(step, seed)
+        self._seed(derive_seed(seed, 0, step))
+        self.model.zero_grad(set_to_none=True)
+        loss = self._forward(inputs, targets)
+        loss.backward()
+        arrays, wanted = self.get_weights(), set(names)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if name in wanted:
+                gradient = parameter.grad
+                arrays[name] = (
+                    np.zeros_like(arrays[name])
+                    if gradient is None
+                    else gradient.detach().cpu().numpy().copy()
+                )
+        self.model.zero_grad(set_to_none=True)
+        return arrays, EpochResult(float(loss.detach()), len(targets))
+
+    def recalibrated(self) -> tuple[dict[str, NDArray], int]:
+        """Return the statistics of the whole local data under the weights, without augmentation.
+
+        Returns
+        -------
+        arrays : dict
+            Running means and variances by name; see `clients.torch.normalization.recalibrated`.
+        examples : int
+            How many they are of.
+        """
+        size = max(self.batch_size, 256)
+        # Batch norm cannot train on a single example.
+        lonely = len(self.train_set) % size == 1 and len(self.train_set) > 1  # type: ignore[arg-type]
+        order = range(len(self.train_set))  # type: ignore[arg-type]
+        loader = self._loader(self.train_set, BatchSampler(order, size, drop_last=lonely))
+        batches = (self._prepare(inputs, training=False) for inputs, _ in loader)
+        return recalibrated(self.model, batches), len(order) - lonely
+
+    def normalised(self, config: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Return a block in which batch norm trains as the server's scheme says."""
+        return normalised(self.model, config)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return ``num-examples``, mean ``loss`` and the objective's metrics on the test set."""
+        outputs, targets = self.predict()
+        loss = self.loss(torch.from_numpy(outputs), torch.from_numpy(targets))
+        return {
+            "num-examples": len(targets),
+            "loss": float(loss),
+            **self.objective.metrics(outputs, targets),
+        }
+
+    @torch.no_grad()
+    def predict(self) -> tuple[NDArray, NDArray]:
+        """Return the model's outputs (float32) and the targets on the test set, in its order."""
+        if self.test_set is None:
+            raise ColearnError("test_set: expected a data set to evaluate on, found None")
+        self.model.eval()
+        outputs, targets = [], []
+        for inputs, target in self._test_batches(self.test_set):
+            with self._autocast():
+                outputs.append(self.model(self._prepare(inputs, training=False)).float().cpu())
+            targets.append(target.cpu())
+        return torch.cat(outputs).numpy(), torch.cat(targets).numpy()
+
+    def get_optimizer_state(self) -> dict[str, NDArray]:
+        """Return SGD's buffers by ``parameter index/name``."""
+        state = self.optimizer.state_dict()["state"]
+        return {
+            f"{index}/{name}": value.cpu().numpy().copy()
+            for index, values in state.items()
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+
+    def set_optimizer_state(self, state: Mapping[str, NDArray]) -> None:
+        """Go on with buffers that `get_optimizer_state` returned."""
+        buffers: dict[int, dict[str, Tensor]] = {}
+        for key, array in state.items():
+            index, _, name = key.partition("/")
+            buffers.setdefault(int(index), {})[name] = torch.from_numpy(np.array(array))
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": buffers, "param_groups": groups})
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return torch.optim.SGD(trained, lr=0.0, **self._sgd)  # type: ignore[arg-type]
+
+    def _forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with self._autocast():
+            outputs = self.network(self._prepare(inputs, training=True))
+            return self.loss(outputs, targets.to(self.device, non_blocking=True))
+
+    def _prepare(self, inputs: Tensor, training: bool) -> Tensor:
+        inputs = self.transform(inputs.to(self.device, non_blocking=True), training)
+        if self.channels_last and inputs.dim() == 4:
+            return inputs.contiguous(memory_format=torch.channels_last)
+        return inputs  # in the transform's own format: a copy may well make convolutions slower
+
+    def _autocast(self) -> Any:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.precision))
+
+    def _seed(self, seed: int) -> None:
+        """Seed the random numbers of the CPU, and of the device if it is another.
+
+        ``torch.manual_seed`` seeds every kind of device: for one that was never used it writes down
+        who called, which takes longer than a small model's training step.
+        """
+        seed_all = torch.default_generator if self.device.type == "cpu" else torch
+        seed_all.manual_seed(seed)
+
+    def own_seed(self, seed: int) -> int:
+        """Return the seed of what this trainer draws: the epoch's own."""
+        return seed
+
+    def own_part(self, batches: BatchSampler) -> Iterable[list[int]]:
+        """Return the part of every batch that this trainer takes: all of it."""
+        return batches
+
+    def _train_batches(self, seed: int) -> Iterable[Any]:
+        return self._loader(self._train_set(seed), self.own_part(self._sampler(seed)))
+
+    def _train_set(self, seed: int) -> Dataset[Any]:
+        """Return the training set as an epoch's seed has it.
+
+        Seeded by itself, since the processes that load data have random states of their own.
+        """
+        return self.train_set.seeded(seed) if hasattr(self.train_set, "seeded") else self.train_set
+
+    def _sampler(self, seed: int) -> BatchSampler:
+        generator = torch.Generator().manual_seed(seed)
+        order = RandomSampler(self.train_set, generator=generator)  # type: ignore[arg-type]
+        lonely = len(order) % self.batch_size == 1 and len(order) > 1
+        return BatchSampler(order, self.batch_size, drop_last=lonely)
+
+    def _batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the batch of a step: the same order within a pass as `train_epoch` has it."""
+        done, place = divmod(step - 1, len(self._sampler(seed)))
+        pass_seed = derive_seed(seed, done + 1)
+        batches = list(self._sampler(pass_seed))
+        (batch,) = self._loader(self._train_set(pass_seed), [batches[place]])
+        inputs, targets = batch
+        return inputs, targets
+
+    def _test_batches(self, dataset: Dataset[Any]) -> Iterable[Any]:
+        order = range(len(dataset))  # type: ignore[arg-type]
+        return self._loader(dataset, BatchSampler(order, max(self.batch_size, 256), False))
+
+    def _loader(self, dataset: Dataset[Any], batches: Iterable[list[int]]) -> Iterable[Any]:
+        common: dict[str, Any] = {
+            "num_workers": self.workers,
+            "pin_memory": self.device.type == "cuda",
+        }
+        if isinstance(dataset, TensorDataset):
+            tensors = self._on_device(dataset)
+            if tensors is not None:
+                return IndexedBatches(tensors, list(batches))
+            # A list of indices takes a whole batch at once.
+            return DataLoader(dataset, sampler=batches, batch_size=None, **common)
+        return DataLoader(dataset, batch_sampler=batches, **common)  # type: ignore[arg-type]
+
+    def _on_device(self, dataset: TensorDataset) -> tuple[Tensor, ...] | None:
+        """Return the data set's tensors on the device, or None if they would fill it."""
+        if self.device.type != "cuda":
+            return dataset.tensors
+        if dataset not in self._resident:
+            size = sum(tensor.nbytes for tensor in dataset.tensors)
+            fits = size <= torch.cuda.mem_get_info(self.device)[0] // 2
+            moved = tuple(tensor.to(self.device) for tensor in dataset.tensors) if fits else None
+            self._resident[dataset] = moved
+        return self._resident[dataset]
+
+
+@dataclass(frozen=True)
+class IndexedBatches:
+    """Batches taken from tensors where these lie."""
+
+    tensors: tuple[Tensor, ...]
+    indices: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for batch in self.indices:
+            index = torch.tensor(batch).to(self.tensors[0].device, non_blocking=True)
+            yield [tensor[index] for tensor in self.tensors]
+
+
+def roles_of(model: nn.Module) -> dict[str, Role]:
+    """Return the role of every array of a model's state dict, by module type, never by name.
+
+    Parameters that are trained are ``trainable``; running means, variances and counters of
+    normalization layers get their roles; frozen parameters and other buffers are ``buffer``.
+    """
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    roles = {
+        name: _role_by_type(tensor, name in trained) for name, tensor in model.state_dict().items()
+    }
+    for layer, module in model.named_modules():
+        if isinstance(module, _NORMS_WITH_STATISTICS):
+            prefix = f"{layer}." if layer else ""
+            for buffer, role in (("running_mean", Role.MEAN), ("running_var", Role.VARIANCE)):
+                if prefix + buffer in roles:
+                    roles[prefix + buffer] = role
+    return roles
+
+
+def _role_by_type(tensor: Tensor, is_trained: bool) -> Role:
+    if not tensor.is_floating_point():
+        return Role.COUNTER
+    return Role.TRAINABLE if is_trained else Role.BUFFER

@@ -1,0 +1,1 @@
+"""Starting Flower's own programs: its simulation, and a deployment."""

@@ -1,0 +1,504 @@
+"""KerasTrainer against PyTorch and scikit-learn, from equal weights."""
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord
+from sklearn.metrics import accuracy_score, log_loss
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from clients.data import Examples
+from clients.keras import trainer as keras_trainer
+from clients.keras.models import densenet40, resnet8, small_cnn
+from clients.keras.trainer import KerasTrainer, named_variables, roles_of
+from clients.tensorflow.setup import keras, tf
+from clients.torch.trainer import TorchTrainer
+from flwr_colearn import ColearnError, Role
+from flwr_colearn.roles import pair_statistics
+
+layers = keras.layers
+
+EPOCHS = [(0.1, 11), (0.05, 12), (0.2, 13)]  # learning rate, seed
+
+
+def examples(n=50, seed=0):
+    """Vectors [4] of three classes that a small network can tell apart."""
+    labels = np.arange(n) % 3
+    noise = np.random.default_rng(seed).standard_normal((n, 4))
+    return Examples((noise + 2 * labels[:, None]).astype(np.float32), labels)
+
+
+def network(seed=0, dropout=0.0):
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(6),
+            layers.BatchNormalization(momentum=0.9, epsilon=1e-5),
+            layers.ReLU(),
+            layers.Dropout(dropout),
+            layers.Dense(3),
+        ]
+    )
+
+
+def make(model=None, train_set=None, test_set=None, **options):
+    data = train_set or examples()
+    return KerasTrainer(model or network(), data, test_set, **{"batch_size": 16, **options})
+
+
+def train(trainer, epochs=EPOCHS):
+    return [trainer.train_epoch(*epoch) for epoch in epochs]
+
+
+def weights_after(epochs=EPOCHS, **options):
+    trainer = make(**options)
+    train(trainer, epochs)
+    return trainer.get_weights()
+
+
+def same(first, second):
+    """Whether two models are equal: names, order, types, shapes and bits."""
+    return list(first) == list(second) and all(
+        a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a, b)
+        for a, b in zip(first.values(), second.values(), strict=True)
+    )
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"momentum": 0.0}, {"weight_decay": 0.01}, {"weight_decay": 0.01, "clip_norm": 0.3}],
+    ids=str,
+)
+def test_steps_are_pytorchs_even_if_the_rate_changes(options):
+    data = examples(16)  # one batch, so that the order does not matter
+    ours = make(train_set=data, **options)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    theirs = TorchTrainer(
+        model,
+        TensorDataset(torch.from_numpy(data.inputs), torch.from_numpy(data.labels)),
+        batch_size=16,
+        device="cpu",
+        **options,
+    )
+    names = {  # PyTorch's name and ours
+        "0.weight": "dense/kernel",
+        "0.bias": "dense/bias",
+        "1.weight": "batch_normalization/gamma",
+        "1.bias": "batch_normalization/beta",
+        "1.running_mean": "batch_normalization/moving_mean",
+        "3.weight": "dense_1/kernel",
+        "3.bias": "dense_1/bias",
+    }
+    initial = ours.get_weights()
+    theirs.set_weights(
+        {**theirs.get_weights(), **{torchs: initial[mine].T for torchs, mine in names.items()}}
+    )
+    for ours_result, theirs_result in zip(train(ours), train(theirs), strict=True):
+        assert ours_result.loss == pytest.approx(theirs_result.loss, rel=1e-5)
+    trained = theirs.get_weights()
+    for torchs, mine in names.items():
+        moved = ours.get_weights()[mine]
+        np.testing.assert_allclose(moved.T, trained[torchs], rtol=2e-5, atol=2e-6, err_msg=mine)
+        if mine != "dense/bias":  # whose gradient batch norm makes zero
+            assert not np.allclose(moved, initial[mine])
+
+
+def test_an_epoch_sees_every_example_once_in_an_order_of_its_own():
+    seen = []
+
+    def record(inputs, training, seed):
+        tf.py_function(lambda batch: seen.extend(batch.numpy()[:, 0]), [inputs], [])
+        return inputs
+
+    numbers = Examples(np.arange(50, dtype=np.float32)[:, None], np.zeros(50, np.int64))
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(3)])
+    trainer = make(model, numbers, transform=record)
+    train(trainer, [(0.0, 1), (0.0, 2), (0.0, 1)])
+    first, second, third = seen[:50], seen[50:100], seen[100:]
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first == third != second
+
+
+def test_the_seed_decides_everything_dropout_included():
+    trainer = make(network(dropout=0.5), batch_size=50)  # the order hardly matters then
+    initial = trainer.get_weights()
+
+    def run(*seeds):
+        trainer.set_weights(initial)
+        train(trainer, [(0.1, seed) for seed in seeds])
+        return trainer.get_weights()
+
+    first = run(1, 2)
+    assert same(run(1, 2), first)  # whatever was drawn before
+    assert np.abs(run(1, 3)["dense_1/kernel"] - first["dense_1/kernel"]).max() > 1e-3
+    other = make(network(seed=9, dropout=0.5), batch_size=50)
+    other.set_weights(initial)
+    train(other, [(0.1, 1), (0.1, 2)])
+    assert same(other.get_weights(), first)
+
+
+@pytest.mark.parametrize(("n", "trained"), [(33, 32), (34, 34), (1, 1)])
+def test_only_a_single_left_over_example_is_left_out(n, trained):
+    assert make(train_set=examples(n)).train_epoch(0.1, seed=0).num_examples == trained
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bfloat16"},
+        {"precision": "float16", "clip_norm": 5.0},
+        {"precision": "bfloat16", "jit_compile": True},
+    ],
+    ids=str,
+)
+def test_every_precision_learns_and_keeps_float32_weights(options):
+    trainer = make(test_set=examples(60, seed=1), **options)
+    losses = [result.loss for result in train(trainer, [(0.05, seed) for seed in range(10)])]
+    assert losses[-1] < 0.6 * losses[0]
+    assert trainer.evaluate()["accuracy"] > 0.6  # chance is a third
+    assert {a.dtype for a in trainer.get_weights().values()} == {np.dtype("f4")}
+    assert trainer.predict()[0].dtype == np.float32
+
+
+def test_precision_reaches_the_layers():
+    model = network()
+    make(model, precision="bfloat16")
+    assert model(np.zeros((2, 4), np.float32)).dtype == tf.bfloat16
+
+
+def test_xla_changes_the_speed_not_the_result():
+    compiled, plain = weights_after(jit_compile=True), weights_after()
+    for name, array in plain.items():
+        np.testing.assert_allclose(compiled[name], array, rtol=1e-3, atol=1e-4)
+
+
+def test_a_float16_step_that_overflows_is_left_out_and_the_scale_is_halved(monkeypatch):
+    monkeypatch.setattr(keras_trainer, "FIRST_LOSS_SCALE", 2.0**30)  # float16 ends at 65,504
+    trainer = make(train_set=examples(16), precision="float16")
+    before = trainer.get_weights()
+    trainer.train_epoch(0.1, seed=0)
+    np.testing.assert_array_equal(before["dense/kernel"], trainer.get_weights()["dense/kernel"])
+    assert float(trainer._loss_scale) == 2.0**29
+    assert not any(array.any() for array in trainer.get_optimizer_state().values())
+
+
+def test_regularizers_and_constraints_of_the_model_count():
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(3, kernel_regularizer=keras.regularizers.L2(0.5)),
+            layers.Dense(3, use_bias=False, kernel_constraint=keras.constraints.NonNeg()),
+        ]
+    )
+    data = examples(16)
+    kernel = model.weights[0].numpy()
+    plain = log_loss(data.labels, tf.nn.softmax(model(data.inputs)).numpy())
+    trainer = make(model, data)
+    loss = trainer.train_epoch(0.1, seed=0).loss
+    assert loss == pytest.approx(plain + 0.5 * (kernel**2).sum(), rel=1e-5)
+    assert trainer.get_weights()["dense_1/kernel"].min() == 0
+
+
+def test_frozen_layers_stay_as_they_are():
+    model = network()
+    model.layers[0].trainable = False
+    trainer = make(model, weight_decay=0.1)
+    before = trainer.get_weights()
+    train(trainer)
+    after = trainer.get_weights()
+    assert np.array_equal(before["dense/kernel"], after["dense/kernel"])
+    assert not np.array_equal(before["dense_1/kernel"], after["dense_1/kernel"])
+
+
+def test_another_loss_can_be_given():
+    data = Examples(examples(16).inputs, np.ones((16, 3), np.float32))
+    model = network()
+    expected = float(np.mean((model(data.inputs, training=True).numpy() - 1) ** 2))
+    model = network()
+    result = make(model, data, loss=keras.losses.MeanSquaredError()).train_epoch(0.1, 0)
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_set": Examples(np.zeros((0, 4)), np.zeros(0))}, "found an empty shard"),
+        ({"precision": "half"}, "expected float32, bfloat16 or float16, found 'half'"),
+        ({"batch_size": 0}, "batch_size: expected"),
+        ({"device": "GPU:7"}, r"device: expected one of CPU:0.*found 'GPU:7'"),
+        ({"model": keras.Sequential([layers.Dense(2)])}, "expected a built one with weights"),
+    ],
+)
+def test_bad_arguments_say_what_was_expected(options, message):
+    with pytest.raises(ColearnError, match=message):
+        KerasTrainer(**{"model": network(), "train_set": examples(), **options})
+
+
+def test_another_backend_is_refused(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(ColearnError, match="expected the backend tensorflow, found jax; set"):
+        make()
+
+
+def test_a_device_can_be_named():
+    assert make(device="cpu").train_epoch(0.1, 0).num_examples == 50
+
+
+# Weights
+
+
+@pytest.mark.parametrize("build", [network, resnet8, small_cnn])
+def test_weights_travel_and_return_exactly(build):
+    model = build()
+    generator = np.random.default_rng(0)
+    for weight in model.weights:
+        weight.assign(generator.standard_normal(weight.shape))
+    inputs = np.zeros((1, *model.input_shape[1:]), np.float32)
+    data = Examples(inputs, np.zeros(1, np.int64))
+    sent = make(model, data).get_weights()
+    record = ArrayRecord({name: Array(array) for name, array in sent.items()})
+    receiver = make(build(), data)
+    receiver.set_weights({name: array.numpy() for name, array in record.items()})
+    assert same(receiver.get_weights(), sent)
+    for mine, theirs in zip(model.weights, receiver.model.weights, strict=True):
+        assert np.array_equal(mine.numpy(), theirs.numpy())
+
+
+def test_weights_are_a_snapshot():
+    trainer = make()
+    taken = trainer.get_weights()
+    copies = {name: array.copy() for name, array in taken.items()}
+    train(trainer)
+    assert same(taken, copies)
+    assert not same(taken, trainer.get_weights())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("dense/bias"), r"1 arrays missing \['dense/bias'\]"),
+        (lambda weights: weights.update(x=np.zeros(3)), r"1 unknown \['x'\]"),
+        (lambda weights: weights.update({"dense/bias": np.zeros(4, "f4")}), r"float32 \(4,\) in p"),
+        (lambda weights: weights.update({"dense/bias": np.zeros(6)}), "float64"),
+    ],
+)
+def test_weights_of_another_model_are_refused(change, message):
+    trainer = make()
+    weights = trainer.get_weights()
+    change(weights)
+    with pytest.raises(ColearnError, match=f"this participant's Keras model.*{message}"):
+        trainer.set_weights(weights)
+
+
+# Names
+
+
+class Twins(layers.Layer):
+    """A layer whose weights and sublayers have no names, one of them used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.add_weight(shape=(4,))
+        self.second = self.add_weight(shape=(4,))
+        self.branches = [layers.Dense(4), layers.Dense(4)]
+        self.again = self.branches[0]
+        self.noise = layers.GaussianDropout(0.5)
+
+    def build(self, shape):
+        for branch in self.branches:
+            branch.build(shape)
+
+    def call(self, inputs, training=False):
+        total = self.branches[0](inputs) + self.branches[1](inputs) + self.again(inputs)
+        return self.noise(total * self.first + self.second, training=training)
+
+
+def nested():
+    inputs = keras.Input((4,))
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.Dropout(0.5)])
+    sequence = layers.Reshape((2, 2))(inner(Twins()(inputs)))
+    outputs = layers.Dense(3, name="head")(layers.Bidirectional(layers.LSTM(2))(sequence))
+    return keras.Model(inputs, outputs)
+
+
+NESTED = [
+    "twins/variable",
+    "twins/variable_1",
+    "twins/dense/kernel",
+    "twins/dense/bias",
+    "twins/dense_1/kernel",
+    "twins/dense_1/bias",
+    "sequential/dense/kernel",
+    "sequential/dense/bias",
+    *(
+        f"bidirectional/lstm{number}/lstm_cell/{name}"
+        for number in ("", "_1")
+        for name in ("kernel", "recurrent_kernel", "bias")
+    ),
+    "dense/kernel",
+    "dense/bias",
+]
+
+
+def test_names_come_from_the_structure_however_many_models_a_process_has_made():
+    for _ in range(2):
+        model = nested()
+        assert [name for name, _, _ in named_variables(model)] == NESTED
+        assert len({id(variable) for _, variable, _ in named_variables(model)}) == len(NESTED)
+        assert {id(v) for _, v, _ in named_variables(model)} == {id(v) for v in model.weights}
+
+
+def test_a_layer_of_two_parents_is_named_once():
+    shared = layers.Dense(4)
+    first, second = (keras.Sequential([keras.Input((4,)), shared]) for _ in range(2))
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Add()([first(inputs), second(inputs)]))
+    names = [name for name, _, _ in named_variables(model)]
+    assert names == ["sequential/dense/kernel", "sequential/dense/bias"]
+
+
+def test_seeds_of_random_layers_are_no_weights():
+    model = nested()
+    states = [v for v in model.variables if "seed" in v.path]
+    assert len(states) >= 2  # Twins's noise and the dropout, at least
+    named = {id(variable) for _, variable, _ in named_variables(model)}
+    assert not named & {id(state) for state in states}
+    assert len(make(model)._seeds) == len(states)
+
+
+# Roles
+
+
+class Misleading(layers.Layer):
+    """Weights whose names say one thing and whose types another."""
+
+    def build(self, shape):
+        self.mean = self.add_weight(shape=(4,), name="moving_mean")
+        self.spread = self.add_weight(shape=(4,), name="moving_variance", trainable=False)
+        self.steps = self.add_weight(shape=(), name="steps", dtype="int64", trainable=False)
+        self.norm = layers.BatchNormalization(name="plain")
+        self.norm.build(shape)
+
+    def call(self, inputs, training=False):
+        return self.norm(inputs, training=training) + self.mean
+
+
+class OwnNorm(layers.BatchNormalization):
+    pass
+
+
+def test_layer_types_decide_the_roles_not_names():
+    model = keras.Sequential([keras.Input((4,)), Misleading(), OwnNorm(scale=False)])
+    trainer = make(model)
+    roles = trainer.roles()
+    assert roles == roles_of(model)
+    assert roles == {
+        "misleading/moving_mean": Role.TRAINABLE,
+        "misleading/moving_variance": Role.BUFFER,
+        "misleading/steps": Role.COUNTER,
+        "misleading/batch_normalization/gamma": Role.TRAINABLE,
+        "misleading/batch_normalization/beta": Role.TRAINABLE,
+        "misleading/batch_normalization/moving_mean": Role.MEAN,
+        "misleading/batch_normalization/moving_variance": Role.VARIANCE,
+        "own_norm/beta": Role.TRAINABLE,
+        "own_norm/moving_mean": Role.MEAN,
+        "own_norm/moving_variance": Role.VARIANCE,
+    }
+    assert pair_statistics(trainer.get_weights(), roles) == [
+        (f"{layer}/moving_mean", f"{layer}/moving_variance")
+        for layer in ("misleading/batch_normalization", "own_norm")
+    ]
+
+
+def test_frozen_weights_do_not_count_and_statistics_of_a_frozen_layer_still_pair():
+    model = network()
+    model.layers[0].trainable = model.layers[1].trainable = False
+    roles = roles_of(model)
+    assert roles["dense/kernel"] is roles["batch_normalization/gamma"] is Role.BUFFER
+    assert roles["batch_normalization/moving_variance"] is Role.VARIANCE
+    assert roles["dense_1/kernel"] is Role.TRAINABLE
+
+
+# Optimizer
+
+
+def test_rounds_that_keep_the_optimizer_are_one_uninterrupted_training():
+    trainer = make(weight_decay=0.01)
+    start = trainer.get_weights()
+    train(trainer)
+    uninterrupted = trainer.get_weights()
+    trainer.set_weights(start)
+    train(trainer, EPOCHS[:2])
+    weights, state = trainer.get_weights(), trainer.get_optimizer_state()
+    assert set(state) == {name for name, role in trainer.roles().items() if role == "trainable"}
+    successor = make(network(seed=9), weight_decay=0.01)
+    successor.set_weights(weights)
+    successor.set_optimizer_state(state)
+    train(successor, EPOCHS[2:])
+    assert same(successor.get_weights(), uninterrupted)
+    successor.set_weights(weights)  # comes with a fresh optimizer
+    train(successor, EPOCHS[2:])
+    assert not same(successor.get_weights(), uninterrupted)
+
+
+def test_sgd_without_momentum_has_no_state_to_keep():
+    trainer = make(momentum=0.0)
+    assert trainer.get_optimizer_state() == {}
+    trainer.set_optimizer_state({})
+    with pytest.raises(ColearnError, match="momentum of Keras model"):
+        trainer.set_optimizer_state({"dense/kernel": np.zeros(1)})
+
+
+# Evaluation
+
+
+def test_evaluation_agrees_with_scikit_learn_in_the_order_of_the_test_set():
+    test_set = examples(300, seed=1)  # more than one batch
+    trainer = make(network(dropout=0.5), test_set=test_set)
+    train(trainer, EPOCHS[:1])
+    before = trainer.get_weights()
+    metrics = trainer.evaluate()
+    outputs, targets = trainer.predict()
+    expected = trainer.model(test_set.inputs, training=False).numpy()
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(targets, test_set.labels)
+    probabilities = np.exp(outputs.astype(np.float64))
+    probabilities /= probabilities.sum(1, keepdims=True)
+    assert metrics["num-examples"] == 300
+    assert metrics["accuracy"] == accuracy_score(targets, probabilities.argmax(1))
+    assert metrics["loss"] == pytest.approx(log_loss(targets, probabilities), rel=1e-5)
+    assert same(trainer.get_weights(), before)
+
+
+def test_the_transform_is_told_whether_it_is_for_training():
+    def shift(inputs, training, seed):
+        return inputs + (1000.0 if training else 0.0)
+
+    trainer = make(test_set=examples(), transform=shift, momentum=0.0)
+    plain = make(test_set=examples())
+    np.testing.assert_array_equal(trainer.predict()[0], plain.predict()[0])
+    trainer.train_epoch(0.0, seed=0)
+    assert trainer.get_weights()["batch_normalization/moving_mean"].max() > 50
+
+
+def test_evaluation_without_a_test_set_is_refused():
+    with pytest.raises(ColearnError, match="expected a data set to evaluate on, found None"):
+        make().evaluate()
+
+
+# The networks
+
+
+@pytest.mark.parametrize(
+    ("build", "parameters"), [(small_cnn, 9_978), (resnet8, 78_042), (densenet40, 1_019_722)]
+)
+def test_networks_have_the_parameters_of_their_pytorch_namesakes(build, parameters):
+    model = build()
+    assert sum(np.prod(v.shape) for v in model.trainable_variables) == parameters
+    assert model.output_shape == (None, 10)
+    assert all(role != Role.BUFFER for role in roles_of(model).values())
