@@ -42,7 +42,7 @@ def config_of(content: RecordDict) -> ConfigRecord:
 
 def describe(record: ArrayRecord) -> str:
     """Return eight characters that differ for models of other names, shapes or types."""
-    signature = [(name, np.dtype(a.dtype).str, tuple(a.shape)) for name, a in record.items()]
+    signature = [(name, a.dtype.str, a.shape) for name, a in view(record).items()]
     return hashlib.sha256(repr(signature).encode()).hexdigest()[:8]
 
 

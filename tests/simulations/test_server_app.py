@@ -158,7 +158,7 @@ def test_settings_become_the_strategy(flower_log):
     assert isinstance(strategy, CoLearn)
     assert strategy.min_train_nodes == strategy.min_available_nodes == 4
     assert strategy.fraction_evaluate == 0.0
-    assert strategy.compression == Compression(up=Int8(), down=Float16())
+    assert strategy.transport.compression == Compression(up=Int8(), down=Float16())
     strategy.summary()
     assert str(IncreasingEpochs(3, epsilon=0.2)) in flower_log.text
     assert str(CyclicalRate(0.3, 0.5)) in flower_log.text
@@ -242,10 +242,6 @@ def test_frozen_by_name_with_keras(tmp_path):
         ({"normalization": "batchnorm"}, "normalization: expected one of average, .*'batchnorm'"),
         ({"normalization": "synchronised"}, "layers that compute together need SynchronousSGD"),
         ({"normalization": "frozen", "frozen-after": 0}, "after of Frozen: expected"),
-        (
-            {"normalization": "local-bn", "compression-up": "int8"},
-            r"local-bn: expected Compression\(\)",
-        ),
     ],
     ids=str,
 )

@@ -210,7 +210,7 @@ def test_what_keras_cannot_have_is_refused():
     ):
         pass
     with (
-        pytest.raises(ColearnError, match="side by side in one process"),
+        pytest.raises(ColearnError, match="in threads of one process"),
         normalised(network(), {"normalization": "synchronised"}),
     ):
         pass

@@ -519,7 +519,7 @@ def test_layers_of_a_torchvision_model_are_found_by_type():
     ]  # fmt: skip
     assert found == wanted
     assert any(name.startswith("layer2.0.downsample.1.") for name in found)
-    assert LocalBN().kept(arrays, roles_of(net)) == wanted
+    assert LocalBN().local(arrays, roles_of(net)) == wanted
 
 
 # Trainer -----------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from flwr_colearn import (
     SynchronousSGD,
     ThreadedGrid,
 )
+from flwr_colearn.records import data_bytes
 
 K, STEPS, BATCHES = 3, 6, (4, 5, 7)  # examples of each participant, all in one batch
 
@@ -135,12 +136,14 @@ def test_synchronised_batch_norm_equals_single_site_sgd_too(norm):
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-9, atol=1e-11)
     # 4 channels: sums, count and examples; squares; two sums of gradients; to and fro.
     moved = 2 * K * 8 * (4 + 2 + 4 + 8)
-    assert [record.normalization["bytes"] for record in strategy.history] == [moved] * STEPS
+    models = 2 * K * data_bytes(record_of(model))
+    sizes = [record.bytes_down + record.bytes_up for record in strategy.history]
+    assert sizes == [models + moved] * STEPS
     model_bytes = sum(len(array.data) for array in record_of(model).values())
     assert strategy.history.bytes_total == STEPS * (2 * K * model_bytes + moved)
 
 
-def test_synchronised_needs_participants_side_by_side_and_steps():
+def test_synchronised_needs_participants_in_threads_and_steps():
     model = network(nn.BatchNorm2d)
     with pytest.raises(ColearnError, match="a ThreadedGrid"):
         synchronous(model, data(), 1, lr=0.1, normalization=Synchronised())
@@ -167,8 +170,9 @@ def test_synchronised_with_a_participant_that_fails_ends_with_the_reason():
 def test_frozen_and_recalibrated_run_through_the_app():
     model, shards = network(nn.BatchNorm2d), data()
     found, strategy = synchronous(model, shards, 4, lr=0.1, normalization=Recalibrated(every=2))
-    costs = [record.normalization["bytes"] for record in strategy.history]
-    assert [cost > 0 for cost in costs] == [False, True, False, True]
+    sizes = [record.bytes_down + record.bytes_up for record in strategy.history]
+    plain = 2 * K * data_bytes(record_of(model))
+    assert [size > plain for size in sizes] == [False, True, False, True]
     net = network(nn.BatchNorm2d)
     net.load_state_dict({name: torch.from_numpy(array) for name, array in found.items()})
     update_bn([torch.cat([shard.tensors[0] for shard in shards])], net)
