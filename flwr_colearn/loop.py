@@ -121,7 +121,7 @@ def run(
         whole_number("num_rounds", num_rounds, least=1)
     manager = _manager_of(strategy, history)
     own = manager.transport if transport is None else manager.transport.joined(transport)
-    connected = own.connect(grid, manager.check_reply)
+    connected = own.connect(grid, manager.check_reply, initial_arrays)
     if any(map(is_private, chain_of(strategy))):
         connected.transport.check_privacy()
     return _Run(
@@ -236,6 +236,8 @@ class _Run:
         """Train a round by Flower's hooks."""
         manager = self.manager
         manager.open(server_round, arrays, config)
+        if isinstance(manager, Stock):
+            arrays = manager.floats_of(arrays)
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
         if isinstance(manager, Stock):
             messages.sort(key=lambda message: message.metadata.dst_node_id)
@@ -260,6 +262,7 @@ class _Run:
         good = [reply for reply in replies if reply.has_content()]
         names = [self.grid.name_of(reply.metadata.src_node_id) for reply in good]
         statistics = self.manager.statistics_of(good)
+        self.manager.give_floats(good)
         average, metrics = self.strategy.aggregate_train(server_round, list(replies))
         self.manager.log.note_traffic(self.grid.take())
         self.manager.note_training(names, metrics)

@@ -107,10 +107,15 @@ class SentTypes:
     Strategies may return averages in other types than they were given: FedAvg makes averages of
     counters float64, and others all of a model. Participants then would get, and train, models of
     other types than their own.
+
+    Parameters
+    ----------
+    like : ArrayRecord, optional
+        Counts as sent first.
     """
 
-    def __init__(self) -> None:
-        self._types: dict[str, str] = {}
+    def __init__(self, like: ArrayRecord | None = None) -> None:
+        self._types = {} if like is None else types_of(like)
 
     def kept(self, messages: Iterable[Message]) -> list[Message]:
         """Return messages, their arrays in the types that those of the first one had.

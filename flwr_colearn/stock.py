@@ -16,7 +16,7 @@ from .history import RoundLog, RoundRecord
 from .managed import Managed
 from .normalization import Average
 from .policy import attempt_limit
-from .records import to_record, view
+from .records import cast_record, records_of, to_record, view
 from .roles import UNTRAINED, Arrays, NDArray, Role, assign_roles
 from .strategy_state import chain_of
 from .transport import ConnectedGrid, Transport
@@ -28,6 +28,7 @@ class Stock(Managed[RoundLog]):
     Strategies of others treat a model's running means, variances and counters as weights: FedAvg
     averages variances, FedAdam steps them, FedAvgM makes them negative. After each aggregation they
     are replaced by those of all replies pooled, so that the strategy acts on trainable arrays only.
+    It is given counters as float64, since not every strategy can do arithmetic on integers.
     It is not done with the scheme ``Average()``, nor under differential privacy, whose noise the
     pooled ones would not have. What stays with the participants, or is not returned by them, stays
     as it was sent.
@@ -89,6 +90,25 @@ class Stock(Managed[RoundLog]):
         if self.time_limit is not None:
             config["time-limit"] = self.time_limit
 
+    def floats_of(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Return a model as the strategy is given it: with counters as float64, exact up to 2^53.
+
+        Some strategies cannot do arithmetic on integers; the messages have them in their own types.
+        """
+        counters = [name for name, role in self._roles.items() if role is Role.COUNTER]
+        return cast_record(arrays, dict.fromkeys(counters, "float64") if self._trains else {})
+
+    def give_floats(self, replies: list[Message]) -> None:
+        """Put the models of replies into the form that the strategy is given."""
+        for reply in replies:
+            for key, record in list(records_of(reply.content, ArrayRecord).items()):
+                reply.content[key] = self.floats_of(record)
+
+    @property
+    def _trains(self) -> bool:
+        """Whether the model has weights; one of integers only, such as trees, is left alone."""
+        return Role.TRAINABLE in self._roles.values()
+
     def statistics_of(self, replies: list[Message]) -> dict[str, NDArray]:
         """Return what takes the place of the strategy's own averages, from the replies.
 
@@ -110,7 +130,7 @@ class Stock(Managed[RoundLog]):
         return ArrayRecord({n: ours.get(n, a) for n, a in average.items()})
 
     def _pooled_names(self) -> list[str]:
-        if isinstance(self.transport.normalization, Average):
+        if isinstance(self.transport.normalization, Average) or not self._trains:
             return []
         return [name for name, role in self._roles.items() if role in UNTRAINED]
 

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 
-from flwr.app import Message, MessageType
+from flwr.app import ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from ._version import __version__
@@ -73,7 +73,9 @@ class Transport:
         as_normalization(self.normalization)
         as_compression(self.compression)
 
-    def connect(self, grid: Grid, check: Check = check_train_reply) -> "ConnectedGrid":
+    def connect(
+        self, grid: Grid, check: Check = check_train_reply, like: ArrayRecord | None = None
+    ) -> "ConnectedGrid":
         """Return a grid on which every exchange of models has these features.
 
         Parameters
@@ -82,6 +84,8 @@ class Transport:
             Flower's, or any other. One that is connected already keeps its features too.
         check : callable, optional
             ``(sent, reply) -> None``, raising `ColearnError` for a train reply that is no good.
+        like : ArrayRecord, optional
+            Models are sent in the types of this one; by default in those of the first that is sent.
 
         Raises
         ------
@@ -89,11 +93,11 @@ class Transport:
             If the grid is connected already with another value of one of these features.
         """
         if isinstance(grid, ConnectedGrid):
-            return ConnectedGrid(grid.bottom, self.joined(grid.transport), check)
+            return ConnectedGrid(grid.bottom, self.joined(grid.transport), check, like)
         if isinstance(grid, RecoveringGrid):
             own = check if grid.check is check_train_reply else grid.check
-            return ConnectedGrid(grid.grid, replace(self, recovery=grid.recovery), own)
-        return ConnectedGrid(grid, self, check)
+            return ConnectedGrid(grid.grid, replace(self, recovery=grid.recovery), own, like)
+        return ConnectedGrid(grid, self, check, like)
 
     def check_privacy(self) -> None:
         """Raise a ColearnError for what must not be done to models under differential privacy."""
@@ -146,8 +150,8 @@ class ConnectedGrid(WrappingGrid):
         Flower's.
     transport : Transport
         The features.
-    check : callable
-        For train replies; see `Transport.connect`.
+    check, like
+        See `Transport.connect`.
 
     Attributes
     ----------
@@ -159,11 +163,17 @@ class ConnectedGrid(WrappingGrid):
         Random; a run that is resumed sets it to what it was.
     """
 
-    def __init__(self, grid: Grid, transport: Transport, check: Check = check_train_reply) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        transport: Transport,
+        check: Check = check_train_reply,
+        like: ArrayRecord | None = None,
+    ) -> None:
         self.transport, self.bottom = transport, grid
         self.session = secrets.token_hex(8)
         self._asked: list[int] = []
-        self._types = SentTypes()
+        self._types = SentTypes(like)
         self._meter = MeteringGrid(grid)
         self._compressing: CompressionGrid | None = None
         self._normalizing: NormalizationGrid | None = None
