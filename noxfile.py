@@ -1,4 +1,4 @@
-"""The plugin's own tests against both ends of the range of Flower versions: `nox`.
+"""The plugin's own tests against Flower's versions from the oldest to the newest: `nox`.
 
 They need neither torch nor TensorFlow, so a session is small. Only the tools are those of
 constraints.txt: flwr 1.29 asks for older releases of its own dependencies than that holds.
@@ -10,19 +10,8 @@ import nox
 
 nox.options.default_venv_backend = "venv"
 
-# flwr 1.42.0 asks for certifi>=2026.10.19, which could not be had when this was tested.
-VERSIONS = ("1.29.0", "1.41.0")
+VERSIONS = ("1.29.0", "1.34.0", "1.42.0")
 TOOLS = ("build", "hatchling", "hypothesis", "numpy", "pytest", "pytest-timeout")
-
-
-# What needs a framework, Flower's simulation or a deployment.
-ELSEWHERE = ("clients", "simulations", "dropin", "e2e")
-
-
-def plugin_tests(root: Path) -> list[Path]:
-    """Return the plugin's own tests: every file below `root` except those of `ELSEWHERE`."""
-    found = root.rglob("test_*.py")
-    return [path for path in found if path.relative_to(root).parts[0] not in ELSEWHERE]
 
 
 @nox.session
@@ -33,5 +22,6 @@ def flower(session: nox.Session, flwr: str) -> None:
     session.install(f"flwr=={flwr}", *(pin for pin in pins if pin.partition("==")[0] in TOOLS))
     session.install("--no-deps", "--editable", ".")
     session.run("python", "-m", "pip", "check")
-    tests = map(str, sorted(plugin_tests(Path("tests"))))
+    # The other folders' tests need a framework, Flower's simulation or a deployment.
+    tests = ("tests/flwr_colearn", "tests/test_packaging.py")
     session.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *session.posargs)

@@ -46,7 +46,7 @@ from flwr_colearn.roles import UNTRAINED, assign_roles
 
 torch = pytest.importorskip("torch")
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "features.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "features.md"
 K, ROUNDS = 4, 3
 QUICK = Recovery(pause=0.0)
 

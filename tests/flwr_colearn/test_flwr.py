@@ -8,7 +8,7 @@ from flwr.serverapp import Grid
 from flwr_colearn import InProcessGrid, RecoveringGrid
 from flwr_colearn._flwr import node_names
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PUBLIC = {
     "flwr.app",
     "flwr.client",

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from flwr_colearn import ColearnError, RunningMean
 from flwr_colearn.aggregation import squared_distance, squared_norm
 from flwr_colearn.dynamic.balancing import Balance, augment
-from tests.divergence import divergence
+from tests.flwr_colearn.dynamic.divergence import divergence
 
 numbers = st.floats(-100, 100, width=32)
 deltas = st.sampled_from([0.0, 0.5, 4.0, 100.0, 1e4])

@@ -31,7 +31,7 @@ from flwr_colearn.dynamic import Dynamic, FractionAveraging, Never, Periodic
 from flwr_colearn.dynamic.coordinator import Coordinator
 from flwr_colearn.dynamic.messages import Ask, checksum
 from flwr_colearn.records import view
-from tests.divergence import divergence
+from tests.flwr_colearn.dynamic.divergence import divergence
 
 M = 4
 MODS = (participant_mod,)

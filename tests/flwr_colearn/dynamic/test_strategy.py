@@ -36,7 +36,7 @@ from flwr_colearn.dynamic import (
     Periodic,
     Serial,
 )
-from tests.divergence import divergence
+from tests.flwr_colearn.dynamic.divergence import divergence
 
 M, BATCH, RATE = 4, 5, np.float32(0.05)
 TRUTH = np.arange(1, 4, dtype=np.float32)
@@ -409,7 +409,7 @@ FIELDS = ("round", "reporters", "fetched", "groups", "synchronised", "violations
 
 
 def golden_trace():
-    """Every round of one fixed run; tests/golden/regenerate_dynamic.py writes it anew."""
+    """Every round of one fixed run; golden/regenerate_dynamic.py writes it anew."""
     strategy, _, _ = run(Dynamic(0.3, 2), 30, m=6)
     return [{name: getattr(entry, name) for name in FIELDS} for entry in strategy.history]
 

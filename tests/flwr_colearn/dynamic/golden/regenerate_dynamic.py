@@ -1,6 +1,6 @@
 """Write dynamic.json anew, after a change that is meant to change what a run does.
 
-    python tests/golden/regenerate_dynamic.py
+    PYTHONPATH=. python tests/flwr_colearn/dynamic/golden/regenerate_dynamic.py
 
 Look at the difference before committing it: the golden trace is there to catch changes that are
 not meant.
@@ -13,5 +13,5 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 if __name__ == "__main__":
-    trace = runpy.run_path(str(HERE.parent / "test_dynamic.py"))["golden_trace"]
+    trace = runpy.run_path(str(HERE.parent / "test_strategy.py"))["golden_trace"]
     (HERE / "dynamic.json").write_text(json.dumps(trace(), indent=1) + "\n")
