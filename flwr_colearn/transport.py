@@ -1,7 +1,7 @@
 """Transport: what happens to models on their way, for any Flower strategy, and its account."""
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from flwr.app import ArrayRecord, Message, MessageType
@@ -225,13 +225,14 @@ class ConnectedGrid(WrappingGrid):
         moved = sum(self._meter.take().values(), Transfers())
         events = [] if self._recovering is None else self._recovering.take_events()
         if self._normalizing is not None:
-            events += [self._named(event) for event in self._normalizing.take_events()]
+            events += self._normalizing.take_events()
+        names = {node: self.name_of(node) for node in self.node_ids}
         return RoundTraffic(
             bytes=Directions(moved.bytes_down, moved.bytes_up),
             control=Directions(moved.control_down, moved.control_up),
-            events=events,
+            events=_named(events, names),
             seconds=0.0 if self._recovering is None else self._recovering.seconds,
-            names={node: self.name_of(node) for node in self.node_ids},
+            names=names,
             models=Directions(moved.models_down, moved.models_up),
         )
 
@@ -272,5 +273,10 @@ class ConnectedGrid(WrappingGrid):
                 config["session"], config["colearn-version"] = self.session, __version__
         return batch
 
-    def _named(self, event: Event) -> Event:
-        return replace(event, participant=self.name_of(int(event.participant)))
+
+def _named(events: Iterable[Event], names: Mapping[int, str]) -> list[Event]:
+    """Return the events under the names that became known after they had happened."""
+    known = {str(node): name for node, name in names.items()}
+    return [
+        replace(each, participant=known.get(each.participant, each.participant)) for each in events
+    ]

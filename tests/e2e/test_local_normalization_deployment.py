@@ -37,7 +37,7 @@ def test_statistics_that_stay_survive_messages_and_with_a_state_dir_their_supern
     run.wait(timeout=600)
     records = History.read(tmp_path / "history.jsonl").records
     lost = [] if keeps_files else ["partition-1"]
-    assert [record.normalization["fresh"] for record in records] == [[], [], lost]
+    assert [record.normalization["reinitialised"] for record in records] == [[], [], lost]
     # Site k adds 1 + k to its own mean in every round, and never sees another's.
     own = [(0, 0), (1, 2), (2, 4 if keeps_files else 0)]
     assert [record.train_metrics["before"] for record in records] == [np.mean(o) for o in own]
