@@ -63,7 +63,7 @@ def make_client_app(
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         metrics = _load(build(context), message).evaluate()
-        content = RecordDict({"metrics": MetricRecord(metrics)})
+        content = RecordDict({"metrics": MetricRecord({**metrics})})
         return Message(content=content, reply_to=message)
 
     return app
@@ -108,7 +108,7 @@ def _offered(trainer: Trainer, method: str) -> Any:
 
 
 def _reply(arrays: dict[str, NDArray], metrics: dict[str, float], message: Message) -> Message:
-    content = RecordDict({"arrays": to_record(arrays), "metrics": MetricRecord(metrics)})
+    content = RecordDict({"arrays": to_record(arrays), "metrics": MetricRecord({**metrics})})
     return Message(content=content, reply_to=message)
 
 

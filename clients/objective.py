@@ -42,7 +42,7 @@ class Objective:
         """
         outputs = outputs.astype(np.float64)
         if self.multi_label:
-            return np.exp(-np.logaddexp(0, -outputs))  # type: ignore[no-any-return]
+            return np.exp(-np.logaddexp(0, -outputs))
         exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
         return exponentials / exponentials.sum(axis=1, keepdims=True)  # type: ignore[no-any-return]
 

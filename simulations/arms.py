@@ -68,11 +68,10 @@ def at_one_site(
     participants: ParticipantSettings, settings: RunSettings
 ) -> tuple[ParticipantSettings, RunSettings]:
     """Return the settings of one participant with all the data, whose model travels nowhere."""
-    plain = {"compression_up": "float32", "compression_down": "float32"}
-    return (
-        replace(participants, partition="iid"),
-        replace(settings, num_participants=1, **plain),
+    alone = replace(
+        settings, num_participants=1, compression_up="float32", compression_down="float32"
     )
+    return replace(participants, partition="iid"), alone
 
 
 def schedules(arm: Arm, settings: RunSettings) -> dict[str, Any]:

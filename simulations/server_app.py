@@ -95,7 +95,7 @@ def evaluate_with(trainer: Trainer) -> Callable[[int, ArrayRecord], MetricRecord
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         trainer.set_weights({name: array.numpy() for name, array in arrays.items()})
-        return MetricRecord(trainer.evaluate())
+        return MetricRecord({**trainer.evaluate()})
 
     return evaluate
 
@@ -104,7 +104,7 @@ def save_model(result: Result, output: Path) -> None:
     """Write the model's arrays by name to ``model.npz``."""
     output.mkdir(parents=True, exist_ok=True)
     arrays = {name: array.numpy() for name, array in result.arrays.items()}
-    np.savez(output / "model.npz", **arrays)
+    np.savez(output / "model.npz", **arrays)  # type: ignore[arg-type]
 
 
 def summarise(

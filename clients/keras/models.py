@@ -62,7 +62,7 @@ def vgg19(num_classes: int = 10) -> keras.Model:
     still.
     """
 
-    def adapted(layer: layers.Layer) -> layers.Layer:
+    def adapted(layer: keras.layers.Layer) -> keras.layers.Layer:
         config = layer.get_config()
         if isinstance(layer, layers.Conv2D):
             config["kernel_initializer"] = "he_normal"
@@ -80,7 +80,7 @@ def resnet152(num_classes: int = 10) -> keras.Model:
     (2016) have them; torchvision has them in the second.
     """
 
-    def adapted(layer: layers.Layer) -> layers.Layer:
+    def adapted(layer: keras.layers.Layer) -> keras.layers.Layer:
         config = layer.get_config()
         if layer.name in ("pool1_pad", "pool1_pool"):
             return layers.Identity()
@@ -98,7 +98,7 @@ def resnet152(num_classes: int = 10) -> keras.Model:
 def _classifier(
     build: Callable[..., keras.Model],
     num_classes: int,
-    adapted: Callable[[layers.Layer], layers.Layer],
+    adapted: Callable[[keras.layers.Layer], keras.layers.Layer],
 ) -> keras.Model:
     """Return an application for 32x32 images under one dense layer, its layers adapted."""
     features = build(weights=None, include_top=False, input_shape=(32, 32, 3), pooling="avg")
@@ -114,7 +114,7 @@ def _basic_block(inputs: keras.KerasTensor, channels: int, stride: int) -> keras
     return layers.ReLU()(layers.Add()([outputs, inputs]))
 
 
-def _convolution(channels: int, size: int = 3, stride: int = 1) -> layers.Layer:
+def _convolution(channels: int, size: int = 3, stride: int = 1) -> keras.layers.Layer:
     return layers.Conv2D(
         channels,
         size,
@@ -125,5 +125,5 @@ def _convolution(channels: int, size: int = 3, stride: int = 1) -> layers.Layer:
     )
 
 
-def _norm() -> layers.Layer:
+def _norm() -> keras.layers.Layer:
     return layers.BatchNormalization(**_NORM)

@@ -7,7 +7,7 @@ their own) can be, and arrays that stay keep their values.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from flwr_colearn import (
 from flwr_colearn.grids import AllReduceGroup, group_of
 
 ops = keras.ops
-BatchNorm = keras.layers.BatchNormalization
+BatchNorm: TypeAlias = keras.layers.BatchNormalization
 
 
 class FreezableBatchNormalization(BatchNorm):
@@ -217,7 +217,7 @@ def recalibrated(
 
 def _check_plain(
     layer: Any,
-    known: tuple[type, ...] = (BatchNorm, FreezableBatchNormalization, BatchRenormalization),
+    known: tuple[Any, ...] = (BatchNorm, FreezableBatchNormalization, BatchRenormalization),
 ) -> None:
     """Raise a ColearnError for a layer that does more than batch norm, which would be lost."""
     if type(layer).call not in [each.call for each in known] or getattr(layer, "renorm", False):
@@ -231,7 +231,7 @@ def _check_plain(
 def batch_norms(model: keras.Model) -> Iterator[Any]:
     """Yield the batch-norm layers that have statistics, at any depth."""
     for layer in model._flatten_layers():
-        if isinstance(layer, BatchNorm) and layer.moving_mean is not None:
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.moving_mean is not None:
             yield layer
 
 
@@ -316,8 +316,8 @@ class _JointBatch:
         axes, shape = _axes(layer, inputs)
         wide = ops.cast(inputs, "float64")
         numbers = np.prod([inputs.shape[axis] for axis in axes]), inputs.shape[0]
-        sums = np.append(ops.sum(wide, axes).numpy(), numbers)
-        *sums, total, examples = self._group.sum(self._rank, sums)
+        own = np.append(ops.sum(wide, axes).numpy(), numbers)
+        *sums, total, examples = self._group.sum(self._rank, own)
         mean = np.array(sums) / total
         centered = wide - ops.reshape(mean, shape)
         squares = ops.sum(ops.square(centered), axes).numpy()

@@ -79,19 +79,21 @@ def _classes(folder: Path) -> list[str]:
     from torchvision.datasets.folder import find_classes
 
     try:
-        return find_classes(str(folder))[0]
+        names: list[str] = find_classes(str(folder))[0]
     except FileNotFoundError as error:
         raise ColearnError(
             f"run config 'data-dir': expected a folder that holds train and val, each with a "
             f"folder for every class, found in {folder.parent}: {error}"
         ) from error
+    return names
 
 
 def _samples(folder: Path) -> list[tuple[str, int]]:
     """Return (path, class) of every file, whatever its name: the scan says which are images."""
     from torchvision.datasets import ImageFolder
 
-    return ImageFolder(str(folder), is_valid_file=lambda path: True, allow_empty=True).samples
+    every = ImageFolder(str(folder), is_valid_file=lambda path: True, allow_empty=True)
+    return list(every.samples)
 
 
 def _report(root: Path, bad: dict[str, str], total: int) -> None:

@@ -36,7 +36,8 @@ def load(data_dir: str) -> Task:
             f"{folder}: expected the four files of MNIST, unpacked, found {error!r}; remove the "
             "folder to have them downloaded again"
         ) from None
-    return Task(*map(_examples, parts))
+    train, test = map(_examples, parts)
+    return Task(train, test)
 
 
 def _examples(images: object) -> Examples:

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 from flwr.common import log
 
-from clients.data import Examples, NDArray, Task
+from clients.data import Examples, Task
 from clients.metrics import mean_roc_auc
 from clients.objective import Objective
 from clients.tasks.array_cache import cache_places, cached_arrays
 from clients.tasks.word_vectors import read_vectors
 from clients.tasks.words import FIRST_WORD, most_frequent, numbered, sequences
+from clients.trainer import NDArray
 from flwr_colearn import ColearnError
 
 LABELS = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")

@@ -10,8 +10,8 @@ import numpy as np
 from flwr.common import log
 from tqdm import tqdm
 
-from clients.data import NDArray
 from clients.tasks.words import FIRST_WORD, UNKNOWN, tokens
+from clients.trainer import NDArray
 from flwr_colearn import ColearnError
 
 _NAMED = 10

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from clients.data import NDArray
+from clients.trainer import NDArray
 
 PAD, UNKNOWN = 0, 1
 FIRST_WORD = 2

@@ -91,7 +91,8 @@ def normalised(model: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
                         "renorm, which would train as plain batch norm; convert the model anew"
                     )
                 acts = holds_activation(layer)
-                layer.forward = partial(_synchronised_forward, layer, acts, group, rank)
+                forward = partial(_synchronised_forward, layer, acts, group, rank)
+                layer.forward = forward  # type: ignore[method-assign]
         if config.get("normalization-frozen"):
             for layer in layers:
                 layer.training = False
@@ -187,14 +188,14 @@ class _Synchronise(torch.autograd.Function):
     """Normalise with the mean and variance of all participants' batches together."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, inputs: Tensor, layer: BatchNorm, group: AllReduceGroup, rank: int
     ) -> Tensor:
         axes = [axis for axis in range(inputs.dim()) if axis != 1]
         shape = [1, -1] + [1] * (inputs.dim() - 2)
         count = inputs.numel() // inputs.shape[1]
-        sums = np.append(inputs.double().sum(axes).numpy(), [count, inputs.shape[0]])
-        *sums, total, examples = group.sum(rank, sums)
+        own = np.append(inputs.double().sum(axes).numpy(), [count, inputs.shape[0]])
+        *sums, total, examples = group.sum(rank, own)
         mean = torch.tensor(np.array(sums) / total)
         centered = inputs.double() - mean.view(shape)
         variance = torch.from_numpy(group.sum(rank, centered.square().sum(axes).numpy()) / total)
@@ -207,7 +208,7 @@ class _Synchronise(torch.autograd.Function):
         return normal.to(inputs.dtype, copy=True)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         normal, variance = ctx.saved_tensors
         eps, group, rank, total, share = ctx.job
         axes = [axis for axis in range(gradient.dim()) if axis != 1]
@@ -250,7 +251,7 @@ def _track(layer: BatchNorm, mean: Tensor, variance: Tensor) -> None:
     layer.running_var.lerp_(variance.to(layer.running_var.dtype), rate)
 
 
-def _stay(layer: nn.Module, mode: bool = True) -> nn.Module:
+def _stay(layer: BatchNorm, mode: bool = True) -> BatchNorm:
     """Take the place of ``train`` in a frozen layer; dropout that is a part of it is not frozen."""
     for child in layer.children():
         child.train(mode)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clients.trainer import NDArray
+
 
 class Stream(Protocol):
     """A learner's data."""
@@ -136,7 +138,7 @@ def random_drifts(steps: int, drifts: int, seed: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=64)
-def _network(features: int, seed: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def _network(features: int, seed: int) -> tuple[NDArray, NDArray]:
     rng = np.random.default_rng(seed)
     parents = np.array([0] + [rng.integers(0, j) for j in range(1, features)])
     return parents, rng.beta(2, 2, (features, 2, 2))

@@ -95,9 +95,11 @@ class TorchTrainer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.channels_last = channels_last
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = model.to(self.device, memory_format=memory_format)
+        self.model: nn.Module = model.to(  # type: ignore[call-overload]  # torch takes both at once
+            self.device, memory_format=memory_format
+        )
         # What training calls: the model, perhaps wrapped.
-        self.network: nn.Module = torch.compile(self.model) if jit_compile else self.model
+        self.network: Callable[..., Any] = torch.compile(self.model) if jit_compile else self.model
         self.train_set, self.test_set = train_set, test_set
         self.batch_size = batch_size
         self.objective = objective
@@ -347,7 +349,7 @@ class TorchTrainer:
                 return IndexedBatches(tensors, list(batches))
             # A list of indices takes a whole batch at once.
             return DataLoader(dataset, sampler=batches, batch_size=None, **common)
-        return DataLoader(dataset, batch_sampler=batches, **common)  # type: ignore[arg-type]
+        return DataLoader(dataset, batch_sampler=batches, **common)
 
     def _on_device(self, dataset: TensorDataset) -> tuple[Tensor, ...] | None:
         """Return the data set's tensors on the device, or None if they would fill it."""

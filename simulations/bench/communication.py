@@ -106,9 +106,10 @@ def until(history: History, target: float, link: Link, epoch_seconds: float) -> 
     moved = seconds = 0.0
     for record in history:
         k = len(record.participants)
-        moved += record.bytes_down + record.bytes_up
+        down, up = record.bytes_down or 0, record.bytes_up or 0
+        moved += down + up
         seconds += record.local_epochs * epoch_seconds
-        seconds += link.seconds(record.bytes_down / k, record.bytes_up / k)
+        seconds += link.seconds(down / k, up / k)
         if record.server_metrics["accuracy"] >= target:
             return {
                 "rounds": record.round,

@@ -65,9 +65,16 @@ def bare_loop(
     return model
 
 
+def torch_trainer(settings: ParticipantSettings, index: int) -> TorchTrainer:
+    """Return a participant's trainer, which is one of PyTorch's."""
+    trainer = participant_trainer(settings, index, K)
+    assert isinstance(trainer, TorchTrainer)
+    return trainer
+
+
 def bare(settings: ParticipantSettings, rounds: int, epochs: int) -> Callable[[], None]:
     """Return the epochs of so many rounds as bare loops, participant by participant."""
-    trainers = [participant_trainer(settings, index, K) for index in range(K)]
+    trainers = [torch_trainer(settings, index) for index in range(K)]
     plans = [
         LocalPlan(index + 1, epochs, RATE.start(index), RATE.kind, RATE.decay, index * epochs)
         for index in range(rounds)

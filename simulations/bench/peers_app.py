@@ -4,7 +4,7 @@ import sys
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
@@ -47,7 +47,7 @@ def train(message: Message, context: Context) -> Message:
     batch = work_of(context).batch
     before = model().batches[batch]
     reply = user(message, context)
-    reply.content["metrics"]["steps"] = model().batches[batch] - before
+    cast(MetricRecord, reply.content["metrics"])["steps"] = model().batches[batch] - before
     return reply
 
 
@@ -88,13 +88,16 @@ def measure(grid: Grid, work: Work, strategy: str, folder: Path) -> None:
         )
         plan = ConfigRecord(LocalPlan(1, 1, work.rate).to_config())  # type: ignore[arg-type]
         result = fedavg.start(grid, initial, train_config=plan, **start)
-    means = [float(metrics["steps"]) for metrics in result.train_metrics_clientapp.values()]
+    means = [
+        float(cast(float, metrics["steps"])) for metrics in result.train_metrics_clientapp.values()
+    ]
     stopwatch.write(folder, 0, work.cohort * sum(means))
 
 
 def work_of(context: Context) -> Work:
     """Return the work that the run config describes."""
-    return Work(**{field.name: context.run_config[field.name] for field in fields(Work)})
+    config: dict[str, Any] = {field.name: context.run_config[field.name] for field in fields(Work)}
+    return Work(**config)
 
 
 def work_config(work: Work) -> dict[str, Any]:

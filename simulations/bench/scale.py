@@ -14,7 +14,7 @@ import gc
 import statistics
 import tracemalloc
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -33,7 +33,7 @@ def train(message: Message, context: Context) -> Message:
     """Send back a copy of the model."""
     arrays = {
         name: Array(array.dtype, array.shape, array.stype, bytes(memoryview(array.data)))
-        for name, array in message.content["arrays"].items()
+        for name, array in cast(ArrayRecord, message.content["arrays"]).items()
     }
     metrics = MetricRecord({"num-examples": 1})
     content = RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics})
@@ -69,7 +69,7 @@ def line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     """
     slope, intercept = np.polyfit(x, y, 1)
     fitted = intercept + slope * np.asarray(x)
-    total = float(np.square(y - np.mean(y)).sum())
+    total = float(np.square(np.asarray(y) - np.mean(y)).sum())
     residual = float(np.square(y - fitted).sum())
     return {
         "slope": round(float(slope), 6),

@@ -36,7 +36,8 @@ def claims_table(studies: Mapping[str, Units]) -> str:
             table.append({"claim": claim, "study": name, "ours": verdict, "evidence": evidence})
         if not found:
             table.append({"claim": claim, "study": "", "ours": "not run", "evidence": ""})
-    return tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
+    text: str = tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
+    return text
 
 
 def scores(units: Units, arm: str) -> list[float]:

@@ -100,7 +100,7 @@ def write_report(units: Sequence[ArmUnit], output: Path, title: str) -> str:
         writer = csv.DictWriter(file, fieldnames=table[0])
         writer.writeheader()
         writer.writerows(table)
-    markdown = tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
+    markdown: str = tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
     (output / "table.md").write_text(markdown + "\n")
     headline, seed = units[0].headline, units[0].seed
     save_figure(

@@ -303,7 +303,7 @@ def write_report(units: Sequence[DynamicUnit], setting: Setting, output: Path, t
     """Write table.md, tradeoff.png and over-time.png; return the table."""
     rows = [_row([unit for unit in units if unit.operator == name]) for name in
             dict.fromkeys(unit.operator for unit in units)]  # fmt: skip
-    table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    table: str = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
     (output / "table.md").write_text(table + "\n")
     first = [unit for unit in units if unit.config["seed"] == units[0].config["seed"]]
     save_tradeoff(
@@ -322,7 +322,7 @@ def write_report(units: Sequence[DynamicUnit], setting: Setting, output: Path, t
 
 def _row(runs: Sequence[DynamicUnit]) -> dict[str, object]:
     losses = [run.losses[-1] for run in runs]
-    row = {
+    row: dict[str, object] = {
         "operator": runs[0].operator,
         "cumulative loss": f"{statistics.mean(losses):,.0f}",
         "MB up+down": f"{statistics.mean(run.bytes[-1] for run in runs) / 1e6:,.2f}",

@@ -97,7 +97,7 @@ class AloneState:
                 arrays.update({f"{kind}/{index}/{name}": array for name, array in part.items()})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.path.with_suffix(".tmp.npz")
-        np.savez(scratch, **arrays)
+        np.savez(scratch, **arrays)  # type: ignore[arg-type]
         scratch.replace(self.path)
 
     def restore(self, trainers: list[Trainer]) -> tuple[list[int], Curves]:

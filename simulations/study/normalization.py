@@ -99,7 +99,8 @@ def _percent(values: Sequence[float | None], runs: Sequence[Unit]) -> str:
     if diverged := sum(u.diverged for u in runs):
         return "diverged" if len(runs) == 1 else f"{diverged} of {len(runs)} diverged"
     if values[0] is None:
-        return f"({100 * statistics.mean(u.sites_accuracy for u in runs):.1f})"
+        sites = [u.sites_accuracy for u in runs if u.sites_accuracy is not None]
+        return f"({100 * statistics.mean(sites):.1f})"
     numbers = [100 * value for value in values if value is not None]
     spread = f" ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else ""
     return f"{statistics.mean(numbers):.1f}{spread}"
@@ -109,7 +110,7 @@ def write_report(units: Sequence[Unit], plan: Sequence[Cell], output: Path, titl
     """Write results.json, table.md and accuracy.png; return the table."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps([asdict(u) for u in units], indent=1) + "\n")
-    table = tabulate(
+    table: str = tabulate(
         list(rows(units, plan)), headers="keys", tablefmt="github", disable_numparse=True
     )
     (output / "table.md").write_text(table + "\n")

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message
@@ -143,7 +144,9 @@ def run_cell(cell: Cell) -> Unit:
     """Train and evaluate one cell."""
     started = time.perf_counter()
     scheme, settings, participants = cell.normalization(), cell.settings, cell.participants
-    judge = converted(server_trainer(participants), scheme, participants)
+    plain = server_trainer(participants)
+    assert isinstance(plain, TorchTrainer)
+    judge = converted(plain, scheme, participants)
     if cell.test_examples:
         assert isinstance(judge.test_set, TensorDataset)
         judge.test_set = TensorDataset(*(t[: cell.test_examples] for t in judge.test_set.tensors))
@@ -187,9 +190,9 @@ def train(
     if cell.training == "fedavg":
         rate = cell.settings.learning_rate
         config = ConfigRecord({"local-epochs": 1, "learning-rate": rate})
-    rounds = None if cell.training == "colearn" else cell.rounds
+    limit: dict[str, Any] = {} if cell.training == "colearn" else {"num_rounds": cell.rounds}
     try:
-        result = strategy.start(grid, initial, rounds, train_config=config)
+        result = strategy.start(grid, initial, train_config=config, **limit)
     except ColearnError as error:
         if NOT_FINITE in str(error):
             return None
@@ -285,7 +288,7 @@ def evaluate(
         if by_class is None or is_local:
             own = dict(shared)
             if is_local:
-                kept = grid.contexts[index + 1].state["normalization.after"]
+                kept = cast(ArrayRecord, grid.contexts[index + 1].state["normalization.after"])
                 own.update({n: a.numpy() for n, a in kept.items() if n in own})
             judge.set_weights(own)
             outputs, targets = judge.predict()

@@ -33,11 +33,11 @@ def save_figure(units: Sequence[Unit], path: Path, title: str) -> None:
                 if not runs:
                     continue
                 place = x + 0.25 * (offset - 1)
-                whole = [u.sites_accuracy for u in runs]
+                whole = [u.sites_accuracy for u in runs if u.sites_accuracy is not None]
                 is_local = runs[0].shared_accuracy is None
                 axis.plot([place] * len(whole), [100 * v for v in whole], linestyle="none",
                           marker="D" if is_local else "o", color=colour, markersize=4)  # fmt: skip
-                local = [100 * u.local_accuracy for u in runs]
+                local = [100 * u.local_accuracy for u in runs if u.local_accuracy is not None]
                 axis.plot([place] * len(local), local, linestyle="none", marker="o",
                           markerfacecolor="none", color=colour, markersize=6)  # fmt: skip
         axis.set_title(TRAININGS[training])

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,9 +21,11 @@ Curves = dict[str, list[float]]
 class Unit(Protocol):
     """The result of one run: a dataclass of what JSON can hold."""
 
-    __dataclass_fields__: Any
-    config: dict[str, Any]
-    """The settings that gave it."""
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The settings that gave it."""
 
 
 U = TypeVar("U", bound=Unit)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from clients.data import NDArray
 from clients.tasks.words import PAD
+from clients.trainer import NDArray
 
 TYPES, PRIMARY, CLASS = 32, 8, 16
 """Types of primary capsules, and the dimensions of primary and of class capsules (paper)."""
