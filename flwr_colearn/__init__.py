@@ -52,10 +52,15 @@ from .recovery import RecoveringGrid
 from .roles import Role
 from .schedules import (
     ConstantRate,
+    CosineRate,
     CyclicalRate,
+    EpochRule,
     ExponentialRate,
     FixedEpochs,
     IncreasingEpochs,
+    LearningRate,
+    ProgressRate,
+    Warmup,
 )
 from .strategies import Averaging, CoLearn, SynchronousSGD
 from .traffic import RoundTraffic
@@ -73,11 +78,13 @@ __all__ = [
     "CompressionGrid",
     "ConnectedGrid",
     "ConstantRate",
+    "CosineRate",
     "CyclicalRate",
     "DynamicAveraging",
     "DynamicHistory",
     "DynamicRecord",
     "Epoch",
+    "EpochRule",
     "ExponentialRate",
     "FixedEpochs",
     "Float16",
@@ -88,6 +95,7 @@ __all__ = [
     "IncreasingEpochs",
     "Int8",
     "LayerNorm",
+    "LearningRate",
     "LocalBN",
     "LocalPlan",
     "LocalStatistics",
@@ -96,6 +104,7 @@ __all__ = [
     "NormalizationGrid",
     "PackedCodec",
     "Pooled",
+    "ProgressRate",
     "Quorum",
     "Recalibrated",
     "RecoveringGrid",
@@ -110,6 +119,7 @@ __all__ = [
     "ThreadedGrid",
     "Transport",
     "Uncompressed",
+    "Warmup",
     "__version__",
     "codec_named",
     "learner",

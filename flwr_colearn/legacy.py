@@ -24,7 +24,7 @@ from .history import History, RoundLog, RoundRecord
 from .policy import Recovery
 from .records import Outgoing, view_bytes
 from .roles import Arrays, Role, Roles, assign_roles
-from .schedules import EpochRule, LearningRate
+from .schedules import EpochRule, LearningRate, RateFunction
 from .strategies import Progress, algorithm_of, participant_arguments
 from .traffic import Directions, Event, RoundTraffic
 
@@ -80,7 +80,7 @@ class CoLearn(FedAvg):
         num_participants: int | None = None,
         *,
         local_epochs: int | EpochRule,
-        learning_rate: float | LearningRate,
+        learning_rate: float | LearningRate | RateFunction,
         total_epochs: int | None = None,
         weighting: Weighting = "uniform",
         roles: Roles = None,
@@ -141,7 +141,7 @@ class CoLearn(FedAvg):
         config: dict[str, Scalar] = {}
         if self.on_fit_config_fn is not None:
             config.update(self.on_fit_config_fn(server_round))
-        config.update(plan.to_config())
+        config.update(plan.to_fit_config())
         clients = client_manager.sample(
             num_clients=self.min_fit_clients, min_num_clients=self.min_available_clients
         )

@@ -1,11 +1,12 @@
 """LocalPlan: what one round asks of one participant, and all that server and participant share."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import ColearnError, decay_factor, expected, real_number, whole_number
-from .schedules import ConstantRate, CyclicalRate, ExponentialRate, LearningRate
+from .errors import ColearnError, expected, real_number, whole_number
+from .schedules import LearningRate, rates_of
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class LocalPlan:
-    """The local training of one round: T_i epochs from the rate eta^i downwards.
+    """The local training of one round: T_i epochs, each with its learning rate.
 
     The server sends it in the train (fit) config; the participant reads it back and iterates it.
 
@@ -30,14 +31,10 @@ class LocalPlan:
         T_i, full passes over the participant's data.
     learning_rate : float
         eta^i, the rate that the schedule starts from.
-    schedule : str, default "constant"
-        "cyclical" (eq. 3), "exponential" or "constant".
-    decay : float, optional
-        r of the schedule; required by "cyclical" and "exponential".
+    learning_rates : sequence of float, optional
+        The rates of the epochs 1 .. T_i; by default all are eta^i.
     epochs_done : int, default 0
         Local epochs that every participant has done before this round.
-    total_epochs : int, optional
-        Local epochs planned for the whole run; required by "exponential".
     time_limit : float, optional
         Seconds after which a participant that is still training counts as hanging; see
         `flwr_colearn.participant_mod`.
@@ -45,7 +42,7 @@ class LocalPlan:
     Raises
     ------
     ColearnError
-        If a value lies outside its range.
+        If a value lies outside its range, or there are not T_i rates.
 
     Examples
     --------
@@ -55,17 +52,17 @@ class LocalPlan:
         for epoch in plan:
             train_one_epoch(model, data, epoch.learning_rate)
 
-    >>> [epoch.learning_rate for epoch in LocalPlan(1, 2, 0.01, "cyclical", decay=0.25)]
+    >>> from flwr_colearn import CyclicalRate
+    >>> plan = LocalPlan.of(CyclicalRate(0.01, decay=0.25), round=1, local_epochs=2)
+    >>> [epoch.learning_rate for epoch in plan]
     [0.005, 0.0025]
     """
 
     round: int
     local_epochs: int
     learning_rate: float
-    schedule: str = ConstantRate.kind
-    decay: float | None = None
+    learning_rates: tuple[float, ...] | None = None
     epochs_done: int = 0
-    total_epochs: int | None = None
     time_limit: float | None = None
 
     def __post_init__(self) -> None:
@@ -75,53 +72,71 @@ class LocalPlan:
             "learning_rate": real_number(_entry("learning_rate"), self.learning_rate, least=0.0),
             "epochs_done": whole_number(_entry("epochs_done"), self.epochs_done, least=0),
         }
-        if self.schedule not in _NEEDS:
-            raise expected(
-                _entry("schedule"),
-                f"one of {', '.join(_NEEDS)} (is flwr-colearn the same version on both sides?)",
-                self.schedule,
-            )
-        needed = _NEEDS[self.schedule]
-        if "decay" in needed or self.decay is not None:
-            plain["decay"] = decay_factor(_entry("decay"), self.decay)
-        if "total_epochs" in needed or self.total_epochs is not None:
-            total = whole_number(_entry("total_epochs"), self.total_epochs, least=1)
-            plain["total_epochs"] = total
+        plain["learning_rates"] = self._rates(plain["local_epochs"], plain["learning_rate"])
         if self.time_limit is not None:
             limit = real_number(_entry("time_limit"), self.time_limit, least=0.0)
             plain["time_limit"] = limit
         for field, value in plain.items():  # numpy's numbers cannot be sent: plain ones instead
             object.__setattr__(self, field, value)
 
+    def _rates(self, local_epochs: int, learning_rate: float) -> tuple[float, ...]:
+        if self.learning_rates is None:
+            return (learning_rate,) * local_epochs
+        name, given = _entry("learning_rates"), self.learning_rates
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise expected(name, "a list of numbers", given)
+        rates = tuple(real_number(f"a rate of {name}", rate, least=0.0) for rate in given)
+        if len(rates) != local_epochs:
+            raise expected(name, f"one rate for each of the {local_epochs} local epochs", rates)
+        return rates
+
     def __iter__(self) -> Iterator[Epoch]:
         """Yield the local epochs 1 .. T with their learning rates."""
-        rate = self.rate
-        for j in range(1, self.local_epochs + 1):
-            yield Epoch(j, rate.at(j, self.local_epochs, epochs_done=self.epochs_done))
+        assert self.learning_rates is not None
+        for index, rate in enumerate(self.learning_rates, 1):
+            yield Epoch(index, rate)
 
-    @property
-    def rate(self) -> LearningRate:
-        """The schedule of this round, as a value."""
-        if self.schedule == CyclicalRate.kind:
-            assert self.decay is not None
-            return CyclicalRate(self.learning_rate, self.decay)
-        if self.schedule == ExponentialRate.kind:
-            assert self.decay is not None
-            assert self.total_epochs is not None
-            return ExponentialRate(self.learning_rate, self.decay, self.total_epochs)
-        return ConstantRate(self.learning_rate)
+    @classmethod
+    def of(
+        cls, schedule: LearningRate, round: int, local_epochs: int, epochs_done: int = 0
+    ) -> "LocalPlan":
+        """Return the plan of a round with the rates of a schedule.
 
-    def to_config(self) -> dict[str, int | float | str]:
-        """Return the plan as entries of a Flower config, unused optional ones left out.
+        Parameters
+        ----------
+        schedule : LearningRate
+            Any schedule.
+        round, local_epochs, epochs_done : int
+            See `LocalPlan`.
+
+        Raises
+        ------
+        ColearnError
+            If the schedule returns anything but finite numbers of at least 0.
+        """
+        start, rates = rates_of(schedule, local_epochs, round - 1, epochs_done)
+        return cls(round, local_epochs, start, rates, epochs_done)
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the plan as entries of a ``ConfigRecord``, unused optional ones left out.
 
         Returns
         -------
         dict
-            kebab-case keys, ``local-epochs`` and ``learning-rate`` among them, with plain int,
-            float and str values, as both ``ConfigRecord`` and the legacy fit config accept.
+            kebab-case keys: ``local-epochs`` (T_i) and ``learning-rate`` (eta^i) among them as one
+            number each, and ``learning-rates``, a list of T_i floats.
         """
         entries = {key: getattr(self, field) for field, key in _KEYS.items()}
+        entries[_KEYS["learning_rates"]] = list(self.learning_rates or ())
         return {key: value for key, value in entries.items() if value is not None}
+
+    def to_fit_config(self) -> dict[str, int | float | str]:
+        """Return the plan as entries of the legacy fit config, which takes no lists.
+
+        ``learning-rates`` is a string there, such as ``"[0.005, 0.0025]"``.
+        """
+        key = _KEYS["learning_rates"]
+        return {**self.to_config(), key: json.dumps(list(self.learning_rates or ()))}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "LocalPlan":
@@ -145,25 +160,28 @@ class LocalPlan:
                     f"train config: expected the key '{_KEYS[field]}', found only "
                     f"{sorted(config)}. Does the server run flwr_colearn.CoLearn?"
                 )
-        return cls(**{field: config[key] for field, key in _KEYS.items() if key in config})
+        values = {field: config[key] for field, key in _KEYS.items() if key in config}
+        if isinstance(values.get("learning_rates"), str):
+            values["learning_rates"] = _listed(values["learning_rates"])
+        return cls(**values)
 
 
 _KEYS = {
     "round": "server-round",
     "local_epochs": "local-epochs",
     "learning_rate": "learning-rate",
-    "schedule": "learning-rate-schedule",
-    "decay": "learning-rate-decay",
+    "learning_rates": "learning-rates",
     "epochs_done": "epochs-done",
-    "total_epochs": "total-epochs",
     "time_limit": "time-limit",
-}
-_NEEDS: dict[str, tuple[str, ...]] = {
-    CyclicalRate.kind: ("decay",),
-    ExponentialRate.kind: ("decay", "total_epochs"),
-    ConstantRate.kind: (),
 }
 
 
 def _entry(field: str) -> str:
     return f"'{_KEYS[field]}' in the train config"
+
+
+def _listed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise expected(_entry("learning_rates"), "a list of numbers", text) from None

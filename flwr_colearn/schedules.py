@@ -2,7 +2,9 @@
 
 The four arms of the co-learning paper (Mi et al., SCIS 63(8):182102, 2020) are four pairs of them:
 CLR+ILE is ``CyclicalRate`` with ``IncreasingEpochs``, ELR+FLE (federated averaging) is
-``ExponentialRate`` with ``FixedEpochs``, and so on.
+``ExponentialRate`` with ``FixedEpochs``, and so on. Any other object with the attributes of
+`LearningRate` is a learning-rate schedule as well, and so is a plain function of the run's progress:
+the server evaluates the schedule, and the participants receive its rates.
 """
 
 import math
@@ -17,13 +19,24 @@ InitialRate = float | Callable[[int], float]
 """eta^i: one number for every round, or a function of the round i = 0, 1, ..."""
 
 
+RateFunction = Callable[[float], float]
+"""A learning rate as a function of the progress: epochs done / epochs planned, from 0 to 1."""
+
+
+@runtime_checkable
 class LearningRate(Protocol):
     """What a participant trains with: the learning rate of every local epoch of a round."""
 
-    kind: ClassVar[str]
+    @property
+    def kind(self) -> str:
+        """The name of the schedule in error messages."""
 
-    def start(self, round_index: int) -> float:
-        """Return eta^i, the rate from which round i = 0, 1, ... starts."""
+    def start(self, round_index: int) -> float | None:
+        """Return eta^i, the rate from which round i = 0, 1, ... starts.
+
+        A schedule that knows no such rate returns None. The plan of a round then states the rate
+        of the round's first epoch in its place.
+        """
 
     def at(
         self, epoch: int, local_epochs: int, round_index: int = 0, epochs_done: int = 0
@@ -167,6 +180,167 @@ class ExponentialRate(ConstantRate):
         return self.start(round_index) * math.pow(self.decay, share)
 
 
+@dataclass(frozen=True)
+class CosineRate(ConstantRate):
+    """Half a cosine over the whole run, without restarts.
+
+    eta_e = final + (eta^i - final) * (1 + cos(pi * e / E)) / 2, with e the epochs done before this
+    one, from 0 to E - 1, and E the planned total (Loshchilov and Hutter, 2017, eq. 5 without
+    restarts). The first epoch trains with the full eta^i, and `final` would be the rate after the
+    last one.
+
+    Parameters
+    ----------
+    initial : float or callable
+        eta^i, a number of at least 0 or a function of the round i = 0, 1, ...
+    total_epochs : int
+        E, the local epochs planned for the whole run. Epochs beyond it stay at `final`.
+    final : float, default 0.0
+        The rate after epoch E, at least 0. At most `initial` where that is a number.
+
+    Raises
+    ------
+    ColearnError
+        If an argument lies outside its range.
+
+    Examples
+    --------
+    >>> rate = CosineRate(0.1, total_epochs=4, final=0.02)
+    >>> [round(rate.at(j, local_epochs=4), 6) for j in range(1, 5)]
+    [0.1, 0.088284, 0.06, 0.031716]
+    """
+
+    total_epochs: int
+    final: float = 0.0
+    kind: ClassVar[str] = "cosine"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole_number("total_epochs of CosineRate", self.total_epochs, least=1)
+        most = math.inf if callable(self.initial) else float(self.initial)
+        real_number("final rate of CosineRate", self.final, least=0.0, most=most)
+
+    def at(
+        self, epoch: int, local_epochs: int, round_index: int = 0, epochs_done: int = 0
+    ) -> float:
+        """Return the value of the cosine before epoch epochs_done + epoch of total_epochs."""
+        _check_epoch(epoch, local_epochs)
+        share = min((epochs_done + epoch - 1) / self.total_epochs, 1.0)
+        height = (1.0 + math.cos(math.pi * share)) / 2.0
+        return float(self.final + (self.start(round_index) - self.final) * height)
+
+
+@dataclass(frozen=True)
+class ProgressRate:
+    """A learning rate given by a function of the run's progress.
+
+    eta_e = function(e / E), with e the epochs done before this one, from 0 to E - 1, and E the
+    planned total. A strategy that is given a function and `total_epochs` makes this schedule of
+    them.
+
+    Such a function has no rate eta^i of a round, so `start` returns None, and the plan of a round
+    states the rate of the round's first epoch as its ``learning-rate``.
+
+    Parameters
+    ----------
+    function : callable
+        Takes the progress before an epoch, a float from 0, and returns the rate with which that
+        epoch is trained, a finite number of at least 0.
+    total_epochs : int
+        E, the local epochs planned for the whole run. Epochs beyond it have a progress of 1 and
+        more.
+
+    Raises
+    ------
+    ColearnError
+        If `function` cannot be called or `total_epochs` lies outside its range.
+
+    Examples
+    --------
+    >>> rate = ProgressRate(lambda progress: 0.5 if progress < 0.5 else 0.125, total_epochs=4)
+    >>> [rate.at(j, local_epochs=4) for j in range(1, 5)]
+    [0.5, 0.5, 0.125, 0.125]
+    """
+
+    function: RateFunction
+    total_epochs: int
+    kind: ClassVar[str] = "function of the progress"
+
+    def __post_init__(self) -> None:
+        if not callable(self.function) or isinstance(self.function, type):
+            raise expected("function of ProgressRate", "a function of the progress", self.function)
+        whole_number("total_epochs of ProgressRate", self.total_epochs, least=1)
+
+    def start(self, round_index: int) -> None:
+        """Return None: the function knows the progress and not the round."""
+        return None
+
+    def at(
+        self, epoch: int, local_epochs: int, round_index: int = 0, epochs_done: int = 0
+    ) -> float:
+        """Return function((epochs_done + epoch - 1) / total_epochs)."""
+        _check_epoch(epoch, local_epochs)
+        return self.function((epochs_done + epoch - 1) / self.total_epochs)
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Another schedule whose rates rise linearly over the first epochs of the run.
+
+    eta_e = rate_e * min(e / W, 1), with e = epochs done before this round + j and W the epochs of
+    the warm-up. The first epoch has 1/W of the other schedule's rate, epoch W and all later ones
+    have exactly its rate. eta^i remains the other schedule's.
+
+    Parameters
+    ----------
+    rate : float or LearningRate
+        The other schedule. A function of the progress is given as
+        ``flwr_colearn.schedules.ProgressRate(function, total_epochs)``.
+    epochs : int
+        W, at least 1. The warm-up counts local epochs, so it may end within a round.
+
+    Raises
+    ------
+    ColearnError
+        If an argument is not what it should be.
+
+    Examples
+    --------
+    >>> rate = Warmup(0.5, epochs=4)
+    >>> [rate.at(j, local_epochs=6) for j in range(1, 7)]
+    [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
+    """
+
+    rate: float | LearningRate
+    epochs: int
+    kind: ClassVar[str] = "warm-up"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rate", as_learning_rate(self.rate))
+        whole_number("epochs of Warmup", self.epochs, least=1)
+
+    @property
+    def total_epochs(self) -> int | None:
+        """The local epochs for which the other schedule is planned, if it has a plan."""
+        return getattr(self.rate, "total_epochs", None)
+
+    def start(self, round_index: int) -> float | None:
+        """Return eta^i of the other schedule."""
+        return self._schedule.start(round_index)
+
+    def at(
+        self, epoch: int, local_epochs: int, round_index: int = 0, epochs_done: int = 0
+    ) -> float:
+        """Return the other schedule's rate, times (epochs_done + epoch) / epochs up to 1."""
+        rate = self._schedule.at(epoch, local_epochs, round_index, epochs_done)
+        share = (epochs_done + epoch) / self.epochs
+        return rate if share >= 1.0 else rate * share
+
+    @property
+    def _schedule(self) -> LearningRate:
+        return as_learning_rate(self.rate)
+
+
 @runtime_checkable
 class EpochRule(Protocol):
     """Decides how many local epochs the next round has."""
@@ -255,15 +429,94 @@ class FixedEpochs:
         return local_epochs
 
 
-def as_learning_rate(value: float | LearningRate) -> LearningRate:
-    """Return `value` itself if it is a schedule, else ``ConstantRate(value)``."""
-    if isinstance(value, ConstantRate):
-        return value
+def as_learning_rate(
+    value: float | LearningRate | RateFunction, total_epochs: int | None = None
+) -> LearningRate:
+    """Return a learning-rate schedule.
+
+    Parameters
+    ----------
+    value : float, LearningRate or callable
+        A schedule is returned as it is, a number as ``ConstantRate``, and a function of the
+        progress as ``ProgressRate``.
+    total_epochs : int, optional
+        The local epochs of the whole run. A function of the progress needs them.
+
+    Raises
+    ------
+    ColearnError
+        If `value` is none of these, or a function without `total_epochs`.
+    """
     if isinstance(value, Real):
         return ConstantRate(real_number("initial learning rate", value, least=0.0))
-    raise expected(
-        "learning_rate", "a number, CyclicalRate, ExponentialRate or ConstantRate", value
+    if isinstance(value, type):  # a class has the methods that its objects have
+        raise expected("learning_rate", f"an object, such as {value.__name__}(...)", value)
+    if isinstance(value, LearningRate):
+        return value
+    if not callable(value):
+        raise expected(
+            "learning_rate",
+            "a number, a schedule such as CyclicalRate, an object with 'kind', 'start' and 'at', "
+            "or a function of the progress",
+            value,
+        )
+    if total_epochs is None:
+        raise ColearnError(
+            "learning_rate: expected total_epochs beside a function of the progress, which is the "
+            "share of these epochs that are done, found None; give the strategy total_epochs, or "
+            "wrap the function in flwr_colearn.schedules.ProgressRate(function, total_epochs)"
+        )
+    return ProgressRate(value, total_epochs)
+
+
+def rates_of(
+    schedule: LearningRate, local_epochs: int, round_index: int, epochs_done: int
+) -> tuple[float, tuple[float, ...]]:
+    """Return eta^i of a round and the rates of its local epochs 1 .. T.
+
+    Raises
+    ------
+    ColearnError
+        If the schedule returns anything but a finite number of at least 0.
+    """
+    name = f"{type(schedule).__name__} (kind {schedule.kind!r})"
+    rates = tuple(
+        real_number(
+            f"learning rate of epoch {epoch} of round i={round_index} by {name}",
+            schedule.at(epoch, local_epochs, round_index, epochs_done),
+            least=0.0,
+        )
+        for epoch in range(1, local_epochs + 1)
     )
+    start = schedule.start(round_index)
+    if start is None:
+        return rates[0], rates
+    return real_number(f"start of round i={round_index} by {name}", start, least=0.0), rates
+
+
+def describe_rate(schedule: LearningRate) -> str:
+    """Return a description that is the same in another process for the same schedule.
+
+    That is ``str(schedule)``, unless an address in memory is part of it, as with functions and with
+    objects without a ``__repr__`` of their own: then it is a few rates over the run.
+    """
+    text = str(schedule)
+    if _ADDRESS not in text:
+        return text
+    total = getattr(schedule, "total_epochs", None) or 100
+    done = [share * (total - 1) // 4 for share in range(5)]
+    samples = [_sample(schedule, index, epochs) for index, epochs in enumerate(done)]
+    return f"{type(schedule).__name__} with the rates {', '.join(samples)}"
+
+
+_ADDRESS = " at 0x"
+
+
+def _sample(schedule: LearningRate, round_index: int, epochs_done: int) -> str:
+    try:
+        return repr(float(schedule.at(1, 2, round_index, epochs_done)))
+    except Exception as error:  # a function may be defined for the rounds of its own run only
+        return type(error).__name__
 
 
 def as_epoch_rule(value: int | EpochRule) -> EpochRule:

@@ -11,10 +11,11 @@ from ..errors import expected, whole_number
 from ..plan import LocalPlan
 from ..schedules import (
     EpochRule,
-    ExponentialRate,
     LearningRate,
+    RateFunction,
     as_epoch_rule,
     as_learning_rate,
+    describe_rate,
 )
 
 
@@ -91,7 +92,7 @@ class Algorithm:
         done, local_epochs = progress.epochs_done, chosen
         if self.total_epochs is not None:
             local_epochs = min(local_epochs, self.total_epochs - done)
-        plan = self._plan(server_round, local_epochs, done)
+        plan = LocalPlan.of(self.learning_rate, server_round, local_epochs, done)
         return plan, replace(
             progress, round=server_round, local_epochs=chosen, epochs_done=done + local_epochs
         )
@@ -112,26 +113,11 @@ class Algorithm:
             )
         return chosen
 
-    def _plan(self, server_round: int, local_epochs: int, epochs_done: int) -> LocalPlan:
-        rate = self.learning_rate
-        planned = getattr(rate, "total_epochs", self.total_epochs)
-        return LocalPlan(
-            round=server_round,
-            local_epochs=local_epochs,
-            learning_rate=rate.start(server_round - 1),
-            schedule=rate.kind,
-            decay=getattr(rate, "decay", None),
-            epochs_done=epochs_done,
-            total_epochs=planned,
-        )
-
     def configuration(self) -> dict[str, str]:
         """Return what must be the same for a run to be resumed."""
-        rate = self.learning_rate
-        starts = [rate.start(i) for i in range(3)] if callable(getattr(rate, "initial", 0)) else ""
         return {
             "local epochs": str(self.local_epochs),
-            "learning rate": f"function of the round: {starts}" if starts else str(rate),
+            "learning rate": describe_rate(self.learning_rate),
             "total epochs": str(self.total_epochs),
         }
 
@@ -145,10 +131,12 @@ class Algorithm:
 
 def algorithm_of(
     local_epochs: int | EpochRule,
-    learning_rate: float | LearningRate,
+    learning_rate: float | LearningRate | RateFunction,
     total_epochs: int | None = None,
 ) -> Algorithm:
     """Return the algorithm with these settings; numbers are a fixed T, and a constant rate.
+
+    A function of the progress is a schedule over the total epochs.
 
     Raises
     ------
@@ -157,15 +145,12 @@ def algorithm_of(
     """
     if total_epochs is not None:
         whole_number("total_epochs", total_epochs, least=1)
-    rate = as_learning_rate(learning_rate)
-    if (
-        isinstance(rate, ExponentialRate)
-        and total_epochs is not None
-        and rate.total_epochs != total_epochs
-    ):
+    rate = as_learning_rate(learning_rate, total_epochs)
+    planned = getattr(rate, "total_epochs", None)
+    if None not in (planned, total_epochs) and planned != total_epochs:
         raise expected(
-            "total_epochs of ExponentialRate",
+            f"total_epochs of {type(rate).__name__}",
             f"the run's own total_epochs={total_epochs}",
-            rate.total_epochs,
+            planned,
         )
     return Algorithm(as_epoch_rule(local_epochs), rate, total_epochs)

@@ -10,7 +10,7 @@ from ..history import History
 from ..normalization import Normalization, Pooled
 from ..policy import Recovery
 from ..roles import Roles
-from ..schedules import EpochRule, LearningRate
+from ..schedules import EpochRule, LearningRate, RateFunction
 from .algorithm import algorithm_of
 from .averaging import Averaging
 
@@ -48,9 +48,11 @@ class CoLearn(Averaging):
         round has exactly K distinct participants. By default K is `min_train_nodes`.
     local_epochs : int or EpochRule
         T: ``IncreasingEpochs`` (ILE), ``FixedEpochs``, or a number for the latter.
-    learning_rate : float or LearningRate
+    learning_rate : float, LearningRate or callable
         ``CyclicalRate`` (CLR), ``ExponentialRate`` (ELR), ``ConstantRate``, or a number for the
-        latter.
+        latter; ``CosineRate``, ``Warmup``, or any object with ``kind``, ``start`` and ``at`` (see
+        `flwr_colearn.LearningRate`). A plain function is given the progress of the run, epochs
+        done / `total_epochs`, which it needs.
     total_epochs : int, optional
         Budget: the run ends when every participant has done so many local epochs, the last
         round's T being cut to fit.
@@ -85,7 +87,7 @@ class CoLearn(Averaging):
         num_participants: int | None = None,
         *,
         local_epochs: int | EpochRule,
-        learning_rate: float | LearningRate,
+        learning_rate: float | LearningRate | RateFunction,
         total_epochs: int | None = None,
         weighting: Weighting = "uniform",
         roles: Roles = None,

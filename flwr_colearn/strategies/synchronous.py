@@ -13,7 +13,7 @@ from ..grids import ThreadedGrid
 from ..plan import LocalPlan
 from ..records import config_of, to_record, view
 from ..roles import NDArray, Role
-from ..schedules import LearningRate
+from ..schedules import LearningRate, RateFunction
 from ..transport import ConnectedGrid
 from .algorithm import algorithm_of
 from .averaging import Averaging, folds
@@ -45,7 +45,7 @@ class SynchronousSGD(Averaging):
     ----------
     num_participants : int, optional
         K; see `Averaging`.
-    learning_rate : float or LearningRate
+    learning_rate : float, LearningRate or callable
         Of every step; ``ExponentialRate(initial, decay, total_epochs=steps)`` decays over the
         steps, ``ConstantRate(function of the step)`` does what the function says.
     momentum, weight_decay : float, default 0
@@ -73,7 +73,7 @@ class SynchronousSGD(Averaging):
         self,
         num_participants: int | None = None,
         *,
-        learning_rate: float | LearningRate,
+        learning_rate: float | LearningRate | RateFunction,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         total_steps: int | None = None,

@@ -75,10 +75,7 @@ def torch_trainer(settings: ParticipantSettings, index: int) -> TorchTrainer:
 def bare(settings: ParticipantSettings, rounds: int, epochs: int) -> Callable[[], None]:
     """Return the epochs of so many rounds as bare loops, participant by participant."""
     trainers = [torch_trainer(settings, index) for index in range(K)]
-    plans = [
-        LocalPlan(index + 1, epochs, RATE.start(index), RATE.kind, RATE.decay, index * epochs)
-        for index in range(rounds)
-    ]
+    plans = [LocalPlan.of(RATE, index + 1, epochs, index * epochs) for index in range(rounds)]
 
     def run() -> None:
         for plan in plans:

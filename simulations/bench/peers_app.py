@@ -86,7 +86,7 @@ def measure(grid: Grid, work: Work, strategy: str, folder: Path) -> None:
             min_available_nodes=work.users,
             fraction_evaluate=0.0,
         )
-        plan = ConfigRecord(LocalPlan(1, 1, work.rate).to_config())  # type: ignore[arg-type]
+        plan = ConfigRecord(LocalPlan(1, 1, work.rate).to_config())
         result = fedavg.start(grid, initial, train_config=plan, **start)
     means = [
         float(cast(float, metrics["steps"])) for metrics in result.train_metrics_clientapp.values()

@@ -7,7 +7,7 @@ import numpy as np
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import load_task, participant_trainer, server_trainer
 from clients.trainer import NDArray, Trainer, derive_seed, follow
-from flwr_colearn import ExponentialRate, LocalPlan
+from flwr_colearn import LocalPlan
 from simulations.arms import Arm, at_one_site, schedules
 from simulations.settings import RunSettings
 from simulations.study.units import Curves
@@ -56,17 +56,8 @@ def train_alone(
 def plans_alone(arm: Arm, settings: RunSettings) -> list[LocalPlan]:
     """Return the plans of T0 epochs each that make up a training with the exponential rate."""
     rate, total = schedules(arm, settings)["learning_rate"], settings.total_epochs
-    assert isinstance(rate, ExponentialRate)
     return [
-        LocalPlan(
-            round=index + 1,
-            local_epochs=min(settings.initial_epochs, total - done),
-            learning_rate=rate.start(index),
-            schedule=rate.kind,
-            decay=rate.decay,
-            epochs_done=done,
-            total_epochs=total,
-        )
+        LocalPlan.of(rate, index + 1, min(settings.initial_epochs, total - done), done)
         for index, done in enumerate(range(0, total, settings.initial_epochs))
     ]
 

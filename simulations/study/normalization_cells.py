@@ -249,7 +249,7 @@ def count_epochs(
 ) -> Message:
     """Say which epoch it is where the server does not, so that every one has its own order."""
     config = message.content.config_records.get("config")
-    if config is not None and "learning-rate-schedule" not in config:
+    if config is not None and "epochs-done" not in config:
         config["epochs-done"] = int(config["server-round"]) - 1  # type: ignore[arg-type]
     return call_next(message, context)
 

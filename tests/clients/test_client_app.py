@@ -11,6 +11,7 @@ from clients.torch.trainer import TorchTrainer, roles_of
 from clients.trainer import derive_seed, follow
 from flwr_colearn import (
     CoLearn,
+    ConstantRate,
     CyclicalRate,
     ExponentialRate,
     FixedEpochs,
@@ -77,7 +78,7 @@ def trained_by_hand(k, *plans):
 
 @pytest.mark.parametrize("k", [0, 2])
 def test_a_participant_follows_the_plan_from_the_shared_model_on_its_own_data(k):
-    plan = LocalPlan(2, 3, 0.1, "cyclical", decay=0.25, epochs_done=5)
+    plan = LocalPlan.of(CyclicalRate(0.1, 0.25), 2, 3, 5)
     reply = ask(InProcessGrid(app_of(), 3), k + 1, **plan.to_config())
     weights, metrics = trained_by_hand(k, plan)
     assert same(arrays_of(reply.content["arrays"]), weights)
@@ -121,9 +122,7 @@ def test_one_round_of_one_participant_is_vanilla_training(rate):
         1, local_epochs=FixedEpochs(6), learning_rate=rate, total_epochs=6, fraction_evaluate=0.0
     )
     result = strategy.start(InProcessGrid(app_of(), 1), shared_model())
-    kind = rate.kind if isinstance(rate, CyclicalRate | ExponentialRate) else "constant"
-    eta = getattr(rate, "initial", rate)
-    plan = LocalPlan(1, 6, eta, kind, decay=getattr(rate, "decay", None), total_epochs=6)
+    plan = LocalPlan.of(ConstantRate(rate) if isinstance(rate, float) else rate, 1, 6)
     weights, _ = trained_by_hand(0, plan)
     assert len(strategy.history) == 1
     assert same(arrays_of(result.arrays), weights)
@@ -138,7 +137,7 @@ def test_a_round_is_the_mean_of_the_participants_trained_alone():
         fraction_evaluate=0.0,
     )
     result = strategy.start(InProcessGrid(app_of(), 3), shared_model(), num_rounds=1)
-    plan = LocalPlan(1, 2, 0.1, "cyclical", decay=0.25)
+    plan = LocalPlan.of(CyclicalRate(0.1, 0.25), 1, 2)
     alone = [trained_by_hand(k, plan)[0] for k in range(3)]
     for name, array in arrays_of(result.arrays).items():
         models = np.stack([weights[name] for weights in alone]).astype(np.float64)
@@ -162,7 +161,7 @@ def rounds_of_one_epoch(keep, total=5):
 
 
 def test_a_kept_optimizer_makes_rounds_one_uninterrupted_training():
-    plan = LocalPlan(1, 5, 0.1, "exponential", decay=0.25, total_epochs=5)
+    plan = LocalPlan.of(ExponentialRate(0.1, 0.25, 5), 1, 5)
     uninterrupted, _ = trained_by_hand(0, plan)
     assert same(rounds_of_one_epoch(keep=True)[1], uninterrupted)
     assert not same(rounds_of_one_epoch(keep=False)[1], uninterrupted)
@@ -171,7 +170,7 @@ def test_a_kept_optimizer_makes_rounds_one_uninterrupted_training():
 def test_momentum_stays_in_the_participants_state_if_asked_for():
     grid, _ = rounds_of_one_epoch(keep=True)
     trainer = trainer_of(0)
-    plan = LocalPlan(1, 5, 0.1, "exponential", decay=0.25, total_epochs=5)
+    plan = LocalPlan.of(ExponentialRate(0.1, 0.25, 5), 1, 5)
     follow(plan, trainer, derive_seed(SEED, 0))
     kept = arrays_of(grid.contexts[1].state[OPTIMIZER])
     assert kept

@@ -29,7 +29,7 @@ from simulations.server_app import to_record
 
 ROOT = Path(clients.__file__).resolve().parent.parent
 FRAMEWORKS = ["torch", "keras", "slim"]
-PLAN = LocalPlan(2, 3, 0.05, "cyclical", decay=0.25, epochs_done=5)
+PLAN = LocalPlan.of(CyclicalRate(0.05, 0.25), 2, 3, 5)
 
 each_framework = pytest.mark.parametrize("name", FRAMEWORKS)
 

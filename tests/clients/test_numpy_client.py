@@ -18,7 +18,7 @@ from simulations.server_app import to_record
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
 SEED = 4
-PLAN = LocalPlan(2, 3, 0.1, "cyclical", decay=0.25, epochs_done=5)
+PLAN = LocalPlan.of(CyclicalRate(0.1, 0.25), 2, 3, 5)
 
 
 def network(seed=0):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from clients.trainer import EpochResult, accuracy, check_weights, derive_seed, follow
-from flwr_colearn import ColearnError, LocalPlan
+from flwr_colearn import ColearnError, CyclicalRate, LocalPlan
 
 
 class Diary:
@@ -29,13 +29,13 @@ def seeds_of(*plans, seed=0):
 
 
 def test_every_epoch_has_the_rate_of_equation_3():
-    plan = LocalPlan(1, 4, 0.01, "cyclical", decay=0.25)
+    plan = LocalPlan.of(CyclicalRate(0.01, 0.25), 1, 4)
     rates = [rate for rate, _ in followed(plan)]
     assert rates == [0.01 * 0.25 ** (j / 4) for j in (1, 2, 3, 4)]
 
 
 def test_the_last_epoch_is_reported():
-    metrics = follow(LocalPlan(1, 4, 0.01, "cyclical", decay=0.25), Diary(), seed=0)
+    metrics = follow(LocalPlan.of(CyclicalRate(0.01, 0.25), 1, 4), Diary(), seed=0)
     assert metrics == {"num-examples": 7, "train-loss": 0.25, "learning-rate": 0.0025}
 
 

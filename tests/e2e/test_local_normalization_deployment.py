@@ -45,5 +45,9 @@ def test_statistics_that_stay_survive_messages_and_with_a_state_dir_their_supern
         assert np.array_equal(model["weight"], np.full(2, 1.5 * ROUNDS, np.float32))
         assert not model["bn.running_mean"].any()
         assert np.array_equal(model["bn.running_var"], np.ones(3))
-    first, second, _ = (record.normalization["bytes"] for record in records)
-    assert second < first < 0  # statistics go down once, with the first model, and never up
+    weight, statistics = 128 + 2 * 4, 2 * (128 + 3 * 4)  # serialised
+    sizes = [(record.bytes_down, record.bytes_up) for record in records]
+    whole = PARTICIPANTS * (weight + statistics), PARTICIPANTS * weight
+    assert sizes[0] == whole  # statistics go down once, with the first model, and never up
+    assert sizes[1] == (PARTICIPANTS * weight, PARTICIPANTS * weight)
+    assert sizes[2][1] == PARTICIPANTS * weight

@@ -165,7 +165,7 @@ def test_both_apis_send_the_same_plans_and_make_the_same_averages(arguments, fra
         descend, num_rounds=6, local_epochs=epochs, learning_rate=rate, **arguments
     )
     assert sorted(configs, key=round_and_participant) == [
-        (k, plan.to_config()) for k, plan in plans
+        (k, plan.to_fit_config()) for k, plan in plans
     ]
     assert bits(shared[: len(history) + 1]) == bits(message_shared)
     assert outline(strategy.history) == outline(history)

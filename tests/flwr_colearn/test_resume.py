@@ -453,6 +453,21 @@ def test_another_configuration_is_refused_with_the_difference(changed, what, ser
     assert server.start() == uninterrupted  # the checkpoints are as they were
 
 
+def test_a_run_with_a_function_as_its_schedule_is_resumed(server):
+    """Another process has another function object, at another address."""
+
+    def rate():
+        return lambda progress: 0.2 * (1 - progress)
+
+    limits = {"rounds": None, "total_epochs": 9}
+    with pytest.raises(Killed):
+        server.start(("after train", 3), learning_rate=rate(), **limits)
+    server.start(learning_rate=rate(), **limits)
+    assert [record.round for record in server.strategy.history][-1] > 3
+    with pytest.raises(ColearnError, match="another learning rate"):
+        server.start(learning_rate=lambda progress: 0.1, **limits)
+
+
 def test_what_does_not_change_the_model_may_be_changed(server, uninterrupted):
     with pytest.raises(Killed):
         server.start(kill=("participant 0", 3))

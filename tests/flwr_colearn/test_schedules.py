@@ -9,20 +9,22 @@ from hypothesis import strategies as st
 from flwr_colearn import (
     ColearnError,
     ConstantRate,
+    CosineRate,
     CyclicalRate,
     ExponentialRate,
     FixedEpochs,
     IncreasingEpochs,
+    Warmup,
 )
-from flwr_colearn.schedules import as_epoch_rule, as_learning_rate
+from flwr_colearn.schedules import as_epoch_rule, as_learning_rate, describe_rate, rates_of
 
 NOT_RATES = [-0.01, math.nan, math.inf, -math.inf, True, "0.01", None, 1j]
 NOT_DECAYS = [0, 0.0, -0.25, 1.0000001, 4, math.nan, math.inf, True, "0.25", None]
 NOT_COUNTS = [0, -1, 2.0, 2.5, math.nan, True, "5", None]
 
 
-def rates(schedule, local_epochs, **where):
-    return [schedule.at(j, local_epochs, **where) for j in range(1, local_epochs + 1)]
+def rates(schedule, local_epochs, *where, **named):
+    return [schedule.at(j, local_epochs, *where, **named) for j in range(1, local_epochs + 1)]
 
 
 # Learning rates ---------------------------------------------------------------------------------
@@ -239,6 +241,115 @@ def test_epsilon_has_no_default_since_the_paper_gives_none():
         IncreasingEpochs(5)
 
 
+# CosineRate and Warmup --------------------------------------------------------------------------
+
+
+def test_the_cosine_is_that_of_other_libraries():
+    """Ten epochs from 0.1 to 0.01, of torch 2.14's CosineAnnealingLR(T_max=10, eta_min=0.01)."""
+    literal = [
+        0.1, 0.09779754323328192, 0.09140576474687265, 0.08145033635316128, 0.06890576474687263,
+        0.055, 0.04109423525312737, 0.02854966364683872, 0.01859423525312735, 0.01220245676671809,
+    ]  # fmt: skip
+    schedule = CosineRate(0.1, total_epochs=10, final=0.01)
+    assert rates(schedule, 10) == pytest.approx(literal, rel=1e-12)
+    parts = rates(schedule, 4) + rates(schedule, 6, round_index=1, epochs_done=4)
+    assert parts == rates(schedule, 10)
+    assert rates(schedule, 2, round_index=2, epochs_done=10) == [0.01] * 2
+
+
+@given(eta=st.floats(1e-6, 10), total=st.integers(1, 300), share=st.floats(0, 1))
+def test_the_cosine_falls_from_the_first_rate_to_the_last(eta, total, share):
+    found = rates(CosineRate(eta, total, final=share * eta), total)
+    assert found[0] == pytest.approx(eta)
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(found))
+    assert min(found) >= share * eta * (1 - 1e-12)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(0.1, 0), (0.1, 2.5), (-0.1, 5), (0.1, 5, -0.1), (0.1, 5, 0.2), (0.1, 5, "low")]
+)
+def test_an_impossible_cosine_is_refused(arguments):
+    with pytest.raises(ColearnError, match="expected"):
+        CosineRate(*arguments)
+
+
+def test_a_warm_up_rises_to_the_other_schedule():
+    assert rates(Warmup(0.8, epochs=4), 6) == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    inner = CyclicalRate(0.01, 0.25)
+    found = rates(Warmup(inner, epochs=7), 5) + rates(Warmup(inner, 7), 5, 1, 5)
+    plain = [0.007579, 0.005743, 0.004353, 0.003299, 0.0025]  # of the paper's eq. 3
+    wanted = [rate * (j + 1) / 7 for j, rate in enumerate(plain)]
+    wanted += [plain[0] * 6 / 7, *plain[1:]]
+    assert found == pytest.approx(wanted, abs=1e-6)
+    assert Warmup(inner, epochs=7).start(0) == 0.01
+
+
+@pytest.mark.parametrize("arguments", [(0.1, 0), (0.1, 1.5), ("0.1", 5), (lambda progress: 0.1, 5)])
+def test_an_impossible_warm_up_is_refused(arguments):
+    with pytest.raises(ColearnError, match="expected"):
+        Warmup(*arguments)
+
+
+# Schedules of one's own -------------------------------------------------------------------------
+
+
+def test_a_function_is_given_the_progress():
+    seen = []
+
+    def function(progress):
+        seen.append(progress)
+        return 0.5 - progress / 4
+
+    schedule = as_learning_rate(function, total_epochs=8)
+    start, found = rates_of(schedule, local_epochs=3, round_index=1, epochs_done=2)
+    assert seen == [0.25, 0.375, 0.5]
+    assert found == (0.4375, 0.40625, 0.375)
+    assert start == found[0]
+
+
+def test_a_function_without_a_total_is_refused():
+    with pytest.raises(ColearnError, match=r"expected total_epochs beside a function.*found None"):
+        as_learning_rate(lambda progress: 0.1)
+
+
+class Alternating:
+    """A schedule that knows nothing of this package."""
+
+    kind = "alternating"
+
+    def start(self, round_index):
+        return 0.5
+
+    def at(self, epoch, local_epochs, round_index=0, epochs_done=0):
+        return 0.5 if (epochs_done + epoch) % 2 else 0.25
+
+
+def test_any_object_with_the_attributes_is_a_schedule():
+    schedule = Alternating()
+    assert as_learning_rate(schedule) is schedule
+    assert rates_of(schedule, 3, 1, 1) == (0.5, (0.25, 0.5, 0.25))
+
+
+@pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf, "0.1", None])
+def test_what_a_schedule_must_not_return_is_named(bad):
+    class Bad(Alternating):
+        def at(self, epoch, local_epochs, round_index=0, epochs_done=0):
+            return 0.5 if epoch == 1 else bad
+
+    with pytest.raises(ColearnError, match=r"epoch 2 of round i=3 by Bad \(kind 'alternating'\)"):
+        rates_of(Bad(), 2, 3, 0)
+
+
+def test_a_description_is_the_same_in_another_process():
+    assert describe_rate(CyclicalRate(0.1)) == "CyclicalRate(initial=0.1, decay=0.25)"
+    functions = [lambda progress: 1 - progress for _ in range(2)]
+    first, second = (describe_rate(as_learning_rate(each, 10)) for each in functions)
+    assert first == second
+    assert "0x" not in first
+    assert first != describe_rate(as_learning_rate(lambda progress: 1.0, 10))
+    assert describe_rate(Alternating()) == describe_rate(Alternating())
+
+
 # All of them ------------------------------------------------------------------------------------
 
 
@@ -266,7 +377,7 @@ def test_numbers_are_shorthand_for_constant_rate_and_fixed_epochs():
     assert as_epoch_rule(5) == FixedEpochs(5)
 
 
-@pytest.mark.parametrize("value", ["0.1", None, True, [0.1], CyclicalRate, lambda i: 0.1])
+@pytest.mark.parametrize("value", ["0.1", None, True, [0.1], CyclicalRate, object()])
 def test_what_is_no_learning_rate_is_refused(value):
     with pytest.raises(ColearnError, match=r"learning.rate: expected"):
         as_learning_rate(value)

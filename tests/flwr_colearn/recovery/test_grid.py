@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from flwr_colearn import (
     ColearnError,
+    CyclicalRate,
     IncreasingEpochs,
     InProcessGrid,
     LocalPlan,
@@ -270,8 +271,8 @@ def test_a_quorum_averages_exactly_those_that_replied(clock):
         evaluate_fn=lambda _, arrays: shared.append(numpy_of(arrays)),
     )
     first, second, third = strategy.history.records
-    plan = LocalPlan(
-        2, second.local_epochs, second.learning_rate, "cyclical", 0.25, first.epochs_done
+    plan = LocalPlan.of(
+        CyclicalRate(second.learning_rate, 0.25), 2, second.local_epochs, first.epochs_done
     )
     models = [train(k, plan, shared[1]) for k in (0, 2, 3)]
     for name in ("fc.weight", "fc.bias", "bn.running_mean"):

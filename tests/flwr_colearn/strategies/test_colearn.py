@@ -160,9 +160,9 @@ def test_a_run_is_algorithm_1():
 def test_every_participant_gets_the_plan_of_every_round():
     strategy = strategy_of(epochs=FixedEpochs(4), rate=CyclicalRate(lambda i: 0.01 * 0.9**i, 0.5))
     assert seen_plans(strategy) == [
-        LocalPlan(1, 4, 0.01, "cyclical", decay=0.5, epochs_done=0),
-        LocalPlan(2, 4, 0.01 * 0.9, "cyclical", decay=0.5, epochs_done=4),
-        LocalPlan(3, 4, 0.01 * 0.9**2, "cyclical", decay=0.5, epochs_done=8),
+        LocalPlan.of(CyclicalRate(0.01, 0.5), 1, 4),
+        LocalPlan.of(CyclicalRate(0.01 * 0.9, 0.5), 2, 4, 4),
+        LocalPlan.of(CyclicalRate(0.01 * 0.9**2, 0.5), 3, 4, 8),
     ]
 
 
@@ -170,6 +170,36 @@ def test_the_exponential_rate_runs_through_all_rounds_without_a_restart():
     strategy = strategy_of(epochs=2, rate=ExponentialRate(0.1, decay=0.25, total_epochs=6))
     rates = [epoch.learning_rate for plan in seen_plans(strategy) for epoch in plan]
     assert rates == pytest.approx([0.1 * 0.25 ** (e / 6) for e in range(1, 7)])
+
+
+def test_a_function_of_the_progress_is_a_schedule_of_the_budget():
+    strategy = strategy_of(epochs=2, rate=lambda progress: 1 - progress, total_epochs=5)
+    plans = seen_plans(strategy)
+    assert [plan.learning_rates for plan in plans] == [
+        (1.0, 0.8),
+        (0.6, 0.4),
+        (pytest.approx(0.2),),
+    ]
+    assert [plan.learning_rate for plan in plans] == [1.0, 0.6, pytest.approx(0.2)]
+
+
+def test_a_function_of_the_progress_needs_a_budget():
+    with pytest.raises(ColearnError, match="expected total_epochs beside a function"):
+        strategy_of(epochs=2, rate=lambda progress: 1 - progress)
+
+
+def test_an_object_of_ones_own_is_a_schedule():
+    class Halving:
+        kind = "halving"
+
+        def start(self, round_index):
+            return 0.5**round_index
+
+        def at(self, epoch, local_epochs, round_index=0, epochs_done=0):
+            return self.start(round_index) / epoch
+
+    plans = seen_plans(strategy_of(epochs=2, rate=Halving()), rounds=3)
+    assert [plan.learning_rates for plan in plans] == [(1.0, 0.5), (0.5, 0.25), (0.25, 0.125)]
 
 
 def test_numbers_are_shorthand_for_fixed_epochs_and_a_constant_rate():
@@ -183,7 +213,7 @@ def test_numpy_numbers_do_as_well():
     strategy = strategy_of(
         epochs=np.int64(3), rate=CyclicalRate(np.float32(0.5), decay=np.float32(0.25))
     )
-    assert seen_plans(strategy, rounds=1) == [LocalPlan(1, 3, 0.5, "cyclical", decay=0.25)]
+    assert seen_plans(strategy, rounds=1) == [LocalPlan.of(CyclicalRate(0.5, 0.25), 1, 3)]
 
 
 # Equation 4 -------------------------------------------------------------------------------------
@@ -282,7 +312,6 @@ def test_the_budget_cuts_the_last_round_and_ends_the_run(epochs, total, expected
     plans = seen_plans(strategy, rounds=None)
     assert epochs_of(plans) == expected
     assert [each.epochs_done for each in strategy.history] == list(np.cumsum(expected))
-    assert {plan.total_epochs for plan in plans} == {total}
 
 
 def test_num_rounds_may_end_a_run_before_its_budget():

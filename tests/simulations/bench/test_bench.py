@@ -71,7 +71,7 @@ def with_jitter(settings):
 
 def test_the_bare_loop_gives_the_bits_of_the_participants_training():
     settings = ParticipantSettings(examples=500, weight_decay=1e-3, devices="cpu")
-    plan = LocalPlan(2, 2, 0.05, "cyclical", 0.25, epochs_done=2)
+    plan = LocalPlan.of(CyclicalRate(0.05, 0.25), 2, 2, 2)
     product, bare = with_jitter(settings), with_jitter(settings)
     follow(plan, product, derive_seed(0, 1))
     overhead.bare_loop(bare, settings, plan, derive_seed(0, 1))

@@ -18,7 +18,7 @@ from clients.tasks.registry import participant_trainer, server_trainer
 from clients.torch.tasks import tensors_of
 from clients.torch.trainer import TorchTrainer
 from clients.trainer import derive_seed, follow
-from flwr_colearn import ColearnError, LocalPlan
+from flwr_colearn import ColearnError, CyclicalRate, LocalPlan
 from simulations.arms import ARMS
 from simulations.server_app import to_record
 from simulations.settings import RunSettings
@@ -159,8 +159,8 @@ def test_vanilla_with_the_cyclical_rate_is_co_learning_of_one_participant_with_a
     history = train_averaged("vanilla-clr", ARMS["vanilla-clr"], PARTICIPANTS, settings)
     trainer = participant_trainer(PARTICIPANTS, 0, 1)
     for plan in (
-        LocalPlan(1, 2, 0.05, "cyclical", decay=0.25),
-        LocalPlan(2, 1, 0.05, "cyclical", decay=0.25, epochs_done=2),
+        LocalPlan.of(CyclicalRate(0.05, 0.25), 1, 2),
+        LocalPlan.of(CyclicalRate(0.05, 0.25), 2, 1, 2),
     ):
         trainer.set_weights(trainer.get_weights())  # each round starts with a fresh optimizer
         follow(plan, trainer, derive_seed(0, 0))
