@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from flwr.app import Error, Message, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.server.client_proxy import ClientProxy as ClientProxy
 from flwr.server.server import fit_clients as fit_clients
 from flwr.serverapp import Grid
@@ -39,6 +41,17 @@ def error_reply(sent: Message, reply: Message, code: int, reason: str) -> Messag
     failed = Message(Error(code, reason), reply_to=sent)
     set_message_id(failed, reply.metadata.message_id)
     return failed
+
+
+def state_to_bytes(state: RecordDict) -> bytes:
+    """Return a participant's state as bytes, as Flower writes it for messages."""
+    data: bytes = recorddict_to_proto(state).SerializeToString()
+    return data
+
+
+def state_from_bytes(data: bytes) -> RecordDict:
+    """Return what `state_to_bytes` was given."""
+    return recorddict_from_proto(RecordDictProto.FromString(data))
 
 
 def nodes_of(grid: Grid) -> Iterable[Any]:

@@ -3,8 +3,8 @@
 The four arms of the co-learning paper (Mi et al., SCIS 63(8):182102, 2020) are four pairs of them:
 CLR+ILE is ``CyclicalRate`` with ``IncreasingEpochs``, ELR+FLE (federated averaging) is
 ``ExponentialRate`` with ``FixedEpochs``, and so on. Any other object with the attributes of
-`LearningRate` is a learning-rate schedule as well, and so is a plain function of the run's progress:
-the server evaluates the schedule, and the participants receive its rates.
+`LearningRate` is a learning-rate schedule as well, and so is a plain function of the progress: the
+server evaluates the schedule, and the participants receive its rates.
 """
 
 import math

@@ -25,9 +25,9 @@ def learner(app: ClientApp) -> Callable[[TrainFunction], TrainFunction]:
     learns from it. Arrays in, arrays out, of whatever framework; that the model stays here from
     round to round, and whether it is sent anywhere, is not the function's concern.
 
-    The state lives in Flower's context, which ends with the SuperNode. A folder ``state-dir`` in
-    the SuperNode's node config, one for each, keeps it on disk; a learner that has lost its state
-    says so and is given model and reference anew.
+    The state is in Flower's context, which ends with the SuperNode. A folder ``state-dir`` in the
+    SuperNode's node config keeps it on disk (see `flwr_colearn.participant_mod`); a learner that
+    has lost its state says so and is given model and reference anew.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ def _set(ask: Ask, message: Message, context: Context) -> Message:
 
 def _state(message: Message, context: Context, ask: Ask) -> tuple[LocalModel | None, str]:
     """Return the learner's state, from the message where that brings it; or why there is none."""
-    local = recall(context, ask.session)
+    local = recall(context)
     lost = "it has no state" if local is None else local.unusable_for(ask)
     given = records_of(message.content, ArrayRecord).get(ARRAYS)
     if lost and given is not None and ask.reference_round is not None:

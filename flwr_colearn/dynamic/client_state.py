@@ -1,18 +1,13 @@
-"""LocalModel: what a learner remembers between rounds, in its context's state and on its disk."""
+"""LocalModel: what a learner remembers between rounds, in its context's state."""
 
 from dataclasses import dataclass, replace
-from logging import WARNING
-from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
-from flwr.common import log
 
 from ..aggregation import squared_distance
-from ..checkpoint import Checkpoint, CheckpointFolder
 from ..compression import REFERENCE
-from ..errors import ColearnError, expected
-from ..records import records_of, to_record, view
+from ..records import records_of, view
 from .messages import Ask, checksum
 
 _MODEL, _MEMORY, _METRICS = "colearn.model", "colearn.learner", "colearn.metrics"
@@ -96,65 +91,31 @@ class LocalModel:
 
 
 def remember(context: Context, local: LocalModel) -> None:
-    """Keep a learner's state in its context and, where the node config says so, on disk."""
-    _hold(context, local)
-    folder = _folder(context, local.session)
-    if folder is not None:
-        arrays = {f"model/{name}": array for name, array in view(local.model).items()}
-        arrays |= {f"reference/{name}": array for name, array in view(local.reference).items()}
-        state = {**_memory(local), "metrics": local.metrics}
-        folder.save(Checkpoint(local.round, arrays, state))
-
-
-def recall(context: Context, session: str) -> LocalModel | None:
-    """Return the learner's state from its context, else from its disk, else None."""
-    if _MEMORY in context.state:
-        memory = dict(records_of(context.state, ConfigRecord)[_MEMORY])
-        metrics = dict(records_of(context.state, MetricRecord)[_METRICS])
-        model = records_of(context.state, ArrayRecord)[_MODEL]
-        return _from(memory, metrics, model, records_of(context.state, ArrayRecord)[REFERENCE])
-    folder = _folder(context, session)
-    try:
-        saved = None if folder is None else folder.latest()
-    except ColearnError as error:
-        log(WARNING, "The learner's state on disk is lost: %s", error)
-        return None
-    if saved is None:
-        return None
-    parts: dict[str, dict[str, Any]] = {"model": {}, "reference": {}}
-    for key, array in saved.arrays.items():
-        part, _, name = key.partition("/")
-        parts[part][name] = array
-    metrics = saved.state.pop("metrics") or {}
-    model, reference = to_record(parts["model"]), to_record(parts["reference"])
-    local = _from(saved.state, metrics, model, reference)
-    _hold(context, local)
-    return local
-
-
-def _hold(context: Context, local: LocalModel) -> None:
+    """Put a learner's state into its context."""
     context.state[_MODEL] = local.model
     context.state[REFERENCE] = local.reference
     context.state[_METRICS] = MetricRecord(dict(local.metrics or {}))
-    context.state[_MEMORY] = ConfigRecord(_memory(local))
+    context.state[_MEMORY] = ConfigRecord(
+        {
+            "session": local.session,
+            "reference-round": local.reference_round,
+            "round": local.round,
+            "examples": local.examples,
+            "left-out": list(local.left_out),
+        }
+    )
 
 
-def _memory(local: LocalModel) -> dict[str, Any]:
-    return {
-        "session": local.session,
-        "reference-round": local.reference_round,
-        "round": local.round,
-        "examples": local.examples,
-        "left-out": list(local.left_out),
-    }
-
-
-def _from(
-    memory: dict[str, Any], metrics: dict[str, Any], model: ArrayRecord, reference: ArrayRecord
-) -> LocalModel:
+def recall(context: Context) -> LocalModel | None:
+    """Return the learner's state from its context, or None."""
+    if _MEMORY not in context.state:
+        return None
+    memory: dict[str, Any] = dict(records_of(context.state, ConfigRecord)[_MEMORY])
+    metrics = dict(records_of(context.state, MetricRecord)[_METRICS])
+    arrays = records_of(context.state, ArrayRecord)
     return LocalModel(
-        model,
-        reference,
+        arrays[_MODEL],
+        arrays[REFERENCE],
         session=memory["session"],
         reference_round=memory["reference-round"],
         round=memory["round"],
@@ -162,13 +123,3 @@ def _from(
         examples=memory["examples"],
         metrics=metrics or None,
     )
-
-
-def _folder(context: Context, session: str) -> CheckpointFolder | None:
-    """Return the folder of this training on the participant's disk, if it has one."""
-    path = context.node_config.get("state-dir")
-    if not path:
-        return None
-    if not session.isalnum():  # it becomes the name of a folder
-        raise expected("session of the training", "letters and digits", session)
-    return CheckpointFolder(Path(str(path)) / session, keep=1)

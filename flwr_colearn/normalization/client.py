@@ -10,7 +10,7 @@ from ..aggregation import SGD
 from ..errors import ColearnError
 from ..records import kind_of, records_of, to_record, view
 from ..roles import NDArray
-from .local_arrays import LocalArrays, is_lasting, load, save
+from .local_arrays import LocalArrays, load, save
 from .messages import LOCAL, LocalAnswer, LocalRequest
 
 _VELOCITY = "|velocity"
@@ -20,23 +20,19 @@ def with_local_arrays(
     message: Message,
     context: Context,
     call_next: Callable[[Message, Context], Message],
-    name: str = "participant",
 ) -> Message:
     """Keep here what a scheme of `flwr_colearn.Normalization` leaves with participants.
 
     A message brings the arrays that travel; the user's function gets the whole model, with the
     participant's own arrays in their places, and may return the whole model: only what travels
-    leaves. What stays lies in ``context.state`` and, where the node config has a ``state-dir``, in
-    a file there as well, since the state ends with its SuperNode and its run. A participant that
-    has lost it says so in its log and to the server, and begins again from the shared model's
-    arrays. It is part of `flwr_colearn.participant_mod`.
+    leaves. What stays is in ``context.state``. A participant that has lost it says so in its log
+    and to the server, and begins again from the shared model's arrays. It is part of
+    `flwr_colearn.participant_mod`.
 
     Parameters
     ----------
     message, context, call_next
         As Flower gives them to a mod.
-    name : str
-        The participant's, which names its file in the ``state-dir``.
     """
     record = records_of(message.content, ConfigRecord).get(LOCAL)
     if record is None:
@@ -45,7 +41,7 @@ def with_local_arrays(
     request = LocalRequest.from_record(record)
     training = kind_of(message) == MessageType.TRAIN
     [(key, sent)] = records_of(message.content, ArrayRecord).items()
-    own = load(context, request.local, name).at(request.session, request.round, training)
+    own = load(context, request.local).at(request.session, request.round, training)
     if not own and not all(array in sent for array in request.local):
         log(
             WARNING,
@@ -64,7 +60,7 @@ def with_local_arrays(
     for returned_key, returned in list(records_of(reply.content, ArrayRecord).items()):
         if request.local:
             after = _after(view(returned), own, request)
-            save(context, LocalArrays(request.session, request.round, own, after), name)
+            save(context, LocalArrays(request.session, request.round, own, after))
         travels = {n: a for n, a in returned.items() if n in set(request.returned)}
         reply.content[returned_key] = ArrayRecord(travels)
     answer = LocalAnswer(reinitialised=reinitialised and request.round > 1)
@@ -113,7 +109,7 @@ def _log_beginning(request: LocalRequest, context: Context) -> None:
         )
         return
     log(INFO, "Normalization: %s arrays stay here from now on", count)
-    if not is_lasting(context):
+    if not context.node_config.get("state-dir"):
         log(
             WARNING,
             "Normalization: without 'state-dir' in the node config the arrays that stay here end "

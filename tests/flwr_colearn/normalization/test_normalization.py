@@ -284,7 +284,7 @@ def test_what_an_earlier_run_left_is_no_part_of_a_new_one(tmp_path):
 
 
 def test_a_damaged_file_is_as_good_as_none(tmp_path):
-    (tmp_path / "normalization-partition-1.npz").write_bytes(b"PK not a zip")
+    (tmp_path / "partition-1.state").write_bytes(b"not a state")
     nodes = [{"state-dir": str(tmp_path)}] * K
     grid = Forgetful(client_app(), K, node_configs=nodes)
     run(LocalBN(), grid=grid, rounds=2)

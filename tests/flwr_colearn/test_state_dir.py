@@ -1,0 +1,181 @@
+"""What participants keep between rounds outlives their SuperNode and the server's run."""
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from flwr_colearn import CoLearn, Compression, InProcessGrid, Int8, participant_mod
+from tests.faults import MODEL, K, bits, participants, record_of
+
+
+def nodes(tmp_path):
+    return [{"state-dir": str(tmp_path)}] * K
+
+
+class Forgetful(InProcessGrid):
+    """Every context is empty when the next round is evaluated, as after a power cut."""
+
+    def forget(self, server_round, arrays):
+        for context in self.contexts.values():
+            context.state = RecordDict()
+
+
+def run(grid, rounds=4, evaluate_fn=None, **kwargs):
+    strategy = CoLearn(
+        K,
+        local_epochs=1,
+        learning_rate=0.3,
+        compression=Compression(up=Int8()),
+        fraction_evaluate=0.0,
+        **kwargs,
+    )
+    return strategy.start(grid, record_of(MODEL), rounds, evaluate_fn=evaluate_fn, resume="auto")
+
+
+def test_what_rounding_left_over_survives(tmp_path, flower_log):
+    whole = run(InProcessGrid(participants(), K))
+    grid = Forgetful(participants(), K, node_configs=nodes(tmp_path))
+    found = run(grid, evaluate_fn=grid.forget)
+    assert bits(found.arrays) == bits(whole.arrays)
+    assert "rounded away" not in flower_log.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"partition-{k}.state" for k in range(K)
+    ]
+
+
+def test_without_it_the_loss_is_a_warning(flower_log):
+    whole = run(InProcessGrid(participants(), K))
+    grid = Forgetful(participants(), K)
+    lost = run(grid, evaluate_fn=grid.forget)
+    assert bits(lost.arrays) != bits(whole.arrays)
+    assert "what earlier rounds rounded away is not kept here" in flower_log.text
+
+
+def test_it_survives_a_server_that_is_run_again(tmp_path):
+    """A second `flwr run` has a new run id, and every participant an empty state."""
+    whole = run(InProcessGrid(participants(), K), checkpoints=tmp_path / "whole")
+    folder = tmp_path / "states"
+    for rounds in (2, 4):
+        grid = InProcessGrid(participants(), K, node_configs=nodes(folder))
+        found = run(grid, rounds, checkpoints=tmp_path / "server")
+    assert bits(found.arrays) == bits(whole.arrays)
+
+
+def test_another_training_begins_with_nothing(tmp_path):
+    first = run(InProcessGrid(participants(), K, node_configs=nodes(tmp_path)))
+    again = run(InProcessGrid(participants(), K, node_configs=nodes(tmp_path)))
+    assert bits(first.arrays) == bits(again.arrays)
+
+
+def counting_app():
+    """An app with a state of its own."""
+    app = ClientApp(mods=[participant_mod])
+
+    @app.train()
+    def train(message, context):
+        count = context.state.get("mine", MetricRecord({"count": 0}))["count"] + 1
+        context.state["mine"] = MetricRecord({"count": count})
+        context.state["array"] = ArrayRecord([np.full(3, count)])
+        return Message(RecordDict({"metrics": MetricRecord({"count": count})}), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message, context):
+        context.state["evaluated"] = MetricRecord({"count": 1})
+        return Message(RecordDict({"metrics": MetricRecord({"count": 0})}), reply_to=message)
+
+    return app
+
+
+class Site:
+    """One participant, and messages to it."""
+
+    def __init__(self, folder, name="utrecht"):
+        self.node = {"state-dir": str(folder), "name": name}
+        self.begin()
+
+    def begin(self):
+        """Start its SuperNode anew."""
+        self.grid = InProcessGrid(counting_app(), 1, node_configs=[self.node])
+
+    def ask(self, session="a", kind="train", **config):
+        if session is not None:
+            config["session"] = session
+        content = RecordDict({"config": ConfigRecord({"server-round": 1, **config})})
+        (reply,) = self.grid.send_and_receive([Message(content, 1, kind)])
+        assert not reply.has_error(), reply.error
+        return reply.content["metrics"]["count"]
+
+
+def test_an_apps_own_state_survives_too(tmp_path):
+    site = Site(tmp_path)
+    assert [site.ask(), site.ask()] == [1, 2]
+    site.begin()
+    assert site.ask() == 3
+    np.testing.assert_array_equal(
+        site.grid.contexts[1].state["array"].to_numpy_ndarrays(), [[3] * 3]
+    )
+
+
+def test_a_session_has_a_state_of_its_own(tmp_path):
+    site = Site(tmp_path)
+    site.ask("a")
+    site.begin()
+    assert [site.ask("b"), site.ask("b")] == [1, 2]
+    site.begin()
+    assert site.ask("b") == 3
+
+
+def test_without_a_session_nothing_is_written(tmp_path):
+    site = Site(tmp_path / "folder")
+    site.ask(session=None)
+    site.ask(kind="evaluate")
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: b"", lambda data: data[:-1], lambda data: data + b"x", lambda data: b"x" * 99],
+)
+def test_a_damaged_file_is_a_lost_one(damage, tmp_path, flower_log):
+    site = Site(tmp_path)
+    site.ask()
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    site.begin()
+    assert site.ask() == 1
+    assert f"{path} is damaged" in flower_log.text
+
+
+def test_a_process_that_is_killed_while_writing_leaves_the_file_before(tmp_path, monkeypatch):
+    site = Site(tmp_path)
+    site.ask()
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", kill)
+        with pytest.raises(Killed):
+            site.ask()
+    site.begin()
+    assert site.ask() == 2
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a b", "..", "ü/é"])
+def test_no_name_leads_to_another_folder(name, tmp_path):
+    site = Site(tmp_path / "states" / "here", name)
+    site.ask()
+    assert len(list(tmp_path.rglob("*.state"))) == 1
+    assert len(list((tmp_path / "states" / "here").iterdir())) == 1
+
+
+def test_names_that_differ_have_files_that_differ(tmp_path):
+    first, second = Site(tmp_path, "a/b"), Site(tmp_path, "a_b")
+    first.ask()
+    assert second.ask() == 1
+    first.begin()
+    assert first.ask() == 2
