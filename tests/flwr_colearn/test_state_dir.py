@@ -6,7 +6,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.clientapp import ClientApp
 
 from flwr_colearn import CoLearn, Compression, InProcessGrid, Int8, participant_mod
-from tests.faults import MODEL, K, bits, participants, record_of
+from tests.faults import MODEL, K, bits, participants, record_of, train
+
+
+def uneven(k, plan, arrays):
+    """Train so that rounding leaves something over."""
+    model = train(k, plan, arrays)
+    for name, array in model.items():
+        if array.dtype.kind == "f":
+            model[name] = array + np.linspace(0, 0.1 * (k + 1), array.size).reshape(array.shape)
+    return {name: array.astype(MODEL[name].dtype) for name, array in model.items()}
 
 
 def nodes(tmp_path):
@@ -34,8 +43,8 @@ def run(grid, rounds=4, evaluate_fn=None, **kwargs):
 
 
 def test_what_rounding_left_over_survives(tmp_path, flower_log):
-    whole = run(InProcessGrid(participants(), K))
-    grid = Forgetful(participants(), K, node_configs=nodes(tmp_path))
+    whole = run(InProcessGrid(participants(uneven), K))
+    grid = Forgetful(participants(uneven), K, node_configs=nodes(tmp_path))
     found = run(grid, evaluate_fn=grid.forget)
     assert bits(found.arrays) == bits(whole.arrays)
     assert "rounded away" not in flower_log.text
@@ -45,8 +54,8 @@ def test_what_rounding_left_over_survives(tmp_path, flower_log):
 
 
 def test_without_it_the_loss_is_a_warning(flower_log):
-    whole = run(InProcessGrid(participants(), K))
-    grid = Forgetful(participants(), K)
+    whole = run(InProcessGrid(participants(uneven), K))
+    grid = Forgetful(participants(uneven), K)
     lost = run(grid, evaluate_fn=grid.forget)
     assert bits(lost.arrays) != bits(whole.arrays)
     assert "what earlier rounds rounded away is not kept here" in flower_log.text
@@ -54,17 +63,17 @@ def test_without_it_the_loss_is_a_warning(flower_log):
 
 def test_it_survives_a_server_that_is_run_again(tmp_path):
     """A second `flwr run` has a new run id, and every participant an empty state."""
-    whole = run(InProcessGrid(participants(), K), checkpoints=tmp_path / "whole")
+    whole = run(InProcessGrid(participants(uneven), K), checkpoints=tmp_path / "whole")
     folder = tmp_path / "states"
     for rounds in (2, 4):
-        grid = InProcessGrid(participants(), K, node_configs=nodes(folder))
+        grid = InProcessGrid(participants(uneven), K, node_configs=nodes(folder))
         found = run(grid, rounds, checkpoints=tmp_path / "server")
     assert bits(found.arrays) == bits(whole.arrays)
 
 
 def test_another_training_begins_with_nothing(tmp_path):
-    first = run(InProcessGrid(participants(), K, node_configs=nodes(tmp_path)))
-    again = run(InProcessGrid(participants(), K, node_configs=nodes(tmp_path)))
+    first = run(InProcessGrid(participants(uneven), K, node_configs=nodes(tmp_path)))
+    again = run(InProcessGrid(participants(uneven), K, node_configs=nodes(tmp_path)))
     assert bits(first.arrays) == bits(again.arrays)
 
 
