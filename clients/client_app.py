@@ -7,7 +7,7 @@ from typing import Any, cast
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.numpy_client import train_locally
+from clients.local_training import train_locally
 from clients.trainer import NDArray, Trainer, derive_seed
 from flwr_colearn import (
     ColearnError,
@@ -51,7 +51,14 @@ def make_client_app(
             if GRADIENTS in config:
                 weights, metrics = step_of(trainer, plan, config, context, seed(context))
                 return _reply(weights, metrics, message)
-            metrics = train_locally(trainer, plan, context, seed(context), keep_optimizer(context))
+            metrics = train_locally(
+                trainer,
+                plan,
+                context,
+                seed(context),
+                keep_optimizer(context),
+                session=str(config.get("session", "")),
+            )
         return _reply(trainer.get_weights(), metrics, message)
 
     @app.train("recalibrate")

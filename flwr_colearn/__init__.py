@@ -45,6 +45,7 @@ from .normalization import (
     Synchronised,
     scheme_named,
 )
+from .numpy_client import numpy_client_app
 from .participant import participant_mod
 from .plan import Epoch, LocalPlan
 from .policy import Quorum, Recovery
@@ -123,6 +124,7 @@ __all__ = [
     "__version__",
     "codec_named",
     "learner",
+    "numpy_client_app",
     "participant_mod",
     "register",
     "relative_change",

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from clients.client_app import make_client_app
-from clients.numpy_client import OPTIMIZER
+from clients.local_training import OPTIMIZER
 from clients.torch.trainer import TorchTrainer, roles_of
 from clients.trainer import derive_seed, follow
 from flwr_colearn import (
@@ -172,18 +172,42 @@ def test_momentum_stays_in_the_participants_state_if_asked_for():
     trainer = trainer_of(0)
     plan = LocalPlan.of(ExponentialRate(0.1, 0.25, 5), 1, 5)
     follow(plan, trainer, derive_seed(SEED, 0))
-    kept = arrays_of(grid.contexts[1].state[OPTIMIZER])
+    kept = arrays_of(grid.contexts[1].state[f"{OPTIMIZER}.after"])
     assert kept
     assert same(kept, trainer.get_optimizer_state())
     assert not rounds_of_one_epoch(keep=False)[0].contexts[1].state
 
 
-def test_a_participant_that_lost_its_optimizer_goes_on_with_a_fresh_one():
-    plan = LocalPlan(1, 2, 0.1)
-    grid = InProcessGrid(app_of(keep_optimizer=lambda context: True), 1)
-    first = ask(grid, 1, **plan.to_config())
-    second = ask(grid, 1, **plan.to_config())
-    assert not same(*(arrays_of(reply.content["arrays"]) for reply in (first, second)))
+def optimizers_kept():
+    return InProcessGrid(app_of(keep_optimizer=lambda context: True), 1)
+
+
+def replies(grid, *rounds, session="a"):
+    """The arrays of each reply; every message has the same model."""
+    plans = [{**LocalPlan(each, 2, 0.1).to_config(), "session": session} for each in rounds]
+    return [arrays_of(ask(grid, 1, **plan).content["arrays"]) for plan in plans]
+
+
+def test_a_participant_that_lost_its_optimizer_goes_on_with_a_new_one(flower_log):
+    grid = optimizers_kept()
+    first, second = replies(grid, 1, 2)
+    assert not same(first, second)
+    assert "no state is kept here" not in flower_log.text
     grid.contexts[1].state.clear()
-    again = ask(grid, 1, **plan.to_config())
-    assert same(*(arrays_of(reply.content["arrays"]) for reply in (first, again)))
+    (again,) = replies(grid, 2)
+    assert same(first, again)
+    assert "no state is kept here; round 2 begins a new one" in flower_log.text
+
+
+def test_a_round_that_is_repeated_begins_with_the_same_optimizer():
+    first, once, again, third = replies(optimizers_kept(), 1, 2, 2, 3)
+    assert same(once, again)
+    assert not same(first, once)
+    assert same(third, replies(optimizers_kept(), 1, 2, 3)[-1])
+
+
+def test_another_training_begins_with_a_new_optimizer():
+    grid = optimizers_kept()
+    first, _ = replies(grid, 1, 2)
+    (other,) = replies(grid, 3, session="b")
+    assert same(first, other)

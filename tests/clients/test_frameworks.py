@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.client import NumPyClient
 
 import clients
 from clients.client_app import make_client_app
 from clients.data import Examples, Task
-from clients.numpy_client import TrainerClient
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import framework, participant_trainer, server_trainer
-from clients.trainer import follow
+from clients.trainer import derive_seed, follow
 from flwr_colearn import (
     CoLearn,
     ColearnError,
@@ -24,6 +24,7 @@ from flwr_colearn import (
     LocalPlan,
     Recovery,
     Role,
+    numpy_client_app,
 )
 from simulations.server_app import to_record
 
@@ -86,7 +87,7 @@ def test_the_seed_decides_the_initial_model(name, trainers):
 
 
 @each_framework
-def test_message_api_and_legacy_clients_train_alike(name, trainers):
+def test_message_api_and_numpy_clients_train_alike(name, trainers):
     trainer = trainers[name]
     start = trainer.get_weights()
     app = make_client_app(lambda context: trainer, seed=lambda context: 4)
@@ -94,13 +95,31 @@ def test_message_api_and_legacy_clients_train_alike(name, trainers):
     grid = InProcessGrid(app, 1)
     [reply] = grid.send_and_receive([Message(content, 1, "train")])
     assert not reply.has_error()
-    context = Context(1, 1, {"partition-id": 0}, RecordDict(), {})
-    client = TrainerClient(trainer, context, seed=4)
-    weights, examples, _ = client.fit(list(start.values()), PLAN.to_config())
-    trained = {key: array.numpy() for key, array in reply.content["arrays"].items()}
-    assert same(dict(zip(start, weights, strict=True)), trained)
-    assert not same(start, trained)
-    assert examples == reply.content["metrics"]["num-examples"]
+    trainer.set_weights(start)
+    content = RecordDict({"arrays": to_record(trainer), "config": ConfigRecord(PLAN.to_config())})
+    grid = InProcessGrid(numpy_client_app(lambda context: TrainerClient(trainer)), 1)
+    [other] = grid.send_and_receive([Message(content, 1, "train")])
+    first, second = (
+        {key: array.numpy() for key, array in each.content["arrays"].items()}
+        for each in (reply, other)
+    )
+    assert same(first, second)
+    assert not same(start, first)
+    assert dict(reply.content["metrics"]) == dict(other.content["metrics"])
+
+
+class TrainerClient(NumPyClient):
+    """A NumPyClient as a project would write it."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def fit(self, parameters, config):
+        names = self.trainer.get_weights()
+        self.trainer.set_weights(dict(zip(names, parameters, strict=True)))
+        metrics = follow(LocalPlan.from_config(config), self.trainer, derive_seed(4, 0))
+        weights = list(self.trainer.get_weights().values())
+        return weights, metrics.pop("num-examples"), metrics
 
 
 @pytest.mark.parametrize("name", ["keras", "slim"])
