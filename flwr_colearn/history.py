@@ -30,7 +30,7 @@ class RoundRecord:
     local_epochs : int
         T_i.
     learning_rate : float
-        eta^i.
+        eta^i; of a schedule that has none, the rate of the first epoch.
     epochs_done : int
         Local epochs of every participant up to the end of this round.
     relative_change : float or None
