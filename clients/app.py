@@ -47,7 +47,7 @@ def _settings(context: Context) -> ParticipantSettings:
 
 
 # A process that serves many messages (simulation, in process) prepares each shard once. Trainers
-# start afresh with every set_weights, so nothing leaks from one round to the next.
+# start anew with every set_weights, so nothing leaks from one round to the next.
 _trainer = lru_cache(maxsize=64)(participant_trainer)
 
 

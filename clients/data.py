@@ -87,5 +87,5 @@ def shuffled_batches(num_examples: int, batch_size: int, seed: int) -> list[NDAr
     """
     order = np.random.default_rng(seed).permutation(num_examples)
     batches = np.split(order, range(batch_size, num_examples, batch_size))
-    lonely = num_examples > 1 and num_examples % batch_size == 1
-    return batches[:-1] if lonely else batches
+    one_left = num_examples > 1 and num_examples % batch_size == 1
+    return batches[:-1] if one_left else batches

@@ -1,4 +1,4 @@
-"""Metrics of tasks that accuracy over the whole evaluation set does not judge."""
+"""Metrics of tasks for which accuracy over the whole evaluation set is not enough."""
 
 from collections.abc import Callable
 

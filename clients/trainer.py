@@ -27,7 +27,7 @@ class Trainer(Protocol):
         """Return the model's arrays by name, statistics and counters included."""
 
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
-        """Start afresh from these arrays, which may be read-only, with a fresh optimizer."""
+        """Start again from these arrays, which may be read-only, with a new optimizer."""
 
     def roles(self) -> dict[str, Role]:
         """Return the role of every array, as the model's layers know it: ``CoLearn(roles=...)``."""

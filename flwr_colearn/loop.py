@@ -120,7 +120,7 @@ def run(
     if num_rounds is not None:
         whole_number("num_rounds", num_rounds, least=1)
     manager = _manager_of(strategy, history)
-    own = manager.transport if transport is None else manager.transport.joined(transport)
+    own = manager.transport if transport is None else manager.transport.combined(transport)
     connected = own.connect(grid, manager.check_reply, initial_arrays)
     if any(map(is_private, chain_of(strategy))):
         connected.transport.check_privacy()
@@ -267,7 +267,7 @@ class _Run:
         self.manager.log.note_traffic(self.grid.take())
         self.manager.note_training(names, metrics)
         if average is not None:
-            average = self.manager.mended(average, statistics)
+            average = self.manager.with_statistics(average, statistics)
         return average, metrics
 
     def _same_nodes(self, server_round: int, messages: list[Message]) -> list[Message]:

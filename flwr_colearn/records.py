@@ -117,7 +117,7 @@ class SentTypes:
     def __init__(self, like: ArrayRecord | None = None) -> None:
         self._types = {} if like is None else types_of(like)
 
-    def kept(self, messages: Iterable[Message]) -> list[Message]:
+    def cast(self, messages: Iterable[Message]) -> list[Message]:
         """Return messages, their arrays in the types that those of the first one had.
 
         Integers are rounded. Contents are changed in place, but no record.

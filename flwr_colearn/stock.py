@@ -119,10 +119,10 @@ class Stock(Managed[RoundLog]):
         names = [] if self._private else self._pooled_names()
         pooled = self._pooled(names, replies) if names else {}
         local = scheme.local(sent, self._roles) if scheme.is_local else []
-        silent = scheme.not_returned(self.log.record.round, sent, self._roles)
-        return {**pooled, **{name: sent[name] for name in (*local, *silent)}}
+        unreturned = scheme.not_returned(self.log.record.round, sent, self._roles)
+        return {**pooled, **{name: sent[name] for name in (*local, *unreturned)}}
 
-    def mended(self, average: ArrayRecord, statistics: dict[str, NDArray]) -> ArrayRecord:
+    def with_statistics(self, average: ArrayRecord, statistics: dict[str, NDArray]) -> ArrayRecord:
         """Return the strategy's average with these arrays in the places of its own."""
         if not statistics:
             return average

@@ -93,7 +93,7 @@ class Transport:
             If the grid is connected already with another value of one of these features.
         """
         if isinstance(grid, ConnectedGrid):
-            return ConnectedGrid(grid.bottom, self.joined(grid.transport), check, like)
+            return ConnectedGrid(grid.bottom, self.combined(grid.transport), check, like)
         if isinstance(grid, RecoveringGrid):
             own = check if grid.check is check_train_reply else grid.check
             return ConnectedGrid(grid.grid, replace(self, recovery=grid.recovery), own, like)
@@ -116,7 +116,7 @@ class Transport:
                 self.normalization,
             )
 
-    def joined(self, other: "Transport") -> "Transport":
+    def combined(self, other: "Transport") -> "Transport":
         """Return the transport that has the features of both.
 
         Raises
@@ -266,7 +266,7 @@ class ConnectedGrid(WrappingGrid):
 
     def _introduced(self, messages: Iterable[Message]) -> list[Message]:
         """Return messages that say in their config of which session and version they are."""
-        batch = self._types.kept(messages)
+        batch = self._types.cast(messages)
         for message in filter(Message.has_content, batch):
             config = config_of(message.content)
             if "server-round" in config:

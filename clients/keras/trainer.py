@@ -144,7 +144,7 @@ class KerasTrainer:
         return {name: np.array(variable.numpy()) for name, variable in self._variables.items()}
 
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
-        """Load the arrays and start with a fresh optimizer.
+        """Load the arrays and start with a new optimizer.
 
         Raises
         ------
@@ -230,13 +230,13 @@ class KerasTrainer:
         """
         names = {id(variable): name for name, variable in self._variables.items()}
         size, count = max(self.batch_size, 256), len(self.train_set)
-        lonely = count > 1 and count % size == 1
-        chunks = [c for c in self.train_set.chunks(size) if len(c) > 1 or not lonely]
+        one_left = count > 1 and count % size == 1
+        chunks = [c for c in self.train_set.chunks(size) if len(c) > 1 or not one_left]
         no_seed = tf.zeros(2, tf.int64)  # nothing is drawn without augmentation
         with self._on_device():
             batches = (self.transform(tf.constant(c.inputs), False, no_seed) for c in chunks)
             arrays = recalibrated(self.model, batches, lambda variable: names[id(variable)])
-        return arrays, count - lonely
+        return arrays, count - one_left
 
     @contextmanager
     def normalised(self, config: Mapping[str, Any]) -> Iterator[None]:

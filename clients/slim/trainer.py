@@ -117,7 +117,7 @@ class SlimTrainer:
         return self._session.run(self._variables)  # type: ignore[no-any-return]
 
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
-        """Load the variables and start with a fresh optimizer.
+        """Load the variables and start with a new optimizer.
 
         Raises
         ------

@@ -27,7 +27,7 @@ class Framework(Protocol):
         """Return the trainer of a participant who has all of the task's examples."""
 
     def server_trainer(self, settings: ParticipantSettings, task: Task) -> Trainer:
-        """Return the server's trainer: the initial model, and the judge of every shared one."""
+        """Return the server's trainer: the initial model, which also evaluates every shared one."""
 
 
 def load_task(settings: ParticipantSettings) -> Task:

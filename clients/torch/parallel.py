@@ -107,7 +107,7 @@ class ParallelTrainer:
         return self._ask("get_weights", only_first=True)  # type: ignore[no-any-return]
 
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
-        """Load the state dict on every device and start with a fresh optimizer."""
+        """Load the state dict on every device and start with a new optimizer."""
         self._ask("set_weights", dict(weights))
 
     def roles(self) -> dict[str, Role]:

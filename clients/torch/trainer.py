@@ -122,7 +122,7 @@ class TorchTrainer:
         return {name: tensor.cpu().numpy().copy() for name, tensor in state.items()}
 
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
-        """Load the state dict and start with a fresh optimizer.
+        """Load the state dict and start with a new optimizer.
 
         Raises
         ------
@@ -220,11 +220,11 @@ class TorchTrainer:
         """
         size = max(self.batch_size, 256)
         # Batch norm cannot train on a single example.
-        lonely = len(self.train_set) % size == 1 and len(self.train_set) > 1  # type: ignore[arg-type]
+        one_left = len(self.train_set) % size == 1 and len(self.train_set) > 1  # type: ignore[arg-type]
         order = range(len(self.train_set))  # type: ignore[arg-type]
-        loader = self._loader(self.train_set, BatchSampler(order, size, drop_last=lonely))
+        loader = self._loader(self.train_set, BatchSampler(order, size, drop_last=one_left))
         batches = (self._prepare(inputs, training=False) for inputs, _ in loader)
-        return recalibrated(self.model, batches), len(order) - lonely
+        return recalibrated(self.model, batches), len(order) - one_left
 
     def normalised(self, config: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Return a block in which batch norm trains as the server's scheme says."""
@@ -322,8 +322,8 @@ class TorchTrainer:
     def _sampler(self, seed: int) -> BatchSampler:
         generator = torch.Generator().manual_seed(seed)
         order = RandomSampler(self.train_set, generator=generator)  # type: ignore[arg-type]
-        lonely = len(order) % self.batch_size == 1 and len(order) > 1
-        return BatchSampler(order, self.batch_size, drop_last=lonely)
+        one_left = len(order) % self.batch_size == 1 and len(order) > 1
+        return BatchSampler(order, self.batch_size, drop_last=one_left)
 
     def _batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
         """Return the batch of a step: the same order within a pass as `train_epoch` has it."""

@@ -8,7 +8,7 @@ A user turns it on in one place, ``CoLearn(compression=Compression(up=Int8(), do
 from .agreement import (
     AGREEMENT,
     AVERAGE_OF,
-    KEPT_REFERENCE,
+    LOCAL_REFERENCE,
     REFERENCE,
     Compression,
     as_compression,
@@ -20,7 +20,7 @@ from .grid import CompressionGrid
 __all__ = [
     "AGREEMENT",
     "AVERAGE_OF",
-    "KEPT_REFERENCE",
+    "LOCAL_REFERENCE",
     "REFERENCE",
     "BFloat16",
     "Codec",

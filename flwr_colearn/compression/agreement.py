@@ -20,7 +20,7 @@ REFERENCE = "colearn.reference"
 """Key in a participant's ``context.state`` of the model that differences are to, where a strategy
 leaves the models with the participants."""
 
-KEPT_REFERENCE = "kept-reference"
+LOCAL_REFERENCE = "local-reference"
 """Entry of the agreement: the difference is to `REFERENCE`, not to the model in the message."""
 
 AVERAGE_OF = "average-of"

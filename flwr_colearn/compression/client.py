@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from ..errors import expected
 from ..records import NUMPY, kind_of, records_of, view
 from ..roles import Arrays
-from .agreement import AGREEMENT, KEPT_REFERENCE, REFERENCE, agreed_codecs
+from .agreement import AGREEMENT, LOCAL_REFERENCE, REFERENCE, agreed_codecs
 from .codecs import Codec
 from .residuals import Residual
 
@@ -54,7 +54,7 @@ def compressed(
     models = records_of(reply.content, ArrayRecord)
     if len(models) == 1:  # the server refuses other replies, and says why
         [(key, trained)] = models.items()
-        base = _reference_in(context) if request.get(KEPT_REFERENCE) else shared
+        base = _reference_in(context) if request.get(LOCAL_REFERENCE) else shared
         reply.content[key] = _encode(up, trained, base, residual)
     return reply
 

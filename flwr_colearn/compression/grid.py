@@ -7,7 +7,7 @@ from ..errors import expected
 from ..grids import RewritingGrid
 from ..records import config_of, fingerprint, into_record, is_unchanged, kind_of, records_of
 from ..roles import Arrays
-from .agreement import AGREEMENT, KEPT_REFERENCE, Compression, check_agreed
+from .agreement import AGREEMENT, LOCAL_REFERENCE, Compression, check_agreed
 
 _REMEMBERED = 2
 """Models whose encoding is remembered: a round sends one, or two where some participants keep part
@@ -32,7 +32,7 @@ class CompressionGrid(RewritingGrid):
     ----------
     reference : mapping of str to numpy.ndarray or None
         The model that differences are to where participants keep their models (see
-        `KEPT_REFERENCE`); the strategy sets it. Else it is the model in the message.
+        `LOCAL_REFERENCE`); the strategy sets it. Else it is the model in the message.
     """
 
     def __init__(self, grid: Grid, compression: Compression) -> None:
@@ -71,7 +71,7 @@ class CompressionGrid(RewritingGrid):
 
     def _base(self, sent: Message, request: ConfigRecord) -> Arrays | None:
         """Return the model that a reply's arrays must fit, and that differences are to."""
-        if request.get(KEPT_REFERENCE):
+        if request.get(LOCAL_REFERENCE):
             return self.reference
         records = list(records_of(sent.content, ArrayRecord).values())
         return self._encode(records[0])[1] if records else None

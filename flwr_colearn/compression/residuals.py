@@ -9,7 +9,7 @@ from flwr.common import log
 from ..errors import ColearnError
 from ..records import records_of, to_record
 from ..roles import Arrays, NDArray
-from .agreement import AVERAGE_OF, KEPT_REFERENCE
+from .agreement import AVERAGE_OF, LOCAL_REFERENCE
 from .codecs import BFloat16, difference
 
 RESIDUAL = "colearn.residual"
@@ -33,7 +33,7 @@ class Residual:
         The participant's.
     request : ConfigRecord
         What the server said of the compression: ``round``, ``session`` and, if so, `AVERAGE_OF`
-        and `KEPT_REFERENCE`.
+        and `LOCAL_REFERENCE`.
     """
 
     def __init__(self, state: RecordDict, request: ConfigRecord) -> None:
@@ -109,6 +109,6 @@ class Residual:
             {
                 "round": self._request["round"],
                 "session": self._request.get("session", ""),
-                "settled": not self._request.get(KEPT_REFERENCE),
+                "settled": not self._request.get(LOCAL_REFERENCE),
             }
         )

@@ -19,7 +19,7 @@ from ..aggregation import (
     squared_norm,
     trainable,
 )
-from ..compression import AGREEMENT, AVERAGE_OF, KEPT_REFERENCE, Compression
+from ..compression import AGREEMENT, AVERAGE_OF, LOCAL_REFERENCE, Compression
 from ..errors import ColearnError
 from ..policy import reply_within
 from ..records import fingerprint, into_record, is_unchanged, records_of, view
@@ -325,7 +325,7 @@ class Coordinator:
         if arrays is not None:
             content[ARRAYS] = arrays
         if not self.compression.is_plain:
-            said: dict[str, str | int] = {KEPT_REFERENCE: 1, "session": self.grid.session}
+            said: dict[str, str | int] = {LOCAL_REFERENCE: 1, "session": self.grid.session}
             if not self._collecting:  # else no average follows, and no rounding is to be kept
                 said["round"] = self.record.round
             if arrays is not None:

@@ -134,8 +134,8 @@ class NormalizationGrid(RewritingGrid):
         if message.metadata.message_type == RECALIBRATE:
             returned = [n for n in arrays if roles[n] in (Role.MEAN, Role.VARIANCE)]
         else:
-            silent = self.scheme.not_returned(server_round, view(arrays), roles)
-            returned = [name for name in arrays if name not in {*local, *silent}]
+            unreturned = self.scheme.not_returned(server_round, view(arrays), roles)
+            returned = [name for name in arrays if name not in {*local, *unreturned}]
         return LocalRequest(
             session=str(config.get("session", "")),
             round=server_round,

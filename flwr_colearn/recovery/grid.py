@@ -131,7 +131,7 @@ class RecoveringGrid(WrappingGrid):
             return self.grid.send_and_receive(batch, timeout=timeout)
         attempts = Attempts(
             self.grid,
-            self._types.kept(batch),
+            self._types.cast(batch),
             timeout,
             self.recovery,
             self.directory,

@@ -102,23 +102,23 @@ def copy_bandwidth(size: int) -> float:
 
 
 def peak_memory(strategy: str, k: int) -> float:
-    """Return the peak memory of aggregating K fresh replies, in models, without the shared one.
+    """Return the peak memory of aggregating K new replies, in models, without the shared one.
 
     Smaller models do here: 64 arrays of 1 MiB.
     """
 
-    def fresh(seed: int) -> ArrayRecord:
+    def model_of(seed: int) -> ArrayRecord:
         rng, outgoing, like = np.random.default_rng(seed), Outgoing(), np.zeros((512, 512), "f4")
         arrays = {str(i): outgoing.empty(str(i), like) for i in range(64)}
         for array in arrays.values():  # in place: what it takes to make a reply is not counted
             rng.random(out=array, dtype=np.float32)
         return outgoing.record(arrays)
 
-    model = fresh(0)
+    model = model_of(0)
     colearn = CoLearn(k, local_epochs=1, learning_rate=0.01)
     messages = asked(colearn, 1, model)
     replies = (
-        reply_to(message, fresh(index + 1), index + 1) for index, message in enumerate(messages)
+        reply_to(message, model_of(index + 1), index + 1) for index, message in enumerate(messages)
     )
     tracemalloc.start()
     if strategy == "CoLearn":

@@ -28,8 +28,8 @@ def claims_table(studies: Mapping[str, Units]) -> str:
     from tabulate import tabulate
 
     table = []
-    for claim, judge in CLAIMS.items():
-        findings = {name: judge(units) for name, units in studies.items()}
+    for claim, finder in CLAIMS.items():
+        findings = {name: finder(units) for name, units in studies.items()}
         found = {name: finding for name, finding in findings.items() if finding is not None}
         for name, finding in found.items():
             verdict, evidence = finding.verdict, finding.evidence

@@ -17,7 +17,7 @@ from flwr_colearn.reporting import Curve, save_figure
 from simulations.arms import ARMS
 from simulations.settings import RunSettings
 from simulations.study.training import ArmUnit, run_unit
-from simulations.study.units import data_digest, digest, kept, unit_config
+from simulations.study.units import data_digest, digest, load_or_run, unit_config
 
 
 def run_study(
@@ -34,7 +34,7 @@ def run_study(
         seeded = replace(participants, seed=seed)
         path, config = output / "units" / f"{arm}-{seed}.json", unit_config(seeded, settings)
         run = partial(run_from_checkpoint, arm, seeded, settings, path)
-        units.append(kept(path, ArmUnit, config, run))
+        units.append(load_or_run(path, ArmUnit, config, run))
     check_same_data(units)
     return units
 

@@ -40,7 +40,7 @@ from flwr_colearn.dynamic import (
     Serial,
 )
 from simulations.study.dynamic_figures import save_over_time, save_tradeoff
-from simulations.study.units import kept
+from simulations.study.units import load_or_run
 
 FEATURES, HIDDEN = 100, 64
 TEST_EXAMPLES = 2000
@@ -295,7 +295,7 @@ def run_study(
         seeded = replace(setting, seed=seed)
         path = output / "units" / f"{name}-{seed}.json"
         run = partial(run_unit, name, seeded, data_dir)
-        units.append(kept(path, DynamicUnit, asdict(seeded), run))
+        units.append(load_or_run(path, DynamicUnit, asdict(seeded), run))
     return units
 
 

@@ -33,7 +33,7 @@ def train_alone(
     if arm.pooled_data:
         participants, settings = at_one_site(participants, settings)
     k = settings.num_participants
-    objective, judge = load_task(participants).objective, server_trainer(participants)
+    objective, evaluator = load_task(participants).objective, server_trainer(participants)
     trainers = [participant_trainer(participants, index, k) for index in range(k)]
     state = AloneState(None if scratch is None else scratch / "alone.npz")
     epochs, metrics = state.restore(trainers)
@@ -43,8 +43,8 @@ def train_alone(
         probabilities = []
         for index, trainer in enumerate(trainers):
             follow(plan, trainer, derive_seed(participants.seed, index))
-            judge.set_weights(trainer.get_weights())
-            outputs, targets = judge.predict()
+            evaluator.set_weights(trainer.get_weights())
+            outputs, targets = evaluator.predict()
             probabilities.append(objective.probabilities(outputs))
         epochs.append(plan.epochs_done + plan.local_epochs)
         for key, value in objective.metrics(np.mean(probabilities, axis=0), targets).items():

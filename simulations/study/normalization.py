@@ -32,7 +32,7 @@ from simulations.study.normalization_cells import (
     run_cell,
 )
 from simulations.study.normalization_figures import save_figure
-from simulations.study.units import kept
+from simulations.study.units import load_or_run
 
 
 def cells(
@@ -65,7 +65,7 @@ def run_study(plan: Sequence[Cell], output: Path, minutes: float) -> list[Unit]:
         name = f"{cell.training}-{cell.participants.partition}-{cell.scheme}"
         path = output / "units" / f"{name}-{cell.participants.seed}.json"
         if path.exists() or time.monotonic() - started < 60 * minutes:
-            units.append(kept(path, Unit, config_of(cell), partial(run_cell, cell)))
+            units.append(load_or_run(path, Unit, config_of(cell), partial(run_cell, cell)))
     return units
 
 

@@ -146,20 +146,22 @@ def run_cell(cell: Cell) -> Unit:
     scheme, settings, participants = cell.normalization(), cell.settings, cell.participants
     plain = server_trainer(participants)
     assert isinstance(plain, TorchTrainer)
-    judge = converted(plain, scheme, participants)
+    evaluator = converted(plain, scheme, participants)
     if cell.test_examples:
-        assert isinstance(judge.test_set, TensorDataset)
-        judge.test_set = TensorDataset(*(t[: cell.test_examples] for t in judge.test_set.tensors))
+        assert isinstance(evaluator.test_set, TensorDataset)
+        evaluator.test_set = TensorDataset(
+            *(t[: cell.test_examples] for t in evaluator.test_set.tensors)
+        )
     kind = ThreadedGrid if scheme.all_reduces else InProcessGrid
     k = settings.num_participants
     grid = kind(client_app(participants, scheme, k), k)
-    strategy = strategy_of(cell, scheme, judge)
-    initial = to_record(judge)
+    strategy = strategy_of(cell, scheme, evaluator)
+    initial = to_record(evaluator)
     shared = train(cell, strategy, grid, initial)
     history: History = strategy.history
     overall = local = whole = None
     if shared is not None:
-        sites, locals_ = evaluate(judge, shared, grid, participants, scheme.is_local)
+        sites, locals_ = evaluate(evaluator, shared, grid, participants, scheme.is_local)
         overall, local = statistics.mean(sites), statistics.mean(locals_)
         whole = None if scheme.is_local else sites[0]
     return Unit(
@@ -204,9 +206,9 @@ def train(
     return shared if finite and not any(NOT_FINITE in reason for reason in refusals) else None
 
 
-def strategy_of(cell: Cell, scheme: Normalization, judge: TorchTrainer) -> Averaging:
+def strategy_of(cell: Cell, scheme: Normalization, evaluator: TorchTrainer) -> Averaging:
     """Return the strategy of a cell, which evaluates nothing itself."""
-    k, settings, roles = cell.settings.num_participants, cell.settings, roles_of(judge.model)
+    k, settings, roles = cell.settings.num_participants, cell.settings, roles_of(evaluator.model)
     if cell.training == "colearn":
         return CoLearn(
             k,
@@ -274,7 +276,7 @@ def converted(
 
 
 def evaluate(
-    judge: TorchTrainer,
+    evaluator: TorchTrainer,
     shared: dict[str, NDArray],
     grid: InProcessGrid,
     participants: ParticipantSettings,
@@ -290,8 +292,8 @@ def evaluate(
             if is_local:
                 kept = cast(ArrayRecord, grid.contexts[index + 1].state["normalization.after"])
                 own.update({n: a.numpy() for n, a in kept.items() if n in own})
-            judge.set_weights(own)
-            outputs, targets = judge.predict()
+            evaluator.set_weights(own)
+            outputs, targets = evaluator.predict()
             right = outputs.argmax(1) == targets
             by_class = np.array([right[targets == c].mean() for c in range(targets.max() + 1)])
         overall.append(float(right.mean()))

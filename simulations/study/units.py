@@ -31,7 +31,7 @@ class Unit(Protocol):
 U = TypeVar("U", bound=Unit)
 
 
-def kept(path: Path, kind: type[U], config: Mapping[str, Any], run: Callable[[], U]) -> U:
+def load_or_run(path: Path, kind: type[U], config: Mapping[str, Any], run: Callable[[], U]) -> U:
     """Return the unit that `path` holds; if there is none, run it and write it there.
 
     Raises

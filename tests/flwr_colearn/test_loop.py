@@ -297,11 +297,11 @@ def test_flowers_own_strategies_forget_nothing(strategy, flower_log):
     assert "will not be restored" not in flower_log.text
     state, arrays = save_state(strategy)
     assert any(state.values())
-    fresh = type(strategy)(*([FedAdam(eta=0.01)] if hasattr(strategy, "strategy") else []), **(
+    new = type(strategy)(*([FedAdam(eta=0.01)] if hasattr(strategy, "strategy") else []), **(
         ALL if hasattr(strategy, "strategy") else {}
     ))  # fmt: skip
-    restore_state(fresh, (state, arrays))
-    again, arrays_again = save_state(fresh)
+    restore_state(new, (state, arrays))
+    again, arrays_again = save_state(new)
     assert again == state
     assert arrays.keys() == arrays_again.keys()
     for name, array in arrays.items():

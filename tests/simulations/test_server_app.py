@@ -168,10 +168,12 @@ def test_weights_travel_by_name_and_are_evaluated_as_they_are():
     trainer = server_trainer(ParticipantSettings(seed=1))
     record = to_record(trainer)
     assert list(record) == list(trainer.model.state_dict())
-    judge = server_trainer(ParticipantSettings(seed=2))
-    metrics = evaluate_with(judge)(1, record)
+    evaluator = server_trainer(ParticipantSettings(seed=2))
+    metrics = evaluate_with(evaluator)(1, record)
     assert dict(metrics) == trainer.evaluate()
-    torch.testing.assert_close(judge.model.state_dict(), trainer.model.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        evaluator.model.state_dict(), trainer.model.state_dict(), rtol=0, atol=0
+    )
 
 
 def test_a_saved_model_keeps_types_and_scalars(tmp_path):
@@ -203,11 +205,11 @@ def test_batch_renorm_by_name_is_what_both_sides_train_with(tmp_path):
     assert list(pooled) == list(renorm)
     assert renorm["1.num_batches_tracked"] == pooled["1.num_batches_tracked"] == 125
     assert np.abs(pooled["0.weight"] - renorm["0.weight"]).max() > 1e-5
-    judge = server_trainer(ParticipantSettings(normalization="batch-renorm"))
-    assert {type(module) for module in judge.model.modules()} >= {BatchRenormLayer}
-    judge.set_weights(renorm)
+    evaluator = server_trainer(ParticipantSettings(normalization="batch-renorm"))
+    assert {type(module) for module in evaluator.model.modules()} >= {BatchRenormLayer}
+    evaluator.set_weights(renorm)
     last = History.read(tmp_path / "batch-renorm" / "history.jsonl").records[-1]
-    assert judge.evaluate() == last.server_metrics
+    assert evaluator.evaluate() == last.server_metrics
 
 
 def test_local_statistics_by_name_never_leave_and_the_summary_says_what_that_means(tmp_path):

@@ -441,7 +441,7 @@ def test_rounds_that_keep_the_optimizer_are_one_uninterrupted_training():
     successor.set_optimizer_state(state)
     train(successor, EPOCHS[2:])
     assert same(successor.get_weights(), uninterrupted)
-    successor.set_weights(weights)  # comes with a fresh optimizer
+    successor.set_weights(weights)  # comes with a new optimizer
     train(successor, EPOCHS[2:])
     assert not same(successor.get_weights(), uninterrupted)
 

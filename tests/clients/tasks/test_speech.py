@@ -134,10 +134,10 @@ def test_the_server_judges_both_parts_and_a_participant_its_shard(data):
     sizes = task.objective.metrics.keywords
     where = {"data_dir": str(data), "split": "speaker", "devices": "cpu"}
     settings = ParticipantSettings(task="speech", model="cnn-small", **where)
-    judge = registry.server_trainer(settings)
-    outputs, targets = judge.predict()
+    evaluator = registry.server_trainer(settings)
+    outputs, targets = evaluator.predict()
     right = outputs.argmax(1) == targets
-    metrics = judge.evaluate()
+    metrics = evaluator.evaluate()
     assert metrics["validation-accuracy"] == pytest.approx(right[: sizes["validation"]].mean())
     assert metrics["accuracy"] == pytest.approx(right[sizes["validation"] :].mean())
     participant = registry.participant_trainer(settings, 0, 5)

@@ -246,8 +246,8 @@ def test_a_compact_network_learns_two_classes_of_real_images(tmp_path):
     settings = ParticipantSettings(
         task="imagefolder", data_dir=str(tmp_path), examples=500, image_size=32, augment=True
     )
-    trainer, judge = participant_trainer(settings, 0, 1), server_trainer(settings)
+    trainer, evaluator = participant_trainer(settings, 0, 1), server_trainer(settings)
     for seed in range(6):
         trainer.train_epoch(0.02, seed)
-    judge.set_weights(trainer.get_weights())
-    assert judge.evaluate()["accuracy"] > 0.75  # chance is 0.5
+    evaluator.set_weights(trainer.get_weights())
+    assert evaluator.evaluate()["accuracy"] > 0.75  # chance is 0.5

@@ -94,11 +94,11 @@ def test_a_renewed_mean_knows_nothing_of_the_last_one():
         used.add(other(), 2)
     like, second = other(), [other(), other()]
     used.renew(like)
-    fresh = RunningMean(like)
+    new = RunningMean(like)
     for each in second:
         used.add(each)
-        fresh.add(each)
-    for name, array in fresh.mean().items():
+        new.add(each)
+    for name, array in new.mean().items():
         assert used.mean()[name].tobytes() == array.tobytes()
     assert (used.count, used.weight) == (2, 2)
     used.renew(like)

@@ -728,8 +728,8 @@ def test_a_repeated_round_gives_the_same_bits():
             bits(participant.reply(compression, server_round, shared, trained)) for _ in range(3)
         ]
         assert repeated == [first, first]
-    fresh = bits(Participant().reply(compression, 7, shared, trained))
-    assert fresh != first  # what was left over does make a difference
+    new = bits(Participant().reply(compression, 7, shared, trained))
+    assert new != first  # what was left over does make a difference
 
 
 def test_a_failed_attempt_that_differed_leaves_no_trace():
@@ -794,9 +794,9 @@ def test_a_residual_of_another_model_is_dropped_where_it_does_not_fit(flower_log
     shared = {"same": np.zeros((9, 9), np.float32), "wider": np.zeros((9, 10), np.float32)}
     trained = trained_from(shared, 2)
     arrived = participant.reply(compression, 2, shared, trained)
-    fresh = Participant().reply(compression, 2, shared, trained)
-    assert bits(arrived)["wider"] == bits(fresh)["wider"]
-    assert bits(arrived)["same"] != bits(fresh)["same"]
+    new = Participant().reply(compression, 2, shared, trained)
+    assert bits(arrived)["wider"] == bits(new)["wider"]
+    assert bits(arrived)["same"] != bits(new)["same"]
     assert "residuals of another shape are dropped: ['wider', 'gone']" in flower_log.text
 
 

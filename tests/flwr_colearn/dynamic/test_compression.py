@@ -25,7 +25,7 @@ from flwr_colearn import (
     learner,
     participant_mod,
 )
-from flwr_colearn.compression import AGREEMENT, AVERAGE_OF, KEPT_REFERENCE
+from flwr_colearn.compression import AGREEMENT, AVERAGE_OF, LOCAL_REFERENCE
 from flwr_colearn.compression.residuals import RESIDUAL
 from flwr_colearn.dynamic import Dynamic, FractionAveraging, Never, Periodic
 from flwr_colearn.dynamic.coordinator import Coordinator
@@ -98,7 +98,7 @@ def bits(arrays):
 
 
 def kept(grid, what="model"):
-    """What the learners have in their keeping, by node."""
+    """What the learners have in their state, by node."""
     return {node: view(c.state[f"colearn.{what}"]) for node, c in grid.contexts.items()}
 
 
@@ -357,7 +357,7 @@ class Talk:
         reference = None if action == "set" else 0
         ask = Ask(self.session, server_round, reference, action, bound=-1.0, **more)
         content = RecordDict({"config": ask.to_config()})
-        said = {KEPT_REFERENCE: 1, "session": self.session, "round": server_round}
+        said = {LOCAL_REFERENCE: 1, "session": self.session, "round": server_round}
         if arrays is not None:
             content["arrays"] = record(arrays)
             said[AVERAGE_OF] = server_round if action == "set" else 0

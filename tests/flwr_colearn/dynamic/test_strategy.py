@@ -94,7 +94,7 @@ def zeros():
 
 
 def models(grid):
-    """What the learners have in their keeping."""
+    """What the learners have in their state."""
     states = [context.state for context in grid.contexts.values()]
     return [numpy_of(state["colearn.model"]) for state in states]
 

@@ -670,18 +670,18 @@ def test_a_second_reply_of_one_participant_is_refused():
 
 
 class SilentGrid(InProcessGrid):
-    """A grid in which the replies of `silent` nodes do not arrive before the timeout."""
+    """A grid in which the replies of `unanswered` nodes do not arrive before the timeout."""
 
-    silent: tuple[int, ...] = ()
+    unanswered: tuple[int, ...] = ()
 
     def send_and_receive(self, messages, *, timeout=None):
         replies = super().send_and_receive(messages, timeout=timeout)
-        return [each for each in replies if each.metadata.src_node_id not in self.silent]
+        return [each for each in replies if each.metadata.src_node_id not in self.unanswered]
 
 
-def test_a_participant_that_stays_silent_is_not_in_the_average():
+def test_a_participant_that_does_not_answer_is_not_in_the_average():
     grid = grid_of(lambda k, plan, arrays: {"w": arrays["w"] + k}, grid=SilentGrid)
-    grid.silent = (1,)
+    grid.unanswered = (1,)
     strategy = lenient()
     result = strategy.start(grid, record(w=np.zeros(1)), num_rounds=1)
     assert result.arrays["w"].numpy() == 1.5
@@ -690,7 +690,7 @@ def test_a_participant_that_stays_silent_is_not_in_the_average():
 
 def test_a_round_without_any_reply_ends_the_run():
     grid = grid_of(echo, grid=SilentGrid)
-    grid.silent = (1, 2, 3)
+    grid.unanswered = (1, 2, 3)
     with pytest.raises(
         ColearnError, match=r"round 1: .* found none .no replies before the timeout"
     ):

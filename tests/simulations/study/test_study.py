@@ -143,13 +143,13 @@ def test_t_grows_where_the_arm_says_so(quick):
 
 def test_vanilla_with_the_exponential_rate_is_one_uninterrupted_training(units):
     trainer = participant_trainer(ParticipantSettings(), 0, 1)
-    judge = server_trainer(ParticipantSettings())
+    evaluator = server_trainer(ParticipantSettings())
     assert len(trainer.train_set) == 1297
     accuracies = []
     for epoch in range(1, 5):
         trainer.train_epoch(0.05 * 0.25 ** (epoch / 4), derive_seed(derive_seed(0, 0), epoch))
-        judge.set_weights(trainer.get_weights())
-        accuracies.append(judge.evaluate()["accuracy"])
+        evaluator.set_weights(trainer.get_weights())
+        accuracies.append(evaluator.evaluate()["accuracy"])
     assert units["vanilla-elr"]["metrics"] == {"accuracy": accuracies}
     assert units["vanilla-elr"]["examples"] == 4 * 1297
 
@@ -162,12 +162,12 @@ def test_vanilla_with_the_cyclical_rate_is_co_learning_of_one_participant_with_a
         LocalPlan.of(CyclicalRate(0.05, 0.25), 1, 2),
         LocalPlan.of(CyclicalRate(0.05, 0.25), 2, 1, 2),
     ):
-        trainer.set_weights(trainer.get_weights())  # each round starts with a fresh optimizer
+        trainer.set_weights(trainer.get_weights())  # each round starts with a new optimizer
         follow(plan, trainer, derive_seed(0, 0))
-    judge = server_trainer(PARTICIPANTS)
-    judge.set_weights(trainer.get_weights())
+    evaluator = server_trainer(PARTICIPANTS)
+    evaluator.set_weights(trainer.get_weights())
     assert history.epochs_path == [2, 1]
-    assert history.records[-1].server_metrics == judge.evaluate()
+    assert history.records[-1].server_metrics == evaluator.evaluate()
 
 
 def test_the_ensemble_is_the_mean_of_the_probabilities_of_models_trained_alone():
