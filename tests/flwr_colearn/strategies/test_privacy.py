@@ -10,8 +10,10 @@ from flwr.serverapp.strategy import (
 )
 
 from flwr_colearn import CoLearn, CyclicalRate, IncreasingEpochs, InProcessGrid
+from flwr_colearn import run as run_any
 from flwr_colearn.strategies import Progress
 from tests import small_net
+from tests.faults import bits
 from tests.small_net import K
 
 EPSILON = 0.08
@@ -105,7 +107,7 @@ def test_statistics_in_a_private_model_are_warned_of_once(statistics, flower_log
     assert all("bn.running_var, 1 in all" in message for message in found)
 
 
-def test_without_a_wrapper_nobody_is_warned_of_statistics(flower_log):
+def test_without_a_wrapper_there_is_no_warning_of_statistics(flower_log):
     strategy_of().start(InProcessGrid(keeping_app(), K), with_batch_norm(), num_rounds=2)
     assert warnings_of(flower_log) == []
 
@@ -115,3 +117,23 @@ def keeping_app():
     return small_net.app_of(
         lambda k, plan, arrays: {name: array + np.float32(0.1) for name, array in arrays.items()}
     )
+
+
+def test_run_ends_with_the_budget_and_resumes(tmp_path):
+    """What Flower's own loop of a wrapper cannot do."""
+
+    def start(folder, rounds):
+        budget = CoLearn(K, local_epochs=2, learning_rate=0.5, total_epochs=7)
+        private = DifferentialPrivacyServerSideFixedClipping(budget, 0.0, 1.0, K)
+        grid, initial = InProcessGrid(small_net.message_app(), K), small_net.initial()
+        result = run_any(
+            private, grid, small_net.named(initial), rounds, checkpoints=folder, resume="auto"
+        )
+        return budget.history, bits(result.arrays)
+
+    history, whole = start(tmp_path / "whole", None)
+    assert history.epochs_path == [2, 2, 2, 1]
+    start(tmp_path / "halted", 2)
+    history, resumed = start(tmp_path / "halted", None)
+    assert history.epochs_path == [2, 2, 2, 1]
+    assert resumed == whole
