@@ -644,6 +644,17 @@ def test_a_run_that_was_killed_while_it_evaluated_resumes_to_the_same_end(tmp_pa
     assert final(grid) == uninterrupted[1]
 
 
+def test_a_finished_run_that_is_resumed_returns_the_mean_of_all_models(tmp_path):
+    """And not the reference, which may be rounds old."""
+    strategy = DynamicAveraging(1e6, num_learners=M, seed=0, checkpoints=tmp_path)
+    result = strategy.start(grid_of(), zeros(), num_rounds=3)
+    assert strategy.history.records[-1].synchronised == "none"
+    again = DynamicAveraging(1e6, num_learners=M, seed=0, checkpoints=tmp_path)
+    resumed = again.start(grid_of(), zeros(), num_rounds=3, resume="auto")
+    assert resumed.arrays["w"].data == result.arrays["w"].data
+    assert result.arrays["w"].numpy().any()  # the reference is still zero
+
+
 def test_resuming_learners_without_state_begin_anew_from_the_reference(tmp_path):
     def make():
         return DynamicAveraging(1e6, num_learners=M, seed=0, checkpoints=tmp_path)
