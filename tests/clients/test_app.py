@@ -87,19 +87,19 @@ def test_a_participant_evaluates_on_its_own_shard():
 
 
 def test_the_runs_seed_and_keep_optimizer_reach_the_training():
-    def two_rounds(**settings):
-        """One participant has all data, whatever the seed, and starts twice from one model."""
+    def rounds(*numbers, **settings):
+        """One participant has all data, whatever the seed, and starts each round from one model."""
         config = ParticipantSettings(examples=100, **settings).to_config()
         grid = InProcessGrid(app, 1, run_config=config)
         arrays = to_record(server_trainer(ParticipantSettings()))
-        plan = ConfigRecord(LocalPlan(1, 1, 0.05).to_config())
-        content = RecordDict({"arrays": arrays, "config": plan})
-        replies = [grid.send_and_receive([Message(content, 1, "train")])[0] for _ in range(2)]
+        plans = [ConfigRecord(LocalPlan(number, 1, 0.05).to_config()) for number in numbers]
+        contents = [RecordDict({"arrays": arrays, "config": plan}) for plan in plans]
+        replies = [grid.send_and_receive([Message(c, 1, "train")])[0] for c in contents]
         return [reply.content["arrays"]["0.weight"].numpy() for reply in replies]
 
-    first, second = two_rounds()
-    assert np.array_equal(first, second)
-    assert not np.array_equal(first, two_rounds(seed=1)[0])
-    kept, carried = two_rounds(keep_optimizer=True)
+    first, second, again = rounds(1, 2, 2)
+    assert not np.array_equal(first, rounds(1, seed=1)[0])
+    kept, carried, repeated = rounds(1, 2, 2, keep_optimizer=True)
     assert np.array_equal(first, kept)
-    assert not np.array_equal(kept, carried)
+    assert not np.array_equal(second, carried)
+    assert np.array_equal(second, again) and np.array_equal(carried, repeated)
