@@ -32,6 +32,12 @@ def kind_of(message: Message) -> str:
     return message.metadata.message_type.partition(".")[0]
 
 
+def number_in(config: ConfigRecord, key: str) -> float:
+    """Return an entry of a config as a float; 0.0 if it is absent or no number."""
+    value = config.get(key)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
 def config_of(content: RecordDict) -> ConfigRecord:
     """Return the config of a message: the ConfigRecord that has a ``server-round``, else none."""
     for record in records_of(content, ConfigRecord).values():

@@ -16,7 +16,7 @@ from .history import RoundLog, RoundRecord
 from .managed import Managed
 from .normalization import Average
 from .policy import attempt_limit
-from .records import cast_record, records_of, to_record, view
+from .records import cast_record, number_in, records_of, to_record, view
 from .roles import UNTRAINED, Arrays, NDArray, Role, assign_roles
 from .strategy_state import chain_of
 from .transport import ConnectedGrid, Transport
@@ -82,9 +82,9 @@ class Stock(Managed[RoundLog]):
             scheme.check(self._sent, roles)
             self._roles = scheme.roles(self._sent, roles)
             self._warn_of_privacy()
-        epochs = int(_number(config, "local-epochs"))
+        epochs = int(number_in(config, "local-epochs"))
         self._epochs_done += epochs
-        rate = _number(config, "learning-rate") or _number(config, "lr")
+        rate = number_in(config, "learning-rate") or number_in(config, "lr")
         self.log.open(RoundRecord(server_round, epochs, rate, self._epochs_done))
         self.time_limit = attempt_limit(self._timeout)
         if self.time_limit is not None:
@@ -194,11 +194,6 @@ def warn_of_private_statistics(untrained: list[str]) -> None:
         untrained[0],
         len(untrained),
     )
-
-
-def _number(config: ConfigRecord, key: str) -> float:
-    value = config.get(key)
-    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _node(reply: Message) -> int:

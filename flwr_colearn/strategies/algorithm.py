@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from logging import INFO
+from logging import INFO, WARNING
 from typing import Any
 
 from flwr.common import log
 
 from ..errors import expected, whole_number
 from ..plan import LocalPlan
+from ..policy import attempt_limit
 from ..schedules import (
     EpochRule,
     LearningRate,
@@ -43,6 +44,29 @@ class Progress:
     def timed(self, seconds: float, local_epochs: int) -> "Progress":
         """Return the progress after a round that took so many seconds."""
         return replace(self, seconds_per_epoch=seconds / local_epochs) if seconds > 0.0 else self
+
+    def time_limit(self, timeout: float | None, local_epochs: int) -> float | None:
+        """Return the seconds that an attempt of so many local epochs may take; None for no limit.
+
+        The limit grows with T, from what a local epoch took before; the log contains a warning
+        when it is above `timeout`.
+        """
+        if timeout is None:
+            return None
+        likely = local_epochs * self.seconds_per_epoch
+        limit = attempt_limit(timeout, likely)
+        if limit is not None and limit > timeout:
+            log(
+                WARNING,
+                "CoLearn: %s local epochs take about %.0f s, so an attempt may take %.0f s instead "
+                "of timeout=%.0f. Raise `timeout`, or bound the local epochs "
+                "(IncreasingEpochs(maximum=...))",
+                local_epochs,
+                likely,
+                limit,
+                timeout,
+            )
+        return limit
 
     def to_json(self) -> dict[str, Any]:
         """Return the progress as JSON can hold it."""

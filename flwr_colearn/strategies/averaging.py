@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Mapping
-from logging import INFO, WARNING
+from logging import INFO
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,23 +12,25 @@ from flwr.common import DEFAULT_TTL, log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ..aggregation import RoundMean, Weighting, as_weighting, examples_of
+from ..aggregation import RoundMean, Weighting, as_weighting
 from ..checkpoint import CheckpointFolder, as_folder
 from ..compression import Compression
-from ..errors import ColearnError, expected
+from ..errors import expected
 from ..history import History, RoundLog, RoundRecord
 from ..loop import EvaluateFn, Resume, run
 from ..managed import Managed
 from ..normalization import PARTIAL, Normalization, Pooled
-from ..policy import Recovery, attempt_limit
-from ..records import Outgoing
+from ..policy import Recovery
+from ..records import Outgoing, number_in
 from ..recovery import choose_members
 from ..roles import Role, Roles
 from ..stock import warn_of_private_statistics
-from ..traffic import Event, RoundTraffic
+from ..traffic import Event
 from ..transport import ConnectedGrid, Transport
 from .algorithm import Algorithm, Progress
 from .arguments import participant_arguments, patience
+from .foreign_loop import refuse_in_foreign_loop
+from .metrics import aggregated, evaluations_of
 from .shared_model import SharedModel
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -209,7 +211,11 @@ class Averaging(FedAvg, Managed[RoundLog]):
             One for each participant, all with the same content; none when the budget is spent.
         """
         self._grid = grid if isinstance(grid, ConnectedGrid) else None
-        self._refuse_foreign_loop()
+        if self._timeout is None:
+            total = None if self.algorithm is None else self.algorithm.total_epochs
+            refuse_in_foreign_loop(self.transport, total, self.checkpoints)
+            if self._grid is not None:
+                self._grid.transport.check_privacy()
         if server_round <= self.progress.round:  # Flower's loop begins another run
             self._clear()
         self.close(arrays)
@@ -217,7 +223,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
             return []
         entries, record = self._begin_round(server_round, arrays, config)
         self._shared.send(arrays, self._features)
-        self._warn_of_foreign_loop(server_round)
+        if self._timeout is None and server_round == 1 and self._shared.untrained:
+            warn_of_private_statistics(self._shared.untrained)
         self._renew_mean(server_round)
         members = choose_members(
             grid,
@@ -262,7 +269,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         average = self._outgoing.record(self._mean.mean())
         # By participant: the same bits in whatever order the replies arrived.
         metrics = [content for _, content in sorted(accepted, key=itemgetter(0))]
-        train_metrics = self._aggregated(self.train_metrics_aggr_fn, metrics)
+        train_metrics = aggregated(self.train_metrics_aggr_fn, metrics, self.weighted_by_key)
         self.log.note(train_metrics=train_metrics)
         return average, train_metrics
 
@@ -288,8 +295,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
         Under a wrapper that runs Flower's own loop, such as differential privacy, this is the
         last hook of a round, so the round's record is closed here.
         """
-        contents = [reply.content for reply in replies if _evaluated(reply, self.weighted_by_key)]
-        metrics = self._aggregated(self.evaluate_metrics_aggr_fn, contents)
+        contents = evaluations_of(replies, self.weighted_by_key)
+        metrics = aggregated(self.evaluate_metrics_aggr_fn, contents, self.weighted_by_key)
         self.log.note(evaluate_metrics=metrics)
         if self._timeout is None and self._evaluated is not None:
             if self._grid is not None:
@@ -419,7 +426,10 @@ class Averaging(FedAvg, Managed[RoundLog]):
     ) -> tuple[dict[str, Any], RoundRecord]:
         """Return what the participants are told, and the round's record."""
         if self.algorithm is None:
-            epochs, rate = int(_number(config, "local-epochs")), _number(config, "learning-rate")
+            epochs, rate = (
+                int(number_in(config, "local-epochs")),
+                number_in(config, "learning-rate"),
+            )
             done = self.progress.epochs_done + epochs
             self.progress = Progress(server_round, epochs, done, self.progress.seconds_per_epoch)
             entries: dict[str, Any] = {"server-round": server_round}
@@ -429,7 +439,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             plan, self.progress = self.algorithm.next_plan(server_round, self.progress, change)
             epochs, rate = plan.local_epochs, plan.learning_rate
             entries = plan.to_config()
-        self.time_limit = self._limit(epochs)
+        self.time_limit = self.progress.time_limit(self._timeout, epochs)
         if self.time_limit is not None:
             entries["time-limit"] = self.time_limit
         log(
@@ -446,25 +456,6 @@ class Averaging(FedAvg, Managed[RoundLog]):
         if scheme.is_local:
             record.normalization["shared-model"] = PARTIAL
         return entries, record
-
-    def _limit(self, local_epochs: int) -> float | None:
-        """Return the seconds that an attempt of so many epochs may take, in our own loop."""
-        if self._timeout is None:
-            return None
-        likely = local_epochs * self.progress.seconds_per_epoch
-        limit = attempt_limit(self._timeout, likely)
-        if limit is not None and limit > self._timeout:
-            log(
-                WARNING,
-                "CoLearn: %s local epochs take about %.0f s, so an attempt may take %.0f s instead "
-                "of timeout=%.0f. Raise `timeout`, or bound the local epochs "
-                "(IncreasingEpochs(maximum=...))",
-                local_epochs,
-                likely,
-                limit,
-                self._timeout,
-            )
-        return limit
 
     def _renew_mean(self, server_round: int) -> None:
         if self._mean is None:
@@ -487,14 +478,11 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.log.note_traffic(traffic)
         self._mean.note(traffic.events)
         self.last_nodes = self._grid.node_ids + self._missing
-        self._learn_speed(traffic)
+        if epochs := self.log.record.local_epochs:
+            self.progress = self.progress.timed(traffic.seconds, epochs)
         recovery = self._grid.transport.recovery
         if recovery is not None:
             self._mean.require(recovery.required(self.num_participants))
-
-    def _learn_speed(self, traffic: RoundTraffic) -> None:
-        if epochs := self.log.record.local_epochs:
-            self.progress = self.progress.timed(traffic.seconds, epochs)
 
     def _in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
         """Sort by participant where the sum's last bit depends on the order: float64 models."""
@@ -511,64 +499,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
     def _content(self, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
         return RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
 
-    def _aggregated(
-        self, aggregate: Callable[[list[RecordDict], str], MetricRecord], contents: list[RecordDict]
-    ) -> MetricRecord | None:
-        """Aggregate metrics; metrics that do not fit together never cost the trained model."""
-        if not contents:
-            return None
-        try:
-            return aggregate(contents, self.weighted_by_key)
-        except Exception:  # a user's function over participants' input: anything may happen
-            log(WARNING, "CoLearn: the metrics could not be aggregated", exc_info=True)
-            return None
-
     def _clear(self) -> None:
         """Forget an earlier run."""
         self.progress, self._mean = Progress(), None
         self.last_nodes, self._missing = [], []
         self._shared.clear()
         self.log.clear()
-
-    def _refuse_foreign_loop(self) -> None:
-        """Raise for what only our own loop, or a connected grid, can do."""
-        if self._timeout is not None:
-            return
-        total = None if self.algorithm is None else self.algorithm.total_epochs
-        for name, value in (("total_epochs", total), ("checkpoints", self.checkpoints)):
-            if value is not None:
-                raise expected(
-                    f"{name} under a wrapper such as differential privacy",
-                    "None, since the wrapper's start runs Flower's loop, which has neither a "
-                    "budget nor checkpoints; use num_rounds, or flwr_colearn.run",
-                    value,
-                )
-        mine = self.transport
-        if not (mine.normalization.travels_whole and mine.compression.is_plain):
-            raise expected(
-                "compression and normalization under a wrapper such as differential privacy",
-                "those of the grid, wrapper.start(Transport(...).connect(grid), ...), since the "
-                "wrapper's start runs Flower's loop on it",
-                f"{mine.compression}, {mine.normalization}",
-            )
-        if self._grid is not None:
-            self._grid.transport.check_privacy()
-
-    def _warn_of_foreign_loop(self, server_round: int) -> None:
-        if self._timeout is None and server_round == 1 and self._shared.untrained:
-            warn_of_private_statistics(self._shared.untrained)
-
-
-def _evaluated(reply: Message, weighted_by_key: str) -> bool:
-    try:
-        examples_of(reply, weighted_by_key)
-    except ColearnError as error:
-        node = reply.metadata.src_node_id
-        log(WARNING, "CoLearn: evaluation of node %s left out: %s", node, error)
-        return False
-    return True
-
-
-def _number(config: ConfigRecord, key: str) -> float:
-    value = config.get(key)
-    return float(value) if isinstance(value, int | float) else 0.0
