@@ -44,7 +44,7 @@ def numpy_client_app(client_fn: ClientFn, mods: Sequence[Mod] = ()) -> ClientApp
     the config as a dict, from which ``LocalPlan.from_config(config)`` reads the plan. Values of
     the config may be lists, which the legacy API does not have.
 
-    The metrics travel in a ``MetricRecord``, so booleans become 0 and 1. Metrics that are not
+    The metrics are sent in a ``MetricRecord``, so booleans become 0 and 1. Metrics that are not
     numbers are left out, and a warning names each of them once. The app adds ``num-examples`` and,
     to the metrics of an evaluation, ``loss``.
 

@@ -13,7 +13,7 @@ from .errors import ColearnError, expected
 NDArray = npt.NDArray[Any]
 
 Arrays = Mapping[str, NDArray]
-"""A model: its arrays by name, in the order in which they travel."""
+"""A model: its arrays by name, in the order of the messages."""
 
 
 class Role(StrEnum):

@@ -28,7 +28,7 @@ class Transport:
 
     ::
 
-        strategy ──> Recovery > Normalization > Compression > Meter ──> Flower's grid
+        strategy --> Recovery > Normalization > Compression > Meter --> Flower's grid
 
     The strategies of this package have a transport of their own. Any other strategy uses one in
     its ServerApp::

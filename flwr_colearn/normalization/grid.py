@@ -111,7 +111,7 @@ class NormalizationGrid(RewritingGrid):
         leaked = [name for name in arrays if name in self._model.local]
         if leaked:
             raise ColearnError(
-                f"reply: expected only what travels under {self.scheme.name}, found '{leaked[0]}'; "
+                f"reply: expected only shared arrays of {self.scheme.name}, found '{leaked[0]}'; "
                 "add participant_mod to the mods of the ClientApp"
             )
 

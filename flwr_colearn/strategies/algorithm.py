@@ -99,7 +99,7 @@ class Algorithm:
     def _epochs(self, last: int, relative_change: float | None) -> int:
         if not last:
             return int(self.local_epochs.initial)
-        # A round without an average says nothing about a plateau.
+        # Without an average eq. 4 has nothing to compare.
         if relative_change is None:
             return last
         chosen = int(self.local_epochs.next(last, relative_change))
