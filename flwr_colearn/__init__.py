@@ -1,7 +1,7 @@
-"""Co-learning across data centers as a Flower strategy: few, long rounds, every failure survived.
+"""Co-learning across data centers as a Flower strategy: few, long rounds, with failure recovery.
 
-On the server ``CoLearn`` takes the place of ``FedAvg``; a participant iterates the ``LocalPlan``
-that it finds in its train config. The rest are the values that the two are made of.
+On the server ``CoLearn`` takes the place of ``FedAvg``. A participant reads the ``LocalPlan`` from
+its train config and iterates it. The other names are the arguments and parts of these two.
 """
 
 from ._version import __version__

@@ -1,4 +1,4 @@
-"""Everything that this plugin takes from Flower outside its public modules, in one place."""
+"""All uses of Flower's non-public modules, and the code for differences between its versions."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,15 +12,15 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy.strategy_utils import config_to_str as config_to_str
 
 REFUSED = 1000
-"""Code of an error reply that stands for a reply which a layer of ours refused. Flower's are below.
-"""
+"""Error code of a reply that a layer of this package refused. Flower's own codes are smaller."""
 
 CLIENT_RAISED = 2
 """Flower's code for an exception in a ClientApp."""
 
 
 def set_message_id(message: Message, message_id: str) -> None:
-    """Set the id by which a message is known; Flower's grids do the same when they push one."""
+    """Set a message's id, as Flower's grids do when they push the message."""
+    # Flower's Metadata has no setter for the id, so the attribute behind the property is written.
     message.metadata.__dict__["_message_id"] = message_id
 
 
@@ -50,24 +50,28 @@ def state_to_bytes(state: RecordDict) -> bytes:
 
 
 def state_from_bytes(data: bytes) -> RecordDict:
-    """Return what `state_to_bytes` was given."""
+    """Return the state that `state_to_bytes` serialised."""
     return recorddict_from_proto(RecordDictProto.FromString(data))
 
 
 def nodes_of(grid: Grid) -> Iterable[Any]:
-    """Return what Flower knows of the connected nodes: in 1.29 nothing but their ids."""
+    """Return Flower's descriptions of the connected nodes; none where the grid has no such method.
+
+    Flower 1.29 has only ids of nodes, and the method `get_nodes` came later.
+    """
     get_nodes = getattr(grid, "get_nodes", None)
     return get_nodes() if get_nodes is not None else ()
 
 
 def node_names(grid: Grid) -> dict[int, str]:
-    """Return the names with which connected nodes are registered, where they have one."""
+    """Return the registered names of the connected nodes that have one, by node id."""
     named = {info.node_id: getattr(info, "name", "") for info in nodes_of(grid)}
     return {node_id: name for node_id, name in named.items() if name}
 
 
 def is_private(strategy: object) -> bool:
-    """Return whether a strategy is one of Flower's wrappers that add noise."""
+    """Return whether a strategy is one of Flower's differential privacy wrappers."""
+    # By name: the wrappers have no common base class but Strategy.
     return any(
         kind.__module__.startswith("flwr.") and kind.__name__.startswith("DifferentialPrivacy")
         for kind in type(strategy).__mro__
@@ -75,20 +79,20 @@ def is_private(strategy: object) -> bool:
 
 
 def assume_identity() -> None:
-    """Let ``Message(...)`` be called outside a Flower run, as flwr demands since 1.38."""
+    """Make ``Message(...)`` callable outside a Flower run, which needs an identity since 1.38."""
     try:
         from flwr.supercore.task_identity import TaskIdentity
-    except ImportError:  # flwr < 1.38 asks for none
+    except ImportError:  # flwr < 1.38 needs no identity
         return
     for name in ("task_id", "run_id", "node_id"):
         try:
             getattr(TaskIdentity, name)
-        except RuntimeError:
+        except RuntimeError:  # not set; an identity that Flower set must stay
             setattr(TaskIdentity, name, 1)
 
 
 def empty_run(run_id: int) -> Any:
-    """Return Flower's description of a run about which only the id is known."""
+    """Return Flower's description of a run that has nothing but its id."""
     try:
         from flwr.supercore.run import Run
     except ImportError:  # flwr < 1.38

@@ -1,4 +1,4 @@
-"""Checkpoints: one file a round, written atomically, verified when read, no pickle."""
+"""Checkpoints: one file per round, written atomically, verified when read, without pickle."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ _NODES = "nodes.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after a completed round.
+    """The state of a run after a completed round.
 
     Attributes
     ----------
@@ -32,9 +32,9 @@ class Checkpoint:
     arrays : mapping of str to numpy.ndarray
         The shared model.
     state : dict
-        All else that the run needs to go on, as JSON can hold it.
+        The rest of the run's state, in types that JSON has.
     extra : mapping of str to numpy.ndarray
-        Further arrays that the run needs, such as momentum.
+        Further arrays of the run's state, such as momentum.
     """
 
     round: int
@@ -47,16 +47,16 @@ class CheckpointFolder:
     """The checkpoints of one run.
 
     A checkpoint is an ``.npz`` file: the model's arrays under ``array-0``, ``array-1``, ...,
-    further ones under ``extra-0``, ... and the state as JSON under ``state``. It is written aside,
-    flushed to the disk and renamed, so there is never half a checkpoint under its name, and the
-    name carries the first 16 digits of the file's SHA-256, so a damaged one is found out.
+    further ones under ``extra-0``, ... and the state as JSON under ``state``. It is written to a
+    temporary file, flushed to the disk and renamed, so a file with a checkpoint's name is always
+    complete. The name has the first 16 digits of the file's SHA-256, by which damage is detected.
 
     Parameters
     ----------
     path : str or Path
-        Made when first needed.
+        The folder; created by the first write.
     keep : int, default 3
-        So many of the newest are kept.
+        The number of checkpoints to keep; older ones are removed.
 
     Raises
     ------
@@ -74,28 +74,31 @@ class CheckpointFolder:
         Returns
         -------
         Path or None
-            ``None`` if it could not be written (a full disk, say): the log says so, and the run
-            goes on with the older ones.
+            ``None`` if the checkpoint could not be written, for example because the disk is full.
+            The log contains a warning then, and the older checkpoints stay.
         """
         scratch = self.path / f".round-{checkpoint.round:06d}.tmp"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _write(scratch, checkpoint)
+            # The digest is of the file and not of the arrays, so it covers the zip's structure too.
             target = self.path / f"round-{checkpoint.round:06d}-{_digest(scratch)}.npz"
             scratch.replace(target)
+            # The rename itself is durable only when the folder's entry is on the disk.
             _flush_folder(self.path)
-            # Those of later rounds were found to be damaged, or this run would be past them.
+            # Checkpoints of later rounds are damaged: the run would have resumed from them.
             kept = [path for path in self._files() if _round_of(path) <= checkpoint.round]
             for old in set(self._files()) - set(kept[: self.keep]):
                 old.unlink()
         except OSError as error:
+            # A long run must not end because a disk is full: only the newest checkpoint is missing.
             log(WARNING, "Checkpoint of round %s not written: %s", checkpoint.round, error)
             _remove(scratch)
             return None
         return target
 
     def note_nodes(self, server_round: int, nodes: list[int]) -> None:
-        """Write down to which nodes a round is about to be sent; until the next such note."""
+        """Save the ids of the nodes to which a round is about to be sent, replacing older ones."""
         scratch = self.path / f".{_NODES}.tmp"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -104,19 +107,20 @@ class CheckpointFolder:
                 _flush(file)
             scratch.replace(self.path / _NODES)
         except OSError as error:
-            log(WARNING, "Nodes of round %s not written down: %s", server_round, error)
+            log(WARNING, "Nodes of round %s not saved: %s", server_round, error)
             _remove(scratch)
 
     def noted_nodes(self, server_round: int) -> list[int]:
-        """Return the nodes noted for a round; none if none, or others, were."""
+        """Return the nodes that were saved for a round; none if the file is of another round."""
         try:
             noted = json.loads((self.path / _NODES).read_text())
             return [int(node) for node in noted["nodes"]] if noted["round"] == server_round else []
-        except (OSError, ValueError, KeyError, TypeError):  # no note, or a damaged one
+        # The nodes only repeat a random choice, so a missing or damaged file is no reason to stop.
+        except (OSError, ValueError, KeyError, TypeError):
             return []
 
     def latest(self) -> Checkpoint | None:
-        """Return the newest checkpoint that is undamaged, or None if there is none at all.
+        """Return the newest undamaged checkpoint, or None if the folder holds no checkpoints.
 
         Raises
         ------
@@ -133,10 +137,11 @@ class CheckpointFolder:
             else:
                 log(INFO, "Checkpoint: %s", path)
                 return checkpoint
+        # A new run in the same folder would remove the damaged files, so the user has to decide.
         if damaged:
             raise ColearnError(
                 f"checkpoints in {self.path}: expected an undamaged one, found only {damaged}; "
-                "move them away to begin anew"
+                "move them away to start a new run"
             )
         return None
 
@@ -149,7 +154,7 @@ class CheckpointFolder:
 
 
 def as_folder(value: str | Path | CheckpointFolder | None) -> CheckpointFolder | None:
-    """Return `value` as a folder of checkpoints; None stays None."""
+    """Return `value` as a `CheckpointFolder`, and None as None."""
     return CheckpointFolder(value) if isinstance(value, str | Path) else value
 
 
@@ -173,18 +178,19 @@ def read(path: str | Path) -> Checkpoint:
             raise ValueError(f"its SHA-256 begins with {found}")
         with np.load(path, allow_pickle=False) as file:
             state = json.loads(file[_STATE].tobytes())
+            # Checkpoints of older versions have no "extra-names".
             names, extra_names = state.pop("names"), state.pop("extra-names", [])
             arrays = {name: file[f"array-{index}"] for index, name in enumerate(names)}
             extra = {name: file[f"extra-{index}"] for index, name in enumerate(extra_names)}
         return Checkpoint(int(match[1]), arrays, state, extra)
-    except Exception as error:  # whatever a damaged file makes the readers raise
+    except Exception as error:  # zipfile, numpy and json raise many types for damaged data
         raise ColearnError(
             f"checkpoint {path}: expected an undamaged file, found {error or type(error).__name__}"
         ) from None
 
 
 def check_same_configuration(saved: Mapping[str, str], current: Mapping[str, str]) -> None:
-    """Raise a ColearnError that names what differs between two configurations."""
+    """Raise a ColearnError that names the first difference between two configurations."""
     for key in {**saved, **current}:
         if saved.get(key) != current.get(key):
             raise ColearnError(
@@ -195,7 +201,7 @@ def check_same_configuration(saved: Mapping[str, str], current: Mapping[str, str
 
 
 def describe_arrays(arrays: Arrays) -> str:
-    """Return a short text that differs for models of different names, shapes or types."""
+    """Return a short text that differs for models of different array names, shapes or types."""
     signature = [(name, array.dtype.str, array.shape) for name, array in arrays.items()]
     digest = hashlib.sha256(repr(signature).encode()).hexdigest()[:8]
     return (
@@ -204,6 +210,8 @@ def describe_arrays(arrays: Arrays) -> str:
 
 
 def _write(path: Path, checkpoint: Checkpoint) -> None:
+    # Names of arrays may hold any character, and names in a zip file may not: so they go into the
+    # state, and the members of the file are numbered.
     names = {"names": list(checkpoint.arrays), "extra-names": list(checkpoint.extra)}
     state = json.dumps({**checkpoint.state, **names})
     members: dict[str, NDArray] = {

@@ -1,4 +1,4 @@
-"""The one error family of the plugin."""
+"""The exceptions of the plugin, and the checks of numbers that raise them."""
 
 import math
 from numbers import Integral, Real
@@ -8,27 +8,27 @@ from typing import Any
 class ColearnError(Exception):
     """Raised for every fault that flwr-colearn recognises.
 
-    The message says what was expected, what was found and where to mend it.
+    The message states what was expected, what was found and, where that helps, the remedy.
 
     Attributes
     ----------
     result : flwr.serverapp.strategy.Result or None
-        What a run had reached when it ended with this error, the model of its last completed
-        round included; ``None`` where no run was under way.
+        The result up to the last completed round of the run that ended with this error, with its
+        model; ``None`` where no run was under way.
     """
 
     result: Any = None
 
 
 class NotAnsweredError(ColearnError):
-    """Raised for a reply that answers nothing yet: its participant is asked again.
+    """Raised for a valid reply that does not contain the answer yet.
 
-    Unlike a reply that is refused, there is nothing wrong with it.
+    The server sends the message again, and does not count the reply as refused.
     """
 
 
 NOT_FINITE = "expected finite numbers, found NaN or Inf"
-"""What is wrong with a model that has diverged, after the name of its first such array."""
+"""End of the error message for a diverged model; the name of its first such array precedes it."""
 
 
 def expected(what: str, wanted: str, found: object) -> ColearnError:
@@ -38,6 +38,7 @@ def expected(what: str, wanted: str, found: object) -> ColearnError:
 
 def whole_number(what: str, value: object, least: int) -> int:
     """Return `value` as int, or raise unless it is a whole number of at least `least`."""
+    # bool is a subclass of int, and True as a number of rounds is a mistake.
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise expected(what, f"a whole number of at least {least}", value)
     return int(value)
@@ -57,6 +58,7 @@ def real_number(what: str, value: object, least: float, most: float = math.inf) 
 def decay_factor(what: str, value: object) -> float:
     """Return `value` as float, or raise unless it is a number in (0, 1]."""
     number = _as_float(value)
+    # Written so that NaN, for which every comparison is false, is refused too.
     if not 0.0 < number <= 1.0:
         raise expected(what, "a number in (0, 1]", value)
     return number

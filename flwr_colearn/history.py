@@ -1,4 +1,4 @@
-"""What happened in every round: RoundRecord, and the history it is written to."""
+"""RoundRecord, the record of one round, and History, the records of a run in memory and on disk."""
 
 import json
 import math
@@ -21,48 +21,48 @@ if TYPE_CHECKING:
 
 @dataclass
 class RoundRecord:
-    """One communication round.
+    """The record of one communication round.
 
     Attributes
     ----------
     round : int
-        From 1.
+        The number of the round, from 1.
     local_epochs : int
         T_i.
     learning_rate : float
-        eta^i; of a schedule that has none, the rate of the first epoch.
+        eta^i; where the schedule has none, the rate of the first epoch.
     epochs_done : int
-        Local epochs of every participant up to the end of this round.
+        The local epochs of every participant up to the end of this round.
     relative_change : float or None
         |w^{i+1} - w^i| / |w^i| over the trainable arrays: what eq. 4 compares with epsilon to
         decide the next round's T. ``None`` until the round is closed.
     bytes_down, bytes_up : int or None
-        Bytes of the serialised arrays sent to, and received from, all participants for training,
-        as they travelled (compressed where `flwr_colearn.Compression` says so), restarts and
-        refused replies included. ``None`` where nothing counted them: in a loop of others, without
-        ``Transport(...).connect(grid)``.
+        The bytes of the serialised arrays sent to, and received from, all participants for
+        training, after any compression (see `flwr_colearn.Compression`), with those of restarts
+        and refused replies. ``None`` where they are not counted: in another loop than
+        `flwr_colearn.run`, without ``Transport(...).connect(grid)``.
     control_down, control_up : int or None
-        Bytes of configs and metrics that went with them.
+        The bytes of the configs and metrics in the same messages.
     evaluation : dict
-        What the participants' evaluation of the shared model moved: ``bytes_down``, ``bytes_up``,
-        ``control_down`` and ``control_up``. Empty if they evaluated nothing.
+        The traffic of the participants' evaluation of the shared model: ``bytes_down``,
+        ``bytes_up``, ``control_down`` and ``control_up``. Empty without such an evaluation.
     participants : list of str
-        Those whose model is in the average.
+        The participants whose models are in the average.
     refusals : list of dict
-        Replies left out, each with ``participant`` and ``reason``.
+        The refused replies, each with ``participant`` and ``reason``.
     restarts : list of dict
-        Participants whose training was started again, each with ``participant`` and ``reason``.
+        The participants whose training was restarted, each with ``participant`` and ``reason``.
     absences : list of dict
-        Participants that the round did without, each with ``participant`` and ``reason``.
+        The participants without a model in the average, each with ``participant`` and ``reason``.
     normalization : dict
-        Where a scheme changes what travels: its name as ``scheme``; under ``reinitialised`` the
-        participants that had lost their local arrays; and, where part of the model exists at the
-        participants only, what that means as ``shared-model``.
+        Empty unless a scheme changes which arrays are exchanged. Then ``scheme`` is its name,
+        ``reinitialised`` lists the participants that had lost their local arrays, and
+        ``shared-model`` is a note that the shared model is partial, if it is.
     seconds : float
-        From the round's plan to its record.
+        The seconds from the round's plan to its record.
     train_metrics, evaluate_metrics, server_metrics : dict
-        Aggregated metrics of the participants' training and evaluation, and of the server's own
-        evaluation of the shared model.
+        The aggregated metrics of the participants' training and evaluation, and those of the
+        server's own evaluation of the shared model.
     """
 
     round: int
@@ -90,7 +90,7 @@ class RoundRecord:
         return to_line(self)
 
     def log(self) -> None:
-        """Write the round as branches of Flower's log."""
+        """Write the round to Flower's log, in the form of Flower's own entries."""
         change = self.relative_change
         log(INFO, "CoLearn: round %s complete in %.1f s", self.round, self.seconds)
         log(INFO, "\t├── Local epochs: %s (%s in all)", self.local_epochs, self.epochs_done)
@@ -124,7 +124,7 @@ class RoundRecord:
 
 
 _OLD_KEYS = {"fresh": "reinitialised"}
-"""Keys of a record's normalization until 0.4, and what they are called now."""
+"""The keys of a record's normalization up to version 0.4, and their present names."""
 
 
 def _spelled(size: int | None) -> str:
@@ -132,7 +132,7 @@ def _spelled(size: int | None) -> str:
 
 
 class Record(Protocol):
-    """What a `RecordFile` holds: one round."""
+    """The record of one round, an element of a `RecordFile`."""
 
     def to_json(self) -> str:
         """Return the record as one line."""
@@ -142,7 +142,7 @@ class Record(Protocol):
         """Read a record back."""
 
     def log(self) -> None:
-        """Write what happened to Flower's log."""
+        """Write the record to Flower's log."""
 
 
 R = TypeVar("R", bound=Record)
@@ -154,8 +154,8 @@ class RecordFile(Generic[R]):
     Parameters
     ----------
     path : str or Path, optional
-        Written line by line, flushed with every round; the first record of a run replaces what an
-        earlier run left there.
+        The file. Every round appends a line; the first record of a run replaces the lines of an
+        earlier run.
     """
 
     kind: type[R]
@@ -173,22 +173,24 @@ class RecordFile(Generic[R]):
         return len(self.records)
 
     def append(self, record: R) -> None:
-        """Add a complete round: keep it, write it, log it."""
+        """Add the record of a complete round to the list, the file and the log."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # The first record of a run overwrites: the rounds of two runs must not be mixed.
             with self.path.open("a" if self.records else "w") as file:
                 file.write(record.to_json() + "\n")
         self.records.append(record)
         record.log()
 
     def clear(self) -> None:
-        """Forget the records of an earlier run; its file stays until a new record is written."""
+        """Remove the records of an earlier run; its file stays until a new record is written."""
         self.records = []
 
     def restore(self, records: Iterable[R]) -> None:
-        """Go on from these records: what the file holds beyond them is dropped."""
+        """Replace the records in memory and in the file by these."""
         self.records = list(records)
         if self.path is not None:
+            # A killed run may have written rounds after its last checkpoint, which are run again.
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("".join(record.to_json() + "\n" for record in self.records))
 
@@ -222,27 +224,27 @@ class History(RecordFile[RoundRecord]):
 
     @property
     def bytes_total(self) -> int:
-        """Bytes of arrays moved for training, in both directions, as far as they were counted."""
+        """The bytes of arrays moved for training, both directions, as far as they were counted."""
         return sum((record.bytes_down or 0) + (record.bytes_up or 0) for record in self.records)
 
     @property
     def epochs_path(self) -> list[int]:
-        """T_i of every round."""
+        """The local epochs T_i of every round."""
         return [record.local_epochs for record in self.records]
 
 
 class RoundLog:
-    """The record of the round under way, and the history that it goes to in the end.
+    """The record of the round under way, and the history to which it is appended at the end.
 
     Parameters
     ----------
     history : str, Path or History, optional
-        Where the rounds are recorded: a file for JSON lines, or a `History`. By default in memory.
+        A file for JSON lines, or a `History`. By default the history is in memory only.
 
     Attributes
     ----------
     history : History
-        The rounds that are complete.
+        The records of the complete rounds.
     """
 
     def __init__(self, history: str | Path | History | None = None) -> None:
@@ -262,7 +264,7 @@ class RoundLog:
         Raises
         ------
         ColearnError
-            If none is.
+            If no round is under way.
         """
         if self._record is None:
             raise ColearnError(
@@ -271,22 +273,22 @@ class RoundLog:
         return self._record
 
     def clear(self) -> None:
-        """Forget an earlier run."""
+        """Remove the records of an earlier run."""
         self._record = None
         self.history.clear()
 
     def open(self, record: RoundRecord) -> None:
-        """Begin a round."""
+        """Open the record of a new round."""
         self._record, self._opened_at = record, time.perf_counter()
 
     def note(self, **metrics: Mapping[str, Any] | None) -> None:
-        """Keep metrics (train_metrics=, evaluate_metrics=, server_metrics=) for the record."""
+        """Set metrics of the record (train_metrics=, evaluate_metrics=, server_metrics=)."""
         if self._record is not None:
             for name, values in metrics.items():
                 setattr(self._record, name, dict(values or {}))
 
     def note_events(self, events: Iterable[Event]) -> None:
-        """Record what happened to participants."""
+        """Record events of participants."""
         record = self.record
         lists = {
             "restart": record.restarts,
@@ -294,13 +296,14 @@ class RoundLog:
             "absence": record.absences,
         }
         for event in events:
+            # A reinitialised participant is in the average all the same, and it has no reason.
             if event.kind == "reinitialised":
                 record.normalization.setdefault(event.kind, []).append(event.participant)
             else:
                 lists[event.kind].append(event.entry())
 
     def note_traffic(self, traffic: RoundTraffic) -> None:
-        """Add what moved for training, and what happened."""
+        """Add the traffic and the events of training."""
         record = self.record
         record.bytes_down = (record.bytes_down or 0) + traffic.bytes.down
         record.bytes_up = (record.bytes_up or 0) + traffic.bytes.up
@@ -309,7 +312,8 @@ class RoundLog:
         self.note_events(traffic.events)
 
     def note_evaluation(self, traffic: RoundTraffic) -> None:
-        """Add what moved for the participants' evaluation."""
+        """Add the traffic of the participants' evaluation."""
+        # Without an evaluation the record's entry stays empty.
         if self._record is None or not any(traffic.bytes + traffic.control):
             return
         for name, count in (("bytes", traffic.bytes), ("control", traffic.control)):
@@ -321,7 +325,7 @@ class RoundLog:
         """Complete the record of the round under way and write it."""
         record = self.record
         record.relative_change = relative_change
-        record.participants.sort()  # they arrived in any order
+        record.participants.sort()  # replies arrive in any order
         record.seconds = round(time.perf_counter() - self._opened_at, 3)
         self._record = None
         self.history.append(record)
@@ -341,11 +345,11 @@ def from_line(kind: type[D], line: str, numbers: Iterable[str]) -> D:
     Parameters
     ----------
     kind : type
-        A dataclass; keys that it does not have are passed over.
+        A dataclass; keys that it does not have are ignored.
     line : str
-        What `to_line` returned.
+        The line that `to_line` returned.
     numbers : iterable of str
-        Fields that hold numbers only, at any depth: in them strings are numbers that are not
+        The fields that hold numbers only, at any depth: a string in them is a number that is not
         finite.
 
     Raises
@@ -355,6 +359,7 @@ def from_line(kind: type[D], line: str, numbers: Iterable[str]) -> D:
     """
     try:
         values = json.loads(line)
+        # A history that a later version wrote may have more keys.
         known = {item.name for item in fields(kind)}
         record = kind(**{key: values[key] for key in values if key in known})
         for name in numbers:
@@ -367,7 +372,7 @@ def from_line(kind: type[D], line: str, numbers: Iterable[str]) -> D:
 
 
 def _unspell(value: Any) -> Any:
-    """Undo `_spell` in metrics, which have no text of their own."""
+    """Undo `_spell` in metrics, in which every string is a spelled number."""
     if isinstance(value, str):
         return float(value)
     if isinstance(value, Mapping):
@@ -378,7 +383,7 @@ def _unspell(value: Any) -> Any:
 
 
 def _spell(value: Any) -> Any:
-    """Replace non-finite floats by 'inf', '-inf', 'nan', which JSON has no numbers for."""
+    """Replace non-finite floats, which JSON does not have, by 'inf', '-inf' or 'nan'."""
     if type(value) is float and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

@@ -45,9 +45,10 @@ class CoLearn(FedAvg):
             for epoch in LocalPlan.from_config(config):
                 train_one_epoch(self.model, self.data, lr=epoch.learning_rate)
 
-    Legacy parameters are nameless, so batch-norm statistics are pooled only if `roles` lists a
-    role for every array. Flower's legacy server always runs ``ServerConfig.num_rounds`` rounds:
-    once `total_epochs` is spent the remaining ones send nothing and change nothing.
+    The arrays of legacy parameters have no names, so batch-norm statistics are pooled only if
+    `roles` lists a role for every array. Flower's legacy server always runs
+    ``ServerConfig.num_rounds`` rounds: once `total_epochs` is spent, the remaining rounds send
+    nothing and change nothing.
 
     Parameters
     ----------
@@ -56,10 +57,10 @@ class CoLearn(FedAvg):
     local_epochs, learning_rate, total_epochs, weighting, roles, history
         As for `flwr_colearn.CoLearn`.
     recovery : Recovery, optional
-        As for `flwr_colearn.CoLearn`, as far as the legacy API lets us: participants that failed
-        are asked again through the same ``ClientProxy``, all of them at once. One whose SuperNode
-        came back with another node id is not recognised, `patience` is not used, and there are no
-        deadlines, checkpoints or resume, and no compression. For SecAgg+ there is
+        As for `flwr_colearn.CoLearn`, within the limits of the legacy API: participants that failed
+        are asked again through the same ``ClientProxy``, all of them at once. A participant whose
+        SuperNode reconnects with another node id is not recognised, `patience` is not used, and
+        there are no deadlines, checkpoints or resume, and no compression. For SecAgg+ there is
         `flwr_colearn.secagg.CoLearn`.
     **kwargs
         The arguments of ``flwr.server.strategy.FedAvg``, except `fraction_fit`, which must stay 1.
@@ -67,12 +68,12 @@ class CoLearn(FedAvg):
     Attributes
     ----------
     history : History
-        The rounds so far.
+        The records of the rounds so far.
 
     Raises
     ------
     ColearnError
-        If an argument is not what it should be; during a run, if no model arrived.
+        If an argument is invalid; during a run, if no model arrived.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class CoLearn(FedAvg):
 
     @property
     def history(self) -> History:
-        """The rounds so far."""
+        """The records of the rounds so far."""
         return self._log.history
 
     def configure_fit(
@@ -131,8 +132,12 @@ class CoLearn(FedAvg):
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Decide T (eq. 4) from the parameters received, and ask K participants to train."""
         arrays = _named(parameters)
+        # Flower's legacy API has no hook for the start of a run: a round number that does not grow
+        # shows that this strategy object is used for a second one.
         if server_round <= self._progress.round:
             self._clear()
+        # The last record is still open where Flower evaluated nothing after it, and eq. 4 below
+        # needs the relative change that `_close` computes.
         self._close(arrays)
         if self._algorithm.spent(self._progress):
             return []
@@ -157,7 +162,7 @@ class CoLearn(FedAvg):
         results: list[tuple[ClientProxy, FitRes]],
         failures: list[FitFailure],
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
-        """Fold the results into the mean (eq. 2), refusing those that do not fit.
+        """Add the results to the mean (eq. 2); invalid results are refused.
 
         Raises
         ------
@@ -165,6 +170,7 @@ class CoLearn(FedAvg):
             If no model arrived at all, a participant is lost (see `recovery`), or one failed and
             `accept_failures` is False.
         """
+        # SecAgg+'s workflow gives every result one and the same Parameters object, the average.
         if len({id(result.parameters) for _, result in results}) < len(results):
             raise ColearnError(
                 "results: expected each participant's own parameters, found one average for all, "
@@ -180,6 +186,7 @@ class CoLearn(FedAvg):
         metrics += self._restart_missing(server_round, failures)
         self._log.note_events(mean.events)
         self._log.record.participants = mean.participants
+        # The mean was computed in the bytes of these records, so nothing is copied here.
         record = self._outgoing.record(mean.mean())
         average = Parameters([array.data for array in record.values()], "numpy.ndarray")
         aggregated: dict[str, Scalar] = {}
@@ -191,7 +198,7 @@ class CoLearn(FedAvg):
     def evaluate(
         self, server_round: int, parameters: Parameters
     ) -> tuple[float, dict[str, Scalar]] | None:
-        """Evaluate the shared model on the server, if an `evaluate_fn` was given."""
+        """Evaluate the shared model on the server, if the strategy has an `evaluate_fn`."""
         outcome = super().evaluate(server_round, parameters)
         if outcome is not None:
             self._log.note(server_metrics={"loss": outcome[0], **outcome[1]})
@@ -216,6 +223,7 @@ class CoLearn(FedAvg):
         failures: list[EvaluateFailure],
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Aggregate the participants' evaluation as FedAvg does, and close the round's record."""
+        # FedAvg divides by the sum of the examples, which is zero without this.
         counted = [item for item in results if item[1].num_examples > 0]
         loss, metrics = super().aggregate_evaluate(server_round, counted, failures)
         self._log.note(evaluate_metrics=metrics if loss is None else {"loss": loss, **metrics})
@@ -244,25 +252,26 @@ class CoLearn(FedAvg):
         self._sent = arrays
 
     def _clear(self) -> None:
-        """Forget an earlier run."""
+        """Reset the strategy to its state before an earlier run."""
         self._progress, self._mean, self._change = Progress(), None, None
         self._log.clear()
 
     def _close(self, arrays: Arrays) -> None:
-        """Complete the record of the round under way, if any, which ended with these arrays."""
+        """Complete the record of the round under way, if any; `arrays` is the shared model."""
         if not self._log.is_open:
             return
         new, old = trainable(arrays, self._roles), trainable(self._sent, self._roles)
+        # Without an average the model is unchanged, which is no plateau in the sense of eq. 4.
         averaged = self._round_mean.count > 0
         self._change = relative_change(new, old) if averaged else None
         self._log.close(self._change)
 
     def _count(self, down: int = 0, up: int = 0) -> None:
-        """Count bytes of tensors that travel: no Grid, and so no meter, is seen from here."""
+        """Count bytes of tensors; the legacy API has no Grid, and so no `MeteringGrid`."""
         self._log.note_traffic(RoundTraffic(bytes=Directions(down, up)))
 
     def _restart_missing(self, server_round: int, failures: list[FitFailure]) -> Metrics:
-        """Ask participants without a usable result again, until the recovery's policy says stop."""
+        """Ask participants without a usable result again, within the limits of the recovery."""
         metrics: Metrics = []
         recovery, mean, restarts = self.recovery, self._round_mean, 0
         while missing := sorted(set(self._asked) - set(mean.participants)):
@@ -275,6 +284,7 @@ class CoLearn(FedAvg):
             time.sleep(recovery.pause_before(restarts))
             restarts += 1
             mean.note(Event("restart", cid, reason) for cid in missing)
+            # Not by `failures`: an exception in them does not state its participant.
             again = [self._asked[cid] for cid in missing]
             self._count(down=sum(_size(instructions.parameters) for _, instructions in again))
             results, failures = fit_clients(again, None, None, server_round)
@@ -283,7 +293,8 @@ class CoLearn(FedAvg):
 
     def _give_up(self, server_round: int, missing: list[str], reason: str) -> None:
         self._round_mean.note(Event("absence", cid, reason) for cid in missing)
-        log(WARNING, "Round %s goes without participants %s: %s", server_round, missing, reason)
+        log(WARNING, "Round %s: participants %s are absent: %s", server_round, missing, reason)
+        # Without recovery the failures are handled as FedAvg does: the others' average counts.
         if self.recovery is None:
             return
         replied = len(self._round_mean.participants)
@@ -295,7 +306,8 @@ class CoLearn(FedAvg):
             )
 
     def _fold_all(self, results: list[tuple[ClientProxy, FitRes]]) -> Metrics:
-        """Fold results into the mean by participant; return the metrics of those accepted."""
+        """Add results to the mean; return the metrics of the accepted ones."""
+        # Sorted, since the last bits of a float64 sum depend on its order.
         ordered = sorted(results, key=lambda item: item[0].cid)
         self._count(up=sum(_size(result.parameters) for _, result in ordered))
         read = [
@@ -312,7 +324,7 @@ class CoLearn(FedAvg):
         return [(result.num_examples, result.metrics) for (result, _), fit in pairs if fit]
 
     def _read(self, participant: str, result: FitRes) -> Arrays | None:
-        """Return a participant's model; None if there is none to read."""
+        """Return a participant's model; None if it cannot be read, which is a refusal."""
         try:
             return _named(result.parameters)
         except ColearnError as error:

@@ -1,4 +1,4 @@
-"""run: the rounds of any Flower strategy, with recovery, a history, checkpoints and resume."""
+"""The function run: a loop for any Flower strategy, with recovery, history and checkpoints."""
 
 import time
 from collections import Counter
@@ -49,17 +49,17 @@ def run(
     history: str | Path | History | None = None,
     resume: Resume = "never",
 ) -> Result:
-    """Run any Flower strategy: its own hooks, round by round, and what Flower's loop has not.
+    """Run any Flower strategy by its hooks, with recovery, a history, checkpoints and resume.
 
     Participants that fail are restarted in the same round, every round is recorded, and with
-    checkpoints a server that was killed goes on in the round it was in. Arrays that the strategy
-    returns get the types of the initial ones back, integers rounded. For strategies of others the
-    statistics of normalization layers are pooled (see `flwr_colearn.stock.Stock`), and the replies
-    are a list in the order of the participants' names.
+    checkpoints a server that was killed resumes the interrupted round. Arrays that the strategy
+    returns are cast to the types of the initial ones; integers are rounded. For strategies outside
+    this package the statistics of normalization layers are pooled (see `flwr_colearn.stock.Stock`),
+    and the replies are a list in the order of the participants' names.
 
-    What a strategy remembers between rounds is saved if it says it by ``strategy_state() -> (json,
-    arrays)`` and takes it back by ``restore_strategy_state(json, arrays)``, or if it is one of
-    Flower's own. Other attributes that change are named in a warning.
+    A checkpoint holds the strategy's own state if the strategy has the methods
+    ``strategy_state() -> (json, arrays)`` and ``restore_strategy_state(json, arrays)``, or if it is
+    one of Flower's. A warning names the other attributes that change.
 
     Parameters
     ----------
@@ -71,22 +71,22 @@ def run(
     initial_arrays : ArrayRecord
         The initial model, by preference with names (``ArrayRecord(model.state_dict())``).
     num_rounds : int or None, default 3
-        ``None`` runs until the strategy's budget is spent.
+        The number of rounds; ``None`` runs until the strategy's budget is spent.
     timeout : float, default 3600
-        Seconds that one attempt of one participant may take.
+        The seconds that one attempt of one participant may take.
     train_config, evaluate_config : ConfigRecord, optional
-        Further entries for the participants.
+        Further config entries for the participants.
     evaluate_fn : callable, optional
         ``(round, arrays) -> MetricRecord | None``: the server's own evaluation, called with round 0
         before the first one.
     transport : Transport, optional
         The features of the exchanges; by default the strategy's, or ``Transport()``.
     checkpoints : str, Path or CheckpointFolder, optional
-        Where the run is saved after every round; by default the strategy's, or nowhere.
+        The folder in which the run is saved after every round; by default the strategy's, or none.
     history : str, Path or History, optional
-        Where the rounds are recorded; by default where the strategy does, or in memory.
+        The history of the rounds; by default the strategy's, or one in memory.
     resume : {"never", "auto"}, default "never"
-        "auto" goes on from the newest checkpoint; without one it begins.
+        "auto" resumes from the newest checkpoint; without a checkpoint a new run starts.
 
     Returns
     -------
@@ -96,9 +96,9 @@ def run(
     Raises
     ------
     ColearnError
-        If a participant is lost, a round brings no model, the checkpoints are damaged or of
+        If a participant is lost, a round produces no model, the checkpoints are damaged or of
         another configuration, or there are some although `resume` is "never". ``error.result``
-        holds what was reached.
+        holds the result up to then.
 
     Examples
     --------
@@ -139,7 +139,8 @@ def run(
 
 
 def _manager_of(strategy: Strategy, history: str | Path | History | None) -> Managed[Any]:
-    """Return the strategy of this package, wrapped or not; else what stands beside another."""
+    """Return the strategy itself if it is one of this package, wrapped or not; else a `Stock`."""
+    # Flower's privacy wrappers hold the strategy that they wrap, whose log and state are needed.
     innermost = list(chain_of(strategy))[-1]
     if not isinstance(innermost, Managed):
         return Stock(strategy, RoundLog(history))
@@ -155,23 +156,23 @@ class _Run:
     Attributes
     ----------
     strategy : Strategy
-        Whose hooks are called.
+        The strategy whose hooks are called.
     manager : Managed
-        The strategy, the one that it wraps, or what stands beside it.
+        The strategy, the one that it wraps, or the `Stock` of one outside this package.
     grid : ConnectedGrid
         Connects to the participants.
     result : Result
-        Filled as the run goes; holds the initial model at first.
+        The result so far; at first the initial model.
     num_rounds : int or None
         The last round; None for the end of the budget.
     timeout : float
-        Least time limit of one attempt of one participant, in seconds.
+        The least time limit of one attempt of one participant, in seconds.
     train_config, evaluate_config : ConfigRecord
-        Further entries for the participants.
+        Further config entries for the participants.
     evaluate_fn : callable or None
         The server's own evaluation.
     checkpoints : CheckpointFolder or None
-        Where the run is saved.
+        The folder in which the run is saved.
     """
 
     strategy: Strategy
@@ -198,6 +199,7 @@ class _Run:
             error.result = self.result
             raise
         finally:
+            # The events are most useful after an error, so they are logged then too.
             self._log_events()
             self.manager.end()
         log(INFO, "")
@@ -213,7 +215,10 @@ class _Run:
             self._round(done)
 
     def _round(self, server_round: int) -> None:
+        # A strategy whose round is not one exchange of models, such as DynamicAveraging, has a
+        # method `round`, which takes the place of Flower's hooks for training.
         own = getattr(self.strategy, "round", None)
+        # A copy of the config, since strategies add entries such as the round to it.
         arrays, metrics = (own or self._train)(
             server_round, self.result.arrays, ConfigRecord({**self.train_config}), self.grid
         )
@@ -222,6 +227,8 @@ class _Run:
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             self.result.train_metrics_clientapp[server_round] = metrics
+        # The record is closed after both evaluations, whose metrics it holds, and the checkpoint
+        # is saved after that, so that it holds the record.
         self._evaluate(server_round)
         self._evaluate_on_server(server_round)
         self.manager.close(self.result.arrays)
@@ -239,10 +246,12 @@ class _Run:
         if isinstance(manager, Stock):
             arrays = manager.floats_of(arrays)
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        # Flower's strategies sample nodes in random order, which must not decide the order of sums.
         if isinstance(manager, Stock):
             messages.sort(key=lambda message: message.metadata.dst_node_id)
         messages = self._same_nodes(server_round, messages)
         within = reply_within(manager.time_limit)
+        # A wrapper around the strategy may read the replies more than once, so it gets a list.
         if manager.streams and isinstance(self.strategy, Managed):
             replies: Iterable[Message] = grid.stream(messages, timeout=within)
         else:
@@ -255,10 +264,10 @@ class _Run:
     def _aggregated(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return what the strategy makes of the replies."""
+        """Return the strategy's aggregate of the replies."""
         if not isinstance(self.manager, Stock):
             return self.strategy.aggregate_train(server_round, replies)
-        # Now: the strategy may change the replies.
+        # Before the strategy's aggregation, which may change the replies.
         good = [reply for reply in replies if reply.has_content()]
         names = [self.grid.name_of(reply.metadata.src_node_id) for reply in good]
         statistics = self.manager.statistics_of(good)
@@ -271,9 +280,10 @@ class _Run:
         return average, metrics
 
     def _same_nodes(self, server_round: int, messages: list[Message]) -> list[Message]:
-        """Return the messages, to the nodes that they were sent to before the server was killed.
+        """Return the messages, in a resumed round addressed to the nodes of the interrupted one.
 
-        The nodes are saved before anything is sent, since a strategy may choose at random.
+        A strategy may choose nodes at random, and only the nodes of the interrupted round have
+        started this training. The nodes are therefore saved before the messages are sent.
         """
         if self.checkpoints is None or not messages:
             return messages
@@ -281,7 +291,7 @@ class _Run:
         before = [n for n in self.checkpoints.noted_nodes(server_round) if n in connected]
         nodes = [message.metadata.dst_node_id for message in messages]
         if len(before) == len(nodes) and set(before) != set(nodes):
-            log(INFO, "Run: round %s goes on with the nodes that it had begun with", server_round)
+            log(INFO, "Run: round %s resumes with the nodes of its first attempt", server_round)
             pairs = zip(messages, before, strict=True)
             messages, nodes = [copied(m, m.content, node) for m, node in pairs], before
         self.checkpoints.note_nodes(server_round, nodes)
@@ -290,11 +300,12 @@ class _Run:
     def _recalibrated(
         self, server_round: int, average: ArrayRecord, within: float | None
     ) -> ArrayRecord:
-        """Return the average with statistics that participants computed under it.
+        """Return the average with statistics that the participants computed under it.
 
-        Whoever fails is restarted like a participant that trains; one that is refused is left out,
-        and if nobody is left the statistics stay as they are.
+        A participant that fails is restarted as in training. A refused reply is left out, and
+        without any accepted reply the statistics stay unchanged.
         """
+        # Flower's strategies take the keys of records as arguments, and the ClientApp expects them.
         keys = Keys(
             *(
                 getattr(self.strategy, name, default)
@@ -306,6 +317,7 @@ class _Run:
             )
         )
         exchange = Recalibration(average, self.manager.roles, self.manager.weighting, keys)
+        # A node that has left since the training would only use up the time limit.
         connected = set(self.grid.get_node_ids())
         nodes = [node for node in self.grid.node_ids if node in connected]
         messages = exchange.messages(nodes, {"server-round": server_round})
@@ -348,9 +360,10 @@ class _Run:
     # Beginning, saving, resuming ----------------------------------------------------------------
 
     def _begin(self, resume: Resume) -> int:
-        """Prepare a new or resumed run; return the last completed round."""
+        """Prepare a new or resumed run; return the number of its last completed round."""
         if resume not in ("never", "auto"):
             raise expected("resume", "'never' or 'auto'", resume)
+        # Before the checkpoint is restored, since `begin` resets the state of an earlier run.
         self.manager.begin(self.grid, self.timeout, self.num_rounds, self._save_unfinished)
         self._log_start()
         folder, done = self.checkpoints, 0
@@ -363,15 +376,17 @@ class _Run:
                 )
             done = self._restore(saved)
             log(INFO, "%s: resumed after round %s", type(self.strategy).__name__, done)
+        # Round 0 is saved too: a run that is killed in round 1 resumes with the same session.
         if not done:
             self._evaluate_on_server(0)
             self._save(0)
         return done
 
     def _restore(self, saved: Checkpoint) -> int:
-        """Go on from a checkpoint; return the last completed round."""
+        """Restore the run from a checkpoint; return the number of its last completed round."""
         try:
             self._restore_state(saved)
+            # A checkpoint from the middle of a round: the same round is called again.
             return saved.round if saved.state["complete"] else saved.round - 1
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ColearnError(
@@ -382,11 +397,13 @@ class _Run:
     def _restore_state(self, saved: Checkpoint) -> None:
         state, history = saved.state, self.manager.log.history
         check_same_configuration(state["configuration"], self._configuration())
+        # Participants keep their state by session, so a resumed run must have the same.
         self.grid.session = str(state["session"])
         self.result.arrays = to_record(dict(saved.arrays))
         history.restore([history.kind.from_json(line) for line in state["history"]])
         restore_state(self.strategy, (state["strategy"], dict(saved.extra)))
         self.manager.restore_own_state(state["own"])
+        # The records hold all metrics of the Result, which are therefore not saved twice.
         for record in history:
             for name, by_round in (
                 ("train_metrics", self.result.train_metrics_clientapp),
@@ -397,7 +414,7 @@ class _Run:
                     by_round[record.round] = MetricRecord(metrics)
 
     def _save_unfinished(self, server_round: int) -> None:
-        """Save the run in the middle of a round, which a resumed run completes."""
+        """Save the run in the middle of a round; a resumed run completes this round."""
         self._save(server_round, complete=False)
 
     def _save(self, server_round: int, complete: bool = True) -> None:
@@ -416,7 +433,7 @@ class _Run:
         self.checkpoints.save(Checkpoint(server_round, shared, state, arrays))
 
     def _configuration(self) -> dict[str, str]:
-        """Return what must be the same for a run to be resumed."""
+        """Return the settings that a resumed run must have in common with the saved one."""
         return {
             **self.manager.configuration(),
             "model": describe_arrays(view(self.result.arrays)),
@@ -433,7 +450,7 @@ class _Run:
         self.strategy.summary()
 
     def _log_events(self) -> None:
-        """Log the run's restarts, refusals and absences by participant."""
+        """Log the numbers of restarts, refusals and absences of the run, by participant."""
         for kind in ("restarts", "refusals", "absences"):
             entries = [
                 entry for record in self.manager.log.history for entry in getattr(record, kind)

@@ -1,4 +1,4 @@
-"""Managed: what `flwr_colearn.run` asks of a strategy besides Flower's own hooks."""
+"""Managed: the interface between `flwr_colearn.run` and a strategy, besides Flower's own hooks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Protocol, TypeVar
@@ -14,48 +14,48 @@ from .transport import ConnectedGrid, Transport
 
 
 class Log(Protocol):
-    """The record of the round under way, and the history that it goes to in the end."""
+    """The record of the round under way, and the history to which it is appended at the end."""
 
     @property
     def history(self) -> RecordFile[Any]:
-        """The rounds that are complete."""
+        """The records of the complete rounds."""
 
     def note(self, **metrics: Mapping[str, Any] | None) -> None:
-        """Keep metrics (train_metrics=, evaluate_metrics=, server_metrics=) for the record."""
+        """Set metrics of the record (train_metrics=, evaluate_metrics=, server_metrics=)."""
 
     def note_traffic(self, traffic: RoundTraffic) -> None:
-        """Add what moved for training, and what happened."""
+        """Add the traffic and the events of training."""
 
     def note_evaluation(self, traffic: RoundTraffic) -> None:
-        """Add what moved for the participants' evaluation."""
+        """Add the traffic of the participants' evaluation."""
 
 
 L = TypeVar("L", bound=Log)
 
 
 class Managed(Generic[L]):
-    """A strategy, or what stands beside one, that knows where its run is and records it.
+    """The interface by which `flwr_colearn.run` manages and records a strategy's run.
 
-    The strategies of this package are of this kind; `flwr_colearn.stock.Stock` stands beside any
-    other. The methods here do nothing, and say that there is nothing.
+    The strategies of this package implement it themselves; `flwr_colearn.stock.Stock` implements it
+    for any other. The methods of this base class do nothing and return empty values.
 
     Attributes
     ----------
     log : RoundLog
-        The record of the round under way, and the history. What moves for training is recorded by
-        the strategy itself, if it has a `log`.
+        The record of the round under way, and the history. A strategy with a `log` records the
+        traffic of training itself.
     transport : Transport
         The features of the strategy's exchanges.
     checkpoints : CheckpointFolder or None
-        Where the run is saved.
+        The folder in which the run is saved.
     time_limit : float or None
-        Seconds that an attempt of the round under way may take.
+        The seconds that an attempt of the round under way may take.
     streams : bool
-        Whether replies may be handed over as they arrive, each once.
+        Whether the strategy takes replies as an iterator, in the order of their arrival.
     roles : mapping
-        What the average does with every array; empty before the first round.
+        The role of every array in the average; empty before the first round.
     weighting : {"uniform", "weighted"}
-        How participants count in an average.
+        The weights of participants in an average.
     """
 
     log: L
@@ -67,12 +67,12 @@ class Managed(Generic[L]):
 
     @property
     def roles(self) -> Mapping[str, Role]:
-        """What the average does with every array; empty before the first round."""
+        """The role of every array in the average; empty before the first round."""
         return {}
 
     @property
     def spent(self) -> bool:
-        """Whether nothing is left to do, whatever the number of rounds."""
+        """Whether the strategy's budget is spent, which ends the run before `num_rounds`."""
         return False
 
     def begin(
@@ -82,19 +82,19 @@ class Managed(Generic[L]):
         num_rounds: int | None,
         save: Callable[[int], None],
     ) -> None:
-        """Begin a run, and forget an earlier one.
+        """Begin a run, and reset the state of an earlier one.
 
         Parameters
         ----------
         grid : ConnectedGrid
             Connects to the participants; its transport has the features of this run.
         timeout : float
-            Seconds that one attempt of one participant may take at least.
+            The least time limit of one attempt of one participant, in seconds.
         num_rounds : int or None
-            The last round; ``None`` for as many as there is a budget for.
+            The last round; ``None`` for the end of the budget.
         save : callable
             ``(round) -> None``: saves the run in the middle of a round. A run that is resumed from
-            there calls ``strategy.round`` with the same round again.
+            this checkpoint calls ``strategy.round`` with the same round again.
         """
 
     def open(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord) -> None:
@@ -105,18 +105,18 @@ class Managed(Generic[L]):
         check_train_reply(sent, reply)
 
     def close(self, arrays: ArrayRecord) -> None:
-        """Complete the record of the round under way, which ended with these arrays."""
+        """Complete the record of the round under way; `arrays` is the new shared model."""
 
     def end(self) -> None:
-        """End a run, however it ended."""
+        """End a run, after its last round or an error."""
 
     def own_state(self) -> dict[str, Any]:
-        """Return what is needed to go on besides ``strategy_state()``, as JSON can hold it."""
+        """Return the state for a checkpoint besides ``strategy_state()``, in types of JSON."""
         return {}
 
     def restore_own_state(self, state: Mapping[str, Any]) -> None:
-        """Go on with what `own_state` returned."""
+        """Restore the state that `own_state` returned."""
 
     def configuration(self) -> dict[str, str]:
-        """Return what must be the same for a run to be resumed."""
+        """Return the settings that a resumed run must have in common with the saved one."""
         return {}

@@ -1,4 +1,4 @@
-"""numpy_client_app: a project's NumPyClients, served by the Message API."""
+"""numpy_client_app: a Message API ClientApp around legacy clients such as NumPyClient."""
 
 from collections.abc import Callable, Mapping, Sequence
 from logging import WARNING
@@ -21,15 +21,15 @@ Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Messag
 def numpy_client_app(client_fn: ClientFn, mods: Sequence[Mod] = ()) -> ClientApp:
     """Return a Message API ClientApp that trains and evaluates with legacy clients.
 
-    A strategy of the Message API, such as `flwr_colearn.CoLearn`, then runs over an unchanged
+    A strategy of the Message API, such as `flwr_colearn.CoLearn`, then works with an unchanged
     ``NumPyClient``. The model's arrays keep their names: `fit` receives and returns them as a list
-    in the model's order, and the app puts the names back.
+    in the model's order, and the app restores the names.
 
     Parameters
     ----------
     client_fn : callable
-        ``Context -> NumPyClient`` or ``Context -> Client``, as Flower's ``ClientApp(client_fn)``
-        takes it. It is called for every message.
+        ``Context -> NumPyClient`` or ``Context -> Client``, as for Flower's
+        ``ClientApp(client_fn)``. The app calls it for every message.
     mods : sequence of Flower mods, optional
         Further mods. They run inside `flwr_colearn.participant_mod`, which the app always has.
 
@@ -40,21 +40,21 @@ def numpy_client_app(client_fn: ClientFn, mods: Sequence[Mod] = ()) -> ClientApp
 
     Notes
     -----
-    `fit` and `evaluate` receive what they receive from Flower's legacy server: new, writable
-    arrays, and the config as a dict, from which ``LocalPlan.from_config(config)`` reads the plan.
-    Values of the config may be lists, which the legacy API does not have.
+    `fit` and `evaluate` receive the same as from Flower's legacy server: new, writable arrays, and
+    the config as a dict, from which ``LocalPlan.from_config(config)`` reads the plan. Values of
+    the config may be lists, which the legacy API does not have.
 
-    The metrics travel in a ``MetricRecord``, so booleans become 0 and 1. Metrics that are not
+    The metrics are sent in a ``MetricRecord``, so booleans become 0 and 1. Metrics that are not
     numbers are left out, and a warning names each of them once. The app adds ``num-examples`` and,
     to the metrics of an evaluation, ``loss``.
 
     The app replies with an error where a legacy app fails: if the client has no `fit` or
-    `evaluate`, if it returns a status other than OK, or if it raises. `fit` has to return as many
+    `evaluate`, if it returns a status other than OK, or if it raises. `fit` must return as many
     arrays as it received.
 
     Examples
     --------
-    The whole of a ``client_app.py`` beside the NumPyClient::
+    The complete ``client_app.py``, besides the NumPyClient::
 
         from flwr_colearn import numpy_client_app
 
@@ -68,10 +68,11 @@ def numpy_client_app(client_fn: ClientFn, mods: Sequence[Mod] = ()) -> ClientApp
 
 
 class _LegacyParticipant:
-    """Translates messages to the legacy API's calls, and their results back."""
+    """Translates messages to calls of the legacy API, and their results to replies."""
 
     def __init__(self, client_fn: ClientFn) -> None:
         self._client_fn = client_fn
+        # Names of metrics, so that a warning is logged once and not in every round.
         self._left_out: set[str] = set()
 
     def train(self, message: Message, context: Context) -> Message:
@@ -96,13 +97,14 @@ class _LegacyParticipant:
         return _reply(message, metrics=MetricRecord(metrics))
 
     def _client(self, context: Context) -> Client:
+        # For every message, as Flower does: a client that keeps state uses `context.state`.
         client = self._client_fn(context)
         if not isinstance(client, Client | NumPyClient):
             raise expected("client_fn", "a NumPyClient or a Client in return", client)
         return client.to_client()
 
     def _numbers(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the metrics that a MetricRecord can hold, and warn once of each other one."""
+        """Return the metrics that a MetricRecord can hold; warn once of each other metric."""
         numbers = {name: _number(value) for name, value in metrics.items()}
         new = {name for name, value in numbers.items() if value is None} - self._left_out
         self._left_out |= new
@@ -125,6 +127,7 @@ def _number(value: object) -> int | float | None:
 
 def _arrays_of(message: Message) -> ArrayRecord:
     """Return the message's only ArrayRecord."""
+    # `fit` and `evaluate` have one argument for arrays, so a second record has no place in them.
     records = records_of(message.content, ArrayRecord)
     if len(records) != 1:
         raise expected(
@@ -144,7 +147,7 @@ def _config_of(message: Message) -> dict[str, Any]:
 
 def _parameters_of(record: ArrayRecord) -> Parameters:
     """Return a model as legacy parameters, whose tensors are the bytes of its arrays."""
-    view(record)  # raises the error that names an array which is none
+    view(record)  # for its error, which names the malformed array
     return Parameters([array.data for array in record.values()], "numpy.ndarray")
 
 
@@ -157,6 +160,7 @@ def _record_of(parameters: Parameters, names: Sequence[str]) -> ArrayRecord:
             f"order, found {len(tensors)}"
         )
     record = ArrayRecord()
+    # The tensors are numpy's format already, which is that of the record: nothing is serialised.
     for name, tensor in zip(names, tensors, strict=True):
         array = view_bytes(name, tensor)
         record[name] = Array(str(array.dtype), array.shape, "numpy.ndarray", tensor)

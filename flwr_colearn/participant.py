@@ -1,4 +1,4 @@
-"""participant_mod: all that a participant needs of this plugin, as one Flower mod."""
+"""participant_mod: the participant's side of this plugin, as one Flower mod."""
 
 from collections.abc import Callable
 
@@ -13,25 +13,26 @@ Next = Callable[[Message, Context], Message]
 
 
 def participant_mod(message: Message, context: Context, call_next: Next) -> Message:
-    """Flower mod that does at a participant whatever the server's strategy and `Transport` ask for.
+    """Flower mod with the participant's part of the server's strategy and `Transport`.
 
-    It answers who the participant is, ends a training that hangs, decodes and encodes compressed
-    models, and keeps here what a normalization scheme leaves with participants; it does nothing
-    that no message asks for. The functions of the ClientApp see whole models of ordinary arrays.
+    The mod reports the participant's name, ends a training that hangs, decodes and encodes
+    compressed models, and stores the local arrays of a normalization scheme. Each of these is done
+    only if the message requests it. The functions of the ClientApp receive and return complete
+    models of ordinary arrays.
 
-    What it keeps is in ``context.state``, which ends with the SuperNode and with the run. A folder
-    ``state-dir`` in the SuperNode's node config keeps all of ``context.state`` on disk besides, and
-    a message of the same training (the same session) finds it there.
+    The mod's state is in ``context.state``, which Flower drops at the end of the SuperNode and of
+    the run. With a folder ``state-dir`` in the SuperNode's node config, all of ``context.state`` is
+    saved on disk too, and is restored for a message of the same training (the same session).
 
-    Mods are called from first to last, and see replies from last to first: what changes the model,
-    such as Flower's differential privacy mods, comes after this one, what measures messages before
-    it.
+    Flower calls mods from first to last for a message, and from last to first for its reply. Mods
+    that change the model, such as Flower's differential privacy mods, belong after this one, and
+    mods that measure messages before it.
 
     Raises
     ------
     ColearnError
-        If the server has another version of this plugin, or a codec that is unknown here, or the
-        model that it sent is damaged. Flower reports it to the server.
+        If the server has another version of this plugin, the codec is unknown at the participant,
+        or the received model is damaged. Flower reports the error to the server.
 
     Examples
     --------
@@ -41,6 +42,10 @@ def participant_mod(message: Message, context: Context, call_next: Next) -> Mess
     """
     name = name_of(context).get("participant", "participant")
 
+    # From inside to outside. The echo describes the model as the ClientApp returned it. Local
+    # arrays are inside compression, since they complete the decoded model. The state folder is
+    # outside both, since it saves their state. Supervision is outermost: it checks the version
+    # before a layer reads the message, and its time limit is that of all layers.
     def describe(message: Message, context: Context) -> Message:
         return echoed(message, context, call_next)
 

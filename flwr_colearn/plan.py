@@ -1,4 +1,4 @@
-"""LocalPlan: what one round asks of one participant, and all that server and participant share."""
+"""LocalPlan: the local training of one round, as the server sends it to a participant."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,23 +21,22 @@ class Epoch:
 class LocalPlan:
     """The local training of one round: T_i epochs, each with its learning rate.
 
-    The server sends it in the train (fit) config; the participant reads it back and iterates it.
+    The server sends the plan in the train (fit) config; the participant reads and iterates it.
 
     Parameters
     ----------
     round : int
         The round, from 1 as Flower counts (``server-round``); the paper's i is ``round - 1``.
     local_epochs : int
-        T_i, full passes over the participant's data.
+        T_i, the number of passes over the participant's data.
     learning_rate : float
-        eta^i, the rate that the schedule starts from.
+        eta^i, the rate from which the schedule starts.
     learning_rates : sequence of float, optional
         The rates of the epochs 1 .. T_i; by default all are eta^i.
     epochs_done : int, default 0
-        Local epochs that every participant has done before this round.
+        The local epochs that every participant has done before this round.
     time_limit : float, optional
-        Seconds after which a participant that is still training counts as hanging; see
-        `flwr_colearn.participant_mod`.
+        The seconds after which a training counts as hanging; see `flwr_colearn.participant_mod`.
 
     Raises
     ------
@@ -46,7 +45,7 @@ class LocalPlan:
 
     Examples
     --------
-    The whole of a participant's loop::
+    The complete training loop of a participant::
 
         plan = LocalPlan.from_config(message.content["config"])
         for epoch in plan:
@@ -76,7 +75,8 @@ class LocalPlan:
         if self.time_limit is not None:
             limit = real_number(_entry("time_limit"), self.time_limit, least=0.0)
             plain["time_limit"] = limit
-        for field, value in plain.items():  # numpy's numbers cannot be sent: plain ones instead
+        # Flower's ConfigRecord refuses numpy's numbers, so all values become Python's own.
+        for field, value in plain.items():
             object.__setattr__(self, field, value)
 
     def _rates(self, local_epochs: int, learning_rate: float) -> tuple[float, ...]:
@@ -123,8 +123,8 @@ class LocalPlan:
         Returns
         -------
         dict
-            kebab-case keys: ``local-epochs`` (T_i) and ``learning-rate`` (eta^i) among them as one
-            number each, and ``learning-rates``, a list of T_i floats.
+            The keys are in kebab-case: ``local-epochs`` (T_i) and ``learning-rate`` (eta^i) are one
+            number each, and ``learning-rates`` is a list of T_i floats.
         """
         entries = {key: getattr(self, field) for field, key in _KEYS.items()}
         entries[_KEYS["learning_rates"]] = list(self.learning_rates or ())
@@ -154,6 +154,7 @@ class LocalPlan:
         ColearnError
             If a required key is missing or a value is wrong; the message names the key.
         """
+        # The other keys have defaults, so that a config written for FedAvg is a plan too.
         for field in ("round", "local_epochs", "learning_rate"):
             if _KEYS[field] not in config:
                 raise ColearnError(

@@ -1,4 +1,4 @@
-"""How hard to try before a participant counts as lost, and what follows then."""
+"""Recovery: limits of restarts, and what happens when a participant's restarts are spent."""
 
 import math
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ from typing import Literal
 from .errors import expected, real_number, whole_number
 
 LONGEST_PAUSE = 60.0
-"""Seconds between two attempts, at most."""
+"""The longest pause between two attempts, in seconds."""
 
 REPORT_WITHIN = 120.0
-"""Seconds that Flower may take to report the end of a participant's process."""
+"""The seconds that Flower may take to report the end of a participant's process."""
 
 SLACK = 3.0
-"""An attempt may take so many times what its local epochs are expected to take."""
+"""The time limit of an attempt, as a multiple of the time that its local epochs should take."""
 
 
 @dataclass(frozen=True)
 class Quorum:
-    """Go on without the participants that are lost, as long as at least `least` replied.
+    """Policy to complete a round without its lost participants, if at least `least` replied.
 
     Raises
     ------
@@ -33,24 +33,25 @@ class Quorum:
 
 
 Policy = Literal["fail", "wait"] | Quorum
-"""What happens when a participant's restarts are spent: end the run with the model of the last
-completed round, wait and go on restarting for ever, or go on without it."""
+"""What the server does when a participant's restarts are spent: "fail" ends the run with the model
+of the last completed round, "wait" restarts without a limit, and a `Quorum` completes the round
+without the participant."""
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """How hard to try before a participant counts as lost.
+    """The limits after which a participant counts as lost, and the policy for lost participants.
 
     Parameters
     ----------
     max_restarts : int, default 3
-        Restarts of one participant in one round.
+        The number of restarts of one participant in one round.
     pause : float, default 1.0
-        Seconds before the first restart; doubled before each further one, up to a minute.
+        The seconds before the first restart; doubled before each further one, up to a minute.
     patience : float, default 600.0
-        Seconds that a participant which left may take to come back.
+        The seconds within which a disconnected participant must reconnect.
     policy : "fail", "wait" or Quorum, default "fail"
-        When restarts or patience are spent.
+        The policy when restarts or patience are spent.
 
     Raises
     ------
@@ -71,34 +72,37 @@ class Recovery:
             raise expected("policy", "'fail', 'wait' or Quorum(n)", self.policy)
 
     def required(self, participants: int) -> int:
-        """Return how many of a round's participants it must have."""
+        """Return the number of participants that must reply, of so many in the round."""
         return self.policy.least if isinstance(self.policy, Quorum) else participants
 
     @property
     def restarts_for_ever(self) -> bool:
-        """Whether nobody is ever given up."""
+        """Whether the number of restarts has no limit."""
         return self.policy == "wait"
 
     def pause_before(self, restarts: int) -> float:
-        """Return the seconds to wait before the next restart, after so many."""
-        # The power is bounded: "wait" restarts more often than a float can be doubled.
+        """Return the seconds to wait before the next restart, after the given number of them."""
+        # The power is bounded, since "wait" has no limit of restarts and a float would overflow.
         return min(self.pause * 2.0 ** min(restarts, 64), LONGEST_PAUSE)
 
 
 def attempt_limit(timeout: float, expected_seconds: float = 0.0) -> float | None:
-    """Return the seconds that one attempt of one participant may take; None for no limit.
+    """Return the time limit of one attempt of one participant, in seconds; None for no limit.
 
     Parameters
     ----------
     timeout : float
         The least limit; infinity for none.
     expected_seconds : float
-        What the attempt is expected to take, from what earlier ones took.
+        The expected duration of the attempt, computed from those of earlier ones.
     """
     limit = max(timeout, SLACK * expected_seconds)
     return None if math.isinf(limit) else limit
 
 
 def reply_within(limit: float | None) -> float | None:
-    """Return the seconds to wait for a reply: Flower takes some to notice that a process ended."""
+    """Return the seconds to wait for a reply to an attempt with a time limit.
+
+    They are more than the limit, since Flower detects the end of a process with a delay.
+    """
     return None if limit is None else limit + REPORT_WITHIN

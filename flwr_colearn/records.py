@@ -1,4 +1,4 @@
-"""Arrays to and from Flower's records, in fewer copies than Flower's own and with its bytes."""
+"""Conversion of arrays to and from Flower's records: the same bytes as Flower's, fewer copies."""
 
 import hashlib
 import io
@@ -13,7 +13,7 @@ from .errors import expected
 from .roles import NDArray
 
 NUMPY = "numpy.ndarray"
-"""How Flower marks an array that is serialised in numpy's format."""
+"""Flower's name (`stype`) for an array that is serialised in numpy's format."""
 
 Record = TypeVar("Record", ArrayRecord, MetricRecord, ConfigRecord)
 
@@ -21,8 +21,8 @@ Record = TypeVar("Record", ArrayRecord, MetricRecord, ConfigRecord)
 def records_of(content: RecordDict, kind: type[Record]) -> dict[str, Record]:
     """Return the records of one kind.
 
-    Not by ``content.array_records``: Flower keeps that in a reference cycle with the content, and a
-    model in a cycle stays in memory until the garbage collector happens to come.
+    ``content.array_records`` is not used: Flower keeps it in a reference cycle with the content,
+    and a model in a cycle stays in memory until the garbage collector runs.
     """
     return {name: record for name, record in content.items() if isinstance(record, kind)}
 
@@ -47,28 +47,29 @@ def config_of(content: RecordDict) -> ConfigRecord:
 
 
 def describe(record: ArrayRecord) -> str:
-    """Return eight characters that differ for models of other names, shapes or types."""
+    """Return eight hexadecimal digits of a digest of a model's array names, types and shapes."""
     signature = [(name, a.dtype.str, a.shape) for name, a in view(record).items()]
     return hashlib.sha256(repr(signature).encode()).hexdigest()[:8]
 
 
 def fingerprint(record: ArrayRecord) -> list[bytes]:
-    """Return the bytes of a record's arrays: the very objects, by which `is_unchanged` knows them.
+    """Return the bytes objects of a record's arrays, which `is_unchanged` compares by identity.
 
-    A record may be changed in place by whoever holds it, so that its identity says nothing.
+    The identity of the record itself does not show a change, since a record may be changed in
+    place. The bytes objects are immutable.
     """
     return [array.data for array in record.values()]
 
 
 def is_unchanged(record: ArrayRecord, earlier: list[bytes]) -> bool:
-    """Return whether a record's arrays are still those of its `fingerprint`; no bytes are read."""
+    """Return whether a record still has the arrays of its `fingerprint`; the bytes are not read."""
     return len(record) == len(earlier) and all(
         array.data is data for array, data in zip(record.values(), earlier, strict=True)
     )
 
 
 def view(record: ArrayRecord) -> dict[str, NDArray]:
-    """Return the arrays of a record as read-only views of its bytes: nothing is copied.
+    """Return the arrays of a record as read-only views of its bytes, without a copy.
 
     Raises
     ------
@@ -79,7 +80,7 @@ def view(record: ArrayRecord) -> dict[str, NDArray]:
 
 
 def data_bytes(record: ArrayRecord) -> int:
-    """Return the bytes of a record's serialised arrays."""
+    """Return the number of bytes of a record's serialised arrays."""
     return sum(len(array.data) for array in record.values())
 
 
@@ -89,15 +90,15 @@ def to_record(arrays: dict[str, NDArray]) -> ArrayRecord:
 
 
 def types_of(record: ArrayRecord) -> dict[str, str]:
-    """Return the types of a record's ordinary arrays by name, as numpy spells them."""
+    """Return the numpy type names of a record's arrays in numpy's format, by array name."""
     return {name: array.dtype for name, array in record.items() if array.stype == NUMPY}
 
 
 def cast_record(record: ArrayRecord, types: Mapping[str, str]) -> ArrayRecord:
-    """Return a record whose arrays have the types given by name; itself, if they have them already.
+    """Return a record whose arrays have the types given by name; itself, if nothing changes.
 
-    Numbers become integers by rounding, halves upwards, as `RunningMean` rounds. Arrays that
-    `types` does not name, and those that are no ordinary ones, stay as they are.
+    Floats become integers by rounding, halves upwards, as in `RunningMean`. Arrays that `types`
+    does not name, and arrays in another than numpy's format, are not changed.
     """
     cast = {
         name: _record_of(_as_type(_view(name, record[name]), np.dtype(types[name])))
@@ -108,28 +109,29 @@ def cast_record(record: ArrayRecord, types: Mapping[str, str]) -> ArrayRecord:
 
 
 class SentTypes:
-    """The types of the arrays that were sent first, which later ones are given too.
+    """Casts the arrays of all messages to the types of the first message.
 
     Strategies may return averages in other types than they were given: FedAvg makes averages of
-    counters float64, and others all of a model. Participants then would get, and train, models of
-    other types than their own.
+    counters float64, and other strategies do so with all arrays. Without the cast, participants
+    would receive and train models of other types than their own.
 
     Parameters
     ----------
     like : ArrayRecord, optional
-        Counts as sent first.
+        The model whose types are used; by default that of the first message.
     """
 
     def __init__(self, like: ArrayRecord | None = None) -> None:
         self._types = {} if like is None else types_of(like)
 
     def cast(self, messages: Iterable[Message]) -> list[Message]:
-        """Return messages, their arrays in the types that those of the first one had.
+        """Return the messages, with their arrays cast to the types of the first message.
 
-        Integers are rounded. Contents are changed in place, but no record.
+        Integers are rounded. The contents of the messages are changed in place, records are not.
         """
         batch = list(messages)
-        cast: dict[int, ArrayRecord] = {}  # one for all messages that share a record
+        # By identity: messages that shared a record share the cast one, which is one model in all.
+        cast: dict[int, ArrayRecord] = {}
         for message in filter(Message.has_content, batch):
             for key, record in list(records_of(message.content, ArrayRecord).items()):
                 if id(record) not in cast:
@@ -139,12 +141,14 @@ class SentTypes:
         return batch
 
     def _as_first(self, record: ArrayRecord) -> ArrayRecord:
+        # Another set of names is another model, for example of a second run of the strategy.
         if set(record) != set(self._types):
             self._types = types_of(record)
         return cast_record(record, self._types)
 
 
 def _as_type(array: NDArray, dtype: np.dtype[Any]) -> NDArray:
+    # astype alone would round towards zero.
     whole = dtype.kind in "iub" and array.dtype.kind == "f"
     return np.asarray(np.floor(array + 0.5) if whole else array).astype(dtype)
 
@@ -152,18 +156,19 @@ def _as_type(array: NDArray, dtype: np.dtype[Any]) -> NDArray:
 def into_record(arrays: dict[str, NDArray]) -> ArrayRecord:
     """Return named arrays as an ArrayRecord, and empty `arrays`.
 
-    Each array's memory, if nothing else holds it, is free for the bytes of the next: for a large
-    model that takes a quarter of `to_record`'s time, which is spent on memory the system finds
-    anew, and one model less of it.
+    The memory of each array without another reference is reused for the bytes of the next. For a
+    large model this takes a quarter of `to_record`'s time, which is mostly the allocation of new
+    memory, and the peak of memory is one model less.
     """
     return Outgoing().record(arrays)
 
 
 class Outgoing:
-    """Memory for a model that is to travel: its arrays are computed in the bytes of their record.
+    """Memory for a model that will be sent: its arrays are computed in the bytes of their record.
 
-    A record holds serialised arrays, so a model that was computed elsewhere is copied into it: for
-    a large one that takes as long as adding two models to a sum, and a model more of memory.
+    A record holds serialised arrays, so a model computed in other memory is copied into it. For a
+    large model the copy takes as long as the addition of two models to a sum, and the memory of
+    another model.
     """
 
     def __init__(self) -> None:
@@ -172,7 +177,8 @@ class Outgoing:
     def empty(self, name: str, like: NDArray) -> NDArray:
         """Return an array of the shape and type of `like`, to be filled and given to `record`."""
         header = _header_of(like.dtype, like.shape)
-        # BytesIO hands out the very bytes that it was made of, and lets them be written until then.
+        # BytesIO lets numpy write into memory that later becomes a bytes object without a copy:
+        # getbuffer() is writable, and getvalue() returns the bytes object behind it.
         file = io.BytesIO(bytes(len(header) + like.nbytes))
         file.write(header)
         array = np.ndarray(like.shape, like.dtype, file.getbuffer(), offset=len(header))
@@ -182,10 +188,11 @@ class Outgoing:
     def record(self, arrays: dict[str, NDArray]) -> ArrayRecord:
         """Return named arrays as an ArrayRecord, and empty `arrays`.
 
-        Those that `empty` made are not copied, and must not be written to any more; with the others
-        it is as with `into_record`.
+        Arrays that `empty` made are not copied, and must not be written to afterwards. The others
+        are copied as by `into_record`.
         """
         record = ArrayRecord()
+        # Popped, so that an array's memory is free before the bytes of the next are allocated.
         for name in list(arrays):
             record[name] = self._sealed(name, arrays.pop(name))
         self._made.clear()
@@ -193,6 +200,7 @@ class Outgoing:
 
     def _sealed(self, name: str, array: NDArray) -> Array:
         made, file = self._made.pop(name, (None, None))
+        # The caller may have put another array under this name, which has to be serialised.
         if file is None or made is not array:
             return _record_of(array)
         return Array(str(array.dtype), array.shape, NUMPY, file.getvalue())
@@ -206,25 +214,27 @@ def view_bytes(name: str, data: bytes) -> NDArray:
     ColearnError
         If the bytes are no such array.
     """
+    # np.load would copy the array; a view of the bytes costs nothing for a large model.
     try:
         start = _HEADER_AT + int.from_bytes(data[8:_HEADER_AT], "little")
         shape, fortran_order, dtype = _read_header(data[:start])
         return np.ndarray(shape, dtype, data, start, order="F" if fortran_order else "C")
-    except Exception as error:  # anything may be in the bytes
+    except Exception as error:  # numpy's readers raise many types for malformed bytes
         reason = str(error) or type(error).__name__
     raise expected(f"array '{name}'", "a serialised numpy array", reason)
 
 
-_HEADER_AT = 10  # after magic, version and length of format 1.0, the one of every numeric array
+_HEADER_AT = 10  # after magic, version and length of format 1.0, which every numeric array has
 
 
-@lru_cache(maxsize=4096)  # a participant's headers are the next one's, and parsing costs more
+@lru_cache(maxsize=4096)  # all participants send the same headers, and parsing them is slow
 def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
         raise ValueError(f"version {version} of numpy's format")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    # Objects would be unpickled, which lets a participant run code on the server.
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
     if not dtype.itemsize:
@@ -239,8 +249,9 @@ def _view(name: str, array: Array) -> NDArray:
 
 
 def _record_of(array: NDArray) -> Array:
-    """Return an Array with the bytes that Flower's own constructor gives, in fewer copies."""
+    """Return an Array with the same bytes as Flower's own constructor, with fewer copies."""
     array = np.asarray(array)
+    # In another order of elements numpy's format has other headers, which Flower's way handles.
     if not array.flags.c_contiguous:
         return Array(array)
     header = _header_of(array.dtype, array.shape)
@@ -249,7 +260,7 @@ def _record_of(array: NDArray) -> Array:
 
 
 def _header_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """Return what numpy's format has before the elements of a C-contiguous array."""
+    """Return the header of numpy's format for a C-contiguous array."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         header,

@@ -1,4 +1,4 @@
-"""Roles of a model's arrays: which are trained, which are statistics, which count."""
+"""Roles of a model's arrays: trainable weights, statistics, counters and buffers."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
@@ -13,11 +13,11 @@ from .errors import ColearnError, expected
 NDArray = npt.NDArray[Any]
 
 Arrays = Mapping[str, NDArray]
-"""A model: its arrays by name, in the order in which they travel."""
+"""A model: its arrays by name, in the order of the messages."""
 
 
 class Role(StrEnum):
-    """What the average does with an array.
+    """The role of an array, which decides how it is averaged.
 
     ============= ============================================ =================================
     role          in the average                               in eq. 4's relative change
@@ -38,10 +38,10 @@ class Role(StrEnum):
 
 
 UNTRAINED = frozenset((Role.MEAN, Role.VARIANCE, Role.COUNTER))
-"""Roles whose average is more than a plain mean of floats."""
+"""The roles whose average is not a plain mean of floats."""
 
 Roles = Mapping[str, Role | str] | Sequence[Role | str] | None
-"""Roles as a user gives them: by array name, or one for every array in order, or not at all."""
+"""Roles as an argument: by array name, one for every array in order, or None for the default."""
 
 # The last part of an array's name: torch's state_dict, Keras's and TF-slim's variables.
 _BY_NAME = {
@@ -63,8 +63,8 @@ def assign_roles(arrays: Arrays, given: Roles = None) -> dict[str, Role]:
         ``Parameters``).
     given : mapping or sequence, optional
         Roles by name (the others get their default), or one role for every array in order.
-        By default the name decides (``running_mean``, ``running_var``, ``num_batches_tracked``
-        of torch; ``moving_mean``, ``moving_variance`` of Keras and TF-slim), then the type:
+        The default depends on the name (``running_mean``, ``running_var``, ``num_batches_tracked``
+        of torch; ``moving_mean``, ``moving_variance`` of Keras and TF-slim), then on the type:
         floats are trainable, integers and booleans are counters.
 
     Raises
@@ -74,6 +74,7 @@ def assign_roles(arrays: Arrays, given: Roles = None) -> dict[str, Role]:
         has another length than the model.
     """
     roles = {name: _default_role(name, array) for name, array in arrays.items()}
+    # A role for a name that is not in the model is a spelling mistake, not a role to ignore.
     if isinstance(given, Mapping):
         unknown = [name for name in given if name not in arrays]
         if unknown:
@@ -91,6 +92,7 @@ def assign_roles(arrays: Arrays, given: Roles = None) -> dict[str, Role]:
             "(ArrayRecord(model.state_dict()) or ArrayRecord of a dict), or give roles=[...], one "
             "of 'trainable', 'mean', 'variance', 'counter', 'buffer' for each array.",
         )
+    # A mean of integers is no integer unless it is rounded, which only counters are.
     for name, role in roles.items():
         is_float = arrays[name].dtype.kind == "f"
         if is_float == (role is Role.COUNTER):
@@ -100,10 +102,10 @@ def assign_roles(arrays: Arrays, given: Roles = None) -> dict[str, Role]:
 
 
 def pair_statistics(arrays: Arrays, roles: Mapping[str, Role]) -> list[tuple[str, str]]:
-    """Return the (mean, variance) names that are pooled together.
+    """Return the pairs of names (mean, variance) that are pooled together.
 
     Within one layer (the name up to its last separator) the first mean belongs to the first
-    variance, and so on; what finds no partner is averaged like a weight.
+    variance, and so on. A mean or variance without a partner is averaged like a weight.
 
     Raises
     ------
@@ -115,7 +117,7 @@ def pair_statistics(arrays: Arrays, roles: Mapping[str, Role]) -> list[tuple[str
         if role in (Role.MEAN, Role.VARIANCE):
             layer = layers.setdefault(split_name(name)[0], ([], []))
             layer[role is Role.VARIANCE].append(name)
-    # Not strict: a mean or variance without a partner is legitimate.
+    # Not strict, since a mean or variance without a partner is allowed.
     pairs = [pair for means, variances in layers.values() for pair in zip(means, variances)]  # noqa: B905
     for mean, variance in pairs:
         if arrays[mean].shape != arrays[variance].shape:
@@ -132,7 +134,7 @@ def _default_role(name: str, array: NDArray) -> Role:
     if array.dtype.kind != "f":
         return Role.COUNTER
     role = _BY_NAME.get(split_name(name)[1], Role.TRAINABLE)
-    # A counter kept as a float is averaged, and must not count in eq. 4.
+    # A counter in a float type is averaged without rounding, and is left out of eq. 4.
     return Role.BUFFER if role is Role.COUNTER else role
 
 

@@ -3,7 +3,7 @@
 The four arms of the co-learning paper (Mi et al., SCIS 63(8):182102, 2020) are four pairs of them:
 CLR+ILE is ``CyclicalRate`` with ``IncreasingEpochs``, ELR+FLE (federated averaging) is
 ``ExponentialRate`` with ``FixedEpochs``, and so on. Any other object with the attributes of
-`LearningRate` is a learning-rate schedule as well, and so is a plain function of the progress: the
+`LearningRate` is a learning-rate schedule as well, and so is a plain function of the progress. The
 server evaluates the schedule, and the participants receive its rates.
 """
 
@@ -25,7 +25,7 @@ RateFunction = Callable[[float], float]
 
 @runtime_checkable
 class LearningRate(Protocol):
-    """What a participant trains with: the learning rate of every local epoch of a round."""
+    """A learning-rate schedule: the learning rate of every local epoch of a round."""
 
     @property
     def kind(self) -> str:
@@ -34,8 +34,8 @@ class LearningRate(Protocol):
     def start(self, round_index: int) -> float | None:
         """Return eta^i, the rate from which round i = 0, 1, ... starts.
 
-        A schedule that knows no such rate returns None. The plan of a round then states the rate
-        of the round's first epoch in its place.
+        A schedule without such a rate returns None. The plan of a round then states the rate of
+        the round's first epoch instead.
         """
 
     def at(
@@ -52,7 +52,7 @@ class LearningRate(Protocol):
         round_index : int, default 0
             i, counted from 0.
         epochs_done : int, default 0
-            Local epochs that every participant has done before this round.
+            The local epochs that every participant has done before this round.
         """
 
 
@@ -63,7 +63,7 @@ class ConstantRate:
     Parameters
     ----------
     initial : float or callable
-        eta^i, at least 0; a function of the round i = 0, 1, ... lowers it as rounds go by.
+        eta^i, at least 0, or a function of the round i = 0, 1, ..., which may lower it.
 
     Raises
     ------
@@ -86,7 +86,7 @@ class ConstantRate:
     def at(
         self, epoch: int, local_epochs: int, round_index: int = 0, epochs_done: int = 0
     ) -> float:
-        """Return eta^i, whatever the epoch."""
+        """Return eta^i, the same for every epoch."""
         _check_epoch(epoch, local_epochs)
         return self.start(round_index)
 
@@ -146,9 +146,9 @@ class ExponentialRate(ConstantRate):
     initial : float or callable
         eta^i, a number of at least 0 or a function of the round i = 0, 1, ...
     decay : float
-        What is left of `initial` after `total_epochs`, in (0, 1].
+        The factor of `initial` after `total_epochs`, in (0, 1].
     total_epochs : int
-        E, the local epochs planned for the whole run. Epochs beyond it go on decaying.
+        E, the local epochs planned for the whole run. The decay continues in epochs beyond it.
 
     Raises
     ------
@@ -218,6 +218,7 @@ class CosineRate(ConstantRate):
         super().__post_init__()
         whole_number("total_epochs of CosineRate", self.total_epochs, least=1)
         most = math.inf if callable(self.initial) else float(self.initial)
+        # A final rate above the initial one would raise the rate over the run.
         real_number("final rate of CosineRate", self.final, least=0.0, most=most)
 
     def at(
@@ -225,6 +226,7 @@ class CosineRate(ConstantRate):
     ) -> float:
         """Return the value of the cosine before epoch epochs_done + epoch of total_epochs."""
         _check_epoch(epoch, local_epochs)
+        # Epochs beyond the plan stay at `final`; the cosine itself would rise again.
         share = min((epochs_done + epoch - 1) / self.total_epochs, 1.0)
         height = (1.0 + math.cos(math.pi * share)) / 2.0
         return float(self.final + (self.start(round_index) - self.final) * height)
@@ -235,11 +237,11 @@ class ProgressRate:
     """A learning rate given by a function of the run's progress.
 
     eta_e = function(e / E), with e the epochs done before this one, from 0 to E - 1, and E the
-    planned total. A strategy that is given a function and `total_epochs` makes this schedule of
-    them.
+    planned total. A strategy that is given a function and `total_epochs` creates this schedule
+    from them.
 
-    Such a function has no rate eta^i of a round, so `start` returns None, and the plan of a round
-    states the rate of the round's first epoch as its ``learning-rate``.
+    Such a function has no rate eta^i of a round. Therefore `start` returns None, and the plan of a
+    round states the rate of the round's first epoch as its ``learning-rate``.
 
     Parameters
     ----------
@@ -247,8 +249,8 @@ class ProgressRate:
         Takes the progress before an epoch, a float from 0, and returns the rate with which that
         epoch is trained, a finite number of at least 0.
     total_epochs : int
-        E, the local epochs planned for the whole run. Epochs beyond it have a progress of 1 and
-        more.
+        E, the local epochs planned for the whole run. Epochs beyond it have a progress of at least
+        1.
 
     Raises
     ------
@@ -267,12 +269,13 @@ class ProgressRate:
     kind: ClassVar[str] = "function of the progress"
 
     def __post_init__(self) -> None:
+        # A class is callable too, but a call would return an object and not a rate.
         if not callable(self.function) or isinstance(self.function, type):
             raise expected("function of ProgressRate", "a function of the progress", self.function)
         whole_number("total_epochs of ProgressRate", self.total_epochs, least=1)
 
     def start(self, round_index: int) -> None:
-        """Return None: the function knows the progress and not the round."""
+        """Return None, since the function depends on the progress and not on the round."""
         return None
 
     def at(
@@ -288,8 +291,8 @@ class Warmup:
     """Another schedule whose rates rise linearly over the first epochs of the run.
 
     eta_e = rate_e * min(e / W, 1), with e = epochs done before this round + j and W the epochs of
-    the warm-up. The first epoch has 1/W of the other schedule's rate, epoch W and all later ones
-    have exactly its rate. eta^i remains the other schedule's.
+    the warm-up. The first epoch has 1/W of the other schedule's rate; epoch W and all later ones
+    have exactly its rate. eta^i is that of the other schedule.
 
     Parameters
     ----------
@@ -302,7 +305,7 @@ class Warmup:
     Raises
     ------
     ColearnError
-        If an argument is not what it should be.
+        If an argument is invalid.
 
     Examples
     --------
@@ -316,12 +319,13 @@ class Warmup:
     kind: ClassVar[str] = "warm-up"
 
     def __post_init__(self) -> None:
+        # A frozen dataclass can be changed in no other way.
         object.__setattr__(self, "rate", as_learning_rate(self.rate))
         whole_number("epochs of Warmup", self.epochs, least=1)
 
     @property
     def total_epochs(self) -> int | None:
-        """The local epochs for which the other schedule is planned, if it has a plan."""
+        """The local epochs for which the other schedule is planned, or None."""
         return getattr(self.rate, "total_epochs", None)
 
     def start(self, round_index: int) -> float | None:
@@ -334,6 +338,7 @@ class Warmup:
         """Return the other schedule's rate, times (epochs_done + epoch) / epochs up to 1."""
         rate = self._schedule.at(epoch, local_epochs, round_index, epochs_done)
         share = (epochs_done + epoch) / self.epochs
+        # The rate itself after the warm-up, without a product that may round.
         return rate if share >= 1.0 else rate * share
 
     @property
@@ -343,7 +348,7 @@ class Warmup:
 
 @runtime_checkable
 class EpochRule(Protocol):
-    """Decides how many local epochs the next round has."""
+    """A rule for the number of local epochs of the next round."""
 
     @property
     def initial(self) -> int:
@@ -355,7 +360,7 @@ class EpochRule(Protocol):
 
 @dataclass(frozen=True)
 class IncreasingEpochs:
-    """ILE: more local epochs once the shared model stands still.
+    """ILE: more local epochs once the shared model reaches a plateau.
 
     T_i = min(factor * T_{i-1}, maximum)   if |w^i - w^{i-1}| / |w^{i-1}| <= epsilon
     T_i = T_{i-1}                          otherwise        (eq. 4 of Mi et al., 2020)
@@ -365,12 +370,12 @@ class IncreasingEpochs:
     initial : int
         T_0, at least 1. The paper's CIFAR-10 runs use 5 (20 for Inception-V4).
     epsilon : float
-        At or below this relative change T grows; a tie grows. At least 0. The paper gives no value:
-        read the relative change off the history of a few rounds and choose.
+        T grows if the relative change is at most this; a tie grows. At least 0. The paper gives no
+        value: choose one from the relative changes in the history of a few rounds.
     factor : int, default 2
-        At least 2.
+        The factor by which T grows, at least 2.
     maximum : int, optional
-        T never grows beyond it. Set it so that one round fits the deployment's clocks.
+        The largest T. Set it so that one round is within the deployment's time limits.
 
     Raises
     ------
@@ -398,6 +403,7 @@ class IncreasingEpochs:
 
     def next(self, local_epochs: int, relative_change: float) -> int:
         """Return the local epochs of the round after one of `local_epochs`."""
+        # eq. 4, in this form so that NaN is no plateau: every comparison with it is false.
         if not relative_change <= self.epsilon:
             return local_epochs
         grown = local_epochs * self.factor
@@ -411,7 +417,7 @@ class FixedEpochs:
     Parameters
     ----------
     initial : int
-        Local epochs of every round, at least 1.
+        The local epochs of every round, at least 1.
 
     Raises
     ------
@@ -437,10 +443,10 @@ def as_learning_rate(
     Parameters
     ----------
     value : float, LearningRate or callable
-        A schedule is returned as it is, a number as ``ConstantRate``, and a function of the
+        A schedule is returned unchanged, a number as ``ConstantRate``, and a function of the
         progress as ``ProgressRate``.
     total_epochs : int, optional
-        The local epochs of the whole run. A function of the progress needs them.
+        The local epochs of the whole run; required for a function of the progress.
 
     Raises
     ------
@@ -449,7 +455,8 @@ def as_learning_rate(
     """
     if isinstance(value, Real):
         return ConstantRate(real_number("initial learning rate", value, least=0.0))
-    if isinstance(value, type):  # a class has the methods that its objects have
+    # A class has the same methods as its objects, so it would pass the next check.
+    if isinstance(value, type):
         raise expected("learning_rate", f"an object, such as {value.__name__}(...)", value)
     if isinstance(value, LearningRate):
         return value
@@ -495,11 +502,12 @@ def rates_of(
 
 
 def describe_rate(schedule: LearningRate) -> str:
-    """Return a description that is the same in another process for the same schedule.
+    """Return a description of a schedule that is the same in every process.
 
-    That is ``str(schedule)``, unless an address in memory is part of it, as with functions and with
-    objects without a ``__repr__`` of their own: then it is a few rates over the run.
+    The description is ``str(schedule)``. If that contains a memory address, as for functions and
+    for objects without a ``__repr__`` of their own, it is the type and five rates over the run.
     """
+    # A resumed run is another process, and compares this text with that in the checkpoint.
     text = str(schedule)
     if _ADDRESS not in text:
         return text
@@ -515,7 +523,7 @@ _ADDRESS = " at 0x"
 def _sample(schedule: LearningRate, round_index: int, epochs_done: int) -> str:
     try:
         return repr(float(schedule.at(1, 2, round_index, epochs_done)))
-    except Exception as error:  # a function may be defined for the rounds of its own run only
+    except Exception as error:  # a user's function may be defined for fewer rounds than these
         return type(error).__name__
 
 

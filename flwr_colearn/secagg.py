@@ -1,4 +1,4 @@
-"""CoLearn under secure aggregation: the server learns the average, and no participant's model."""
+"""CoLearn under secure aggregation: the server receives the average and no participant's model."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,10 +22,10 @@ from .roles import UNTRAINED, NDArray
 
 
 class CoLearn(legacy.CoLearn):
-    """`flwr_colearn.legacy.CoLearn` for Flower's SecAgg+, which makes the average itself.
+    """`flwr_colearn.legacy.CoLearn` for Flower's SecAgg+, which computes the average itself.
 
-    The workflow hands the strategy nothing but the average of all models, and that is all that
-    co-learning needs: the next T follows from it (eq. 4). On the server::
+    The workflow gives the strategy only the average of all models, and co-learning needs no more:
+    the next T is computed from it (eq. 4). On the server::
 
         context = LegacyContext(
             context=context,
@@ -40,26 +40,27 @@ class CoLearn(legacy.CoLearn):
         workflow(grid, context)
 
     The participant's app is ``ClientApp(client_fn, mods=[secaggplus_mod])``; its ``fit`` returns 1
-    as its number of examples, since SecAgg+ weighs by it.
+    as the number of examples, since SecAgg+ uses that as the weight.
 
-    What is lost: nobody can check a participant's model, so one that holds NaN spoils the average;
-    values beyond the workflow's `clipping_range` are cut, and the others rounded to its
-    quantization; a participant that fails is left out of the round. The history counts bytes as if
-    models travelled plainly. Metrics are not hidden from the server.
+    Limits: the server cannot check a participant's model, so a model with NaN makes the average
+    NaN. Values beyond the workflow's `clipping_range` are clipped, and the others are rounded to
+    its quantization. A participant that fails is left out of the round. The history counts the
+    bytes of unmasked models. Metrics are not hidden from the server.
 
     Parameters
     ----------
     num_participants, local_epochs, learning_rate, total_epochs, history, **kwargs
         As for `flwr_colearn.legacy.CoLearn`.
     roles : mapping or sequence, optional
-        As there, but without means, variances and counters: keep statistics local.
+        As for `flwr_colearn.legacy.CoLearn`, but without means, variances and counters: statistics
+        must stay with the participants.
 
     Raises
     ------
     ColearnError
         If an argument cannot work under SecAgg+; in the first round, if the model holds integers,
-        float16 or arrays without dimensions; in any, if a participant states another number of
-        examples than 1.
+        float16 or arrays without dimensions; in any round, if a participant states another number
+        of examples than 1.
     """
 
     def __init__(self, num_participants: int | None = None, **kwargs: Any) -> None:
@@ -95,7 +96,7 @@ class CoLearn(legacy.CoLearn):
         Raises
         ------
         ColearnError
-            If SecAgg+ would spoil an array of the model.
+            If SecAgg+ cannot average an array of the model correctly.
         """
         self._plain = parameters_to_ndarrays(parameters)
         for index, array in enumerate(self._plain):
@@ -121,7 +122,7 @@ class CoLearn(legacy.CoLearn):
         results: list[tuple[ClientProxy, FitRes]],
         failures: list[legacy.FitFailure],
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
-        """Take the average that every result carries, in the types that were sent.
+        """Use the average, which every result contains, in the types of the arrays sent.
 
         Raises
         ------
@@ -136,6 +137,8 @@ class CoLearn(legacy.CoLearn):
                     "max_weight=1.0",
                     result.num_examples,
                 )
+        # Every result gets its own Parameters with the average in it: their mean in the base class
+        # is the average again, and the base class refuses one object for all results.
         if results:
             average = self._as_sent(results[0][1].parameters)
             results = [
@@ -145,8 +148,8 @@ class CoLearn(legacy.CoLearn):
         return super().aggregate_fit(server_round, results, failures)
 
     def _as_sent(self, parameters: Parameters) -> list[bytes]:
-        """Return the average's tensors, which SecAgg+ makes float64, in the types sent."""
+        """Return the tensors of the average, which SecAgg+ makes float64, in the types sent."""
         average = parameters_to_ndarrays(parameters)
-        # Not strict: too few or too many arrays are refused with the reason by the base class.
+        # Not strict: the base class refuses too few or too many arrays, and states the reason.
         cast = [np.asarray(a, sent.dtype) for a, sent in zip(average, self._plain)]  # noqa: B905
         return ndarrays_to_parameters(cast + average[len(cast) :]).tensors

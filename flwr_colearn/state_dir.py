@@ -1,4 +1,4 @@
-"""The folder ``state-dir`` of a participant: what it keeps between rounds, on its disk."""
+"""The folder ``state-dir``: a participant's client state, saved on its disk between rounds."""
 
 import hashlib
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ._flwr import state_from_bytes, state_to_bytes
 from .records import config_of, kind_of, records_of
 
 SESSION = "colearn.session"
-"""Key in ``context.state`` of the session that the state belongs to."""
+"""The key in ``context.state`` for the session of the state."""
 
 _DIGEST = hashlib.sha256
 _DIGEST_BYTES = 32
@@ -25,20 +25,21 @@ def with_state_dir(
     call_next: Callable[[Message, Context], Message],
     name: str = "participant",
 ) -> Message:
-    """Flower mod that keeps ``context.state`` in a file, where the node config has a ``state-dir``.
+    """Flower mod that saves ``context.state`` to a file if the node config has a ``state-dir``.
 
-    Flower's state ends with the SuperNode and with the run, and a server that resumes is a new run.
-    The file, one for each participant, outlives both: it is written after every training, and read
-    when a message of the same session finds an empty state. It holds all that mods and the
-    ClientApp keep in ``context.state``: what compression rounded away, local arrays, the state of
-    an optimizer. What another session left is not read. A damaged file is a lost one.
+    Flower drops the state at the end of the SuperNode and of the run, and a resumed server is a new
+    run. The file, one for each participant, remains: it is written after every training, and read
+    for a message of its session if ``context.state`` is of another or no session. It holds
+    everything that mods and the ClientApp store in ``context.state``: the residuals of compression,
+    local arrays, the state of an optimizer. A file of another session, and a damaged one, is not
+    used.
 
     Parameters
     ----------
     message, context, call_next
-        As Flower gives them to a mod.
+        The arguments that Flower gives to a mod.
     name : str
-        The participant's, which names its file.
+        The participant's name, which is the file's name.
     """
     folder, session = (
         context.node_config.get("state-dir"),
@@ -46,13 +47,16 @@ def with_state_dir(
     )
     if not folder or session is None:
         return call_next(message, context)
+    # Quoted, since a name from the node config may hold a slash.
     path = Path(str(folder)) / f"{quote(name, safe='')}.state"
     mark = ConfigRecord({"session": str(session)})
+    # A state with the session's mark is newer than the file or the same, and is not replaced.
     if records_of(context.state, ConfigRecord).get(SESSION) != mark:
         kept = _read(path)
         if records_of(kept, ConfigRecord).get(SESSION) == mark:
             context.state = kept
     reply = call_next(message, context)
+    # Only after a success: the state that a failed training left may be inconsistent.
     if kind_of(message) == MessageType.TRAIN and reply.has_content() and len(context.state):
         context.state[SESSION] = mark
         _write(path, context.state)
@@ -65,8 +69,9 @@ def _read(path: Path) -> RecordDict:
     except FileNotFoundError:
         return RecordDict()
     digest, content = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+    # Training without the state is correct, though slower to converge: no reason for an error.
     if _DIGEST(content).digest() != digest:
-        log(WARNING, "State: %s is damaged; this participant begins anew", path)
+        log(WARNING, "State: %s is damaged; this participant is reinitialised", path)
         return RecordDict()
     return state_from_bytes(content)
 
@@ -76,4 +81,5 @@ def _write(path: Path, state: RecordDict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
     scratch.write_bytes(_DIGEST(content).digest() + content)
-    scratch.replace(path)  # a process that is killed here leaves the file before
+    # Atomic: if the process is killed before this line, the previous file is complete.
+    scratch.replace(path)

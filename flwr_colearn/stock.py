@@ -1,4 +1,4 @@
-"""Stock: stands beside a strategy of others in `flwr_colearn.run`, and mends what it returns."""
+"""Stock: what `flwr_colearn.run` needs for a strategy outside this package."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -23,23 +23,23 @@ from .transport import ConnectedGrid, Transport
 
 
 class Stock(Managed[RoundLog]):
-    """Keeps the record of a strategy that keeps none, and pools statistics in its stead.
+    """Records the rounds of a strategy outside this package, and pools its statistics.
 
-    Strategies of others treat a model's running means, variances and counters as weights: FedAvg
-    averages variances, FedAdam steps them, FedAvgM makes them negative. After each aggregation they
-    are replaced by those of all replies pooled, so that the strategy acts on trainable arrays only.
-    It is given counters as float64, since not every strategy can do arithmetic on integers.
-    It is not done with the scheme ``Average()``, nor under differential privacy, whose noise the
-    pooled ones would not have. What stays with the participants, or is not returned by them, stays
-    as it was sent.
+    Such strategies treat a model's running means, variances and counters as weights: FedAvg
+    averages variances, FedAdam applies its step to them, FedAvgM makes them negative. After each
+    aggregation they are replaced by the pooled statistics of all replies, so that the strategy acts
+    on trainable arrays only. The strategy receives counters as float64, since not every strategy
+    can do arithmetic on integers. Statistics are not pooled with the scheme ``Average()``, nor
+    under differential privacy, since pooled statistics would be without its noise. Arrays that stay
+    with the participants, or that participants do not return, keep the values that were sent.
 
     Parameters
     ----------
     strategy : Strategy
-        Of whatever kind.
+        A strategy of any class.
     log : RoundLog
-        Where its rounds are recorded. A record's local epochs and learning rate are those of the
-        train config's ``local-epochs`` and ``learning-rate``, 0 without them.
+        The record and history of its rounds. A record's local epochs and learning rate are those of
+        the train config's ``local-epochs`` and ``learning-rate``, 0 without them.
     """
 
     weighting = "weighted"
@@ -58,7 +58,7 @@ class Stock(Managed[RoundLog]):
 
     @property
     def roles(self) -> Mapping[str, Role]:
-        """What the average does with every array; empty before the first round."""
+        """The role of every array in the average; empty before the first round."""
         return self._roles
 
     def begin(
@@ -68,7 +68,7 @@ class Stock(Managed[RoundLog]):
         num_rounds: int | None,
         save: Callable[[int], None],
     ) -> None:
-        """Begin a run, and forget an earlier one."""
+        """Begin a run, and reset the state of an earlier one."""
         self.transport = grid.transport
         self._timeout, self._roles, self._epochs_done = timeout, {}, 0
         self.log.clear()
@@ -76,6 +76,7 @@ class Stock(Managed[RoundLog]):
     def open(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord) -> None:
         """Begin a round's record."""
         self._sent, self._record = view(arrays), arrays
+        # Roles depend on names, shapes and types, which are the same in all rounds of a run.
         if not self._roles:
             scheme = self.transport.normalization
             roles = assign_roles(self._sent, self.transport.roles)
@@ -84,6 +85,7 @@ class Stock(Managed[RoundLog]):
             self._warn_of_privacy()
         epochs = int(number_in(config, "local-epochs"))
         self._epochs_done += epochs
+        # "lr" is the key of Flower's own examples.
         rate = number_in(config, "learning-rate") or number_in(config, "lr")
         self.log.open(RoundRecord(server_round, epochs, rate, self._epochs_done))
         self.time_limit = attempt_limit(self._timeout)
@@ -91,29 +93,29 @@ class Stock(Managed[RoundLog]):
             config["time-limit"] = self.time_limit
 
     def floats_of(self, arrays: ArrayRecord) -> ArrayRecord:
-        """Return a model as the strategy is given it: with counters as float64, exact up to 2^53.
+        """Return the model for the strategy, with counters as float64, which is exact up to 2^53.
 
-        Some strategies cannot do arithmetic on integers; the messages have them in their own types.
+        Some strategies cannot do arithmetic on integers. The messages hold the original types.
         """
         counters = [name for name, role in self._roles.items() if role is Role.COUNTER]
         return cast_record(arrays, dict.fromkeys(counters, "float64") if self._trains else {})
 
     def give_floats(self, replies: list[Message]) -> None:
-        """Put the models of replies into the form that the strategy is given."""
+        """Replace the models in replies by the form that the strategy receives."""
         for reply in replies:
             for key, record in list(records_of(reply.content, ArrayRecord).items()):
                 reply.content[key] = self.floats_of(record)
 
     @property
     def _trains(self) -> bool:
-        """Whether the model has weights; one of integers only, such as trees, is left alone."""
+        """Whether the model has weights; one of integers only, such as trees, is not changed."""
         return Role.TRAINABLE in self._roles.values()
 
     def statistics_of(self, replies: list[Message]) -> dict[str, NDArray]:
-        """Return what takes the place of the strategy's own averages, from the replies.
+        """Return the arrays that replace the strategy's own averages, computed from the replies.
 
-        Statistics and counters are pooled; what stays with the participants, or is not returned by
-        them, is as it was sent.
+        Statistics and counters are pooled. Arrays that stay with the participants, or that
+        participants do not return, keep the values that were sent.
         """
         scheme, sent = self.transport.normalization, self._sent
         names = [] if self._private else self._pooled_names()
@@ -123,7 +125,7 @@ class Stock(Managed[RoundLog]):
         return {**pooled, **{name: sent[name] for name in (*local, *unreturned)}}
 
     def with_statistics(self, average: ArrayRecord, statistics: dict[str, NDArray]) -> ArrayRecord:
-        """Return the strategy's average with these arrays in the places of its own."""
+        """Return the strategy's average with these arrays in place of its own."""
         if not statistics:
             return average
         ours = to_record(statistics)
@@ -135,29 +137,31 @@ class Stock(Managed[RoundLog]):
         return [name for name, role in self._roles.items() if role in UNTRAINED]
 
     def _pooled(self, names: list[str], replies: list[Message]) -> dict[str, NDArray]:
-        """Return these arrays of all replies together."""
+        """Return these arrays, pooled over all replies."""
         like = {name: self._sent[name] for name in names}
         mean = RunningMean(like, {name: self._roles[name] for name in names})
         for reply in replies:
             try:
                 model, examples = read_reply(reply, self._key)
                 mean.add({name: model[name] for name in names if name in model}, examples)
+            # The strategy itself decides what it does with this reply; only the pool is without it.
             except ColearnError as error:
                 write(WARNING, "Run: statistics of node %s left out: %s", _node(reply), error)
         return mean.mean() if mean.count else {}
 
     def note_training(self, names: list[str], metrics: MetricRecord | None) -> None:
-        """Record whose replies the strategy was given, and what it made of their metrics."""
+        """Record the participants whose replies were aggregated, and the aggregated metrics."""
         self.log.record.participants = names
         self.log.note(train_metrics=metrics)
 
     def close(self, arrays: ArrayRecord) -> None:
         """Complete the record of the round under way."""
         new, old = trainable(view(arrays), self._roles), trainable(self._sent, self._roles)
+        # The same record object: the strategy returned no model, so there is no change to measure.
         self.log.close(None if arrays is self._record else relative_change(new, old))
 
     def configuration(self) -> dict[str, str]:
-        """Return what must be the same for a run to be resumed."""
+        """Return the settings that a resumed run must have in common with the saved one."""
         return {
             "strategy": " around ".join(type(each).__name__ for each in chain_of(self._strategy)),
             "normalization": str(self.transport.normalization),
@@ -165,15 +169,17 @@ class Stock(Managed[RoundLog]):
         }
 
     def own_state(self) -> dict[str, Any]:
-        """Return what is needed to go on, as JSON can hold it.
+        """Return the state for a checkpoint, in types of JSON.
 
-        Flower's strategies sample nodes with Python's own generator, so its state is part of it.
+        Flower's strategies sample nodes with Python's global random generator, so the state
+        contains that of the generator.
         """
         return {"epochs-done": self._epochs_done, "random": random.getstate()}
 
     def restore_own_state(self, state: Mapping[str, Any]) -> None:
-        """Go on with what `own_state` returned."""
+        """Restore the state that `own_state` returned."""
         self._epochs_done = int(state["epochs-done"])
+        # JSON has no tuples, and setstate takes nothing else.
         version, numbers, gauss = state["random"]
         random.setstate((version, tuple(numbers), gauss))
 
@@ -184,7 +190,7 @@ class Stock(Managed[RoundLog]):
 
 
 def warn_of_private_statistics(untrained: list[str]) -> None:
-    """Log what a differential privacy wrapper does to statistics and counters."""
+    """Log a warning about statistics and counters under a differential privacy wrapper."""
     write(
         WARNING,
         "CoLearn: the model holds batch-norm statistics or counters (%s, %s in all). A "

@@ -1,4 +1,4 @@
-"""What a strategy remembers between rounds: saved with a run, and restored when it is resumed."""
+"""The state of a strategy between rounds, saved in checkpoints and restored on resume."""
 
 import hashlib
 import pickle
@@ -16,21 +16,21 @@ from .records import to_record, view
 from .roles import NDArray
 
 SAVED = ("m_t", "v_t", "momentum_vector", "clipping_norm", "accountant")
-"""Attributes in which Flower's strategies and privacy wrappers remember something: FedOpt's
-moments, FedAvgM's momentum, the norm of adaptive clipping, what privacy was spent."""
+"""The attributes with the state of Flower's strategies and privacy wrappers: FedOpt's moments,
+FedAvgM's momentum, the norm of adaptive clipping, the privacy budget spent so far."""
 
 RENEWED = ("current_arrays",)
-"""Attributes that they set anew in every round; FedAvgM's alone is more than the shared model."""
+"""The attributes that they set in every round; only FedAvgM's differs from the shared model."""
 
 State = tuple[dict[str, Any], dict[str, NDArray]]
-"""What JSON can hold, and arrays by name."""
+"""A state: the part in types of JSON, and arrays by name."""
 
 
 def save_state(strategy: Strategy) -> State:
-    """Return what a strategy remembers, and what the strategies inside it do.
+    """Return the state of a strategy and of the strategies that it wraps.
 
-    A strategy says it by ``strategy_state() -> (json, arrays)``; of Flower's own the attributes are
-    known.
+    A strategy's state is the return value of its ``strategy_state() -> (json, arrays)``. Flower's
+    own strategies have no such method; theirs consists of the attributes in `SAVED`.
     """
     state: dict[str, Any] = {}
     arrays: dict[str, NDArray] = {}
@@ -42,12 +42,12 @@ def save_state(strategy: Strategy) -> State:
 
 
 def restore_state(strategy: Strategy, saved: State) -> None:
-    """Restore what `save_state` returned.
+    """Restore the state that `save_state` returned.
 
     Raises
     ------
     ColearnError
-        If it was saved by other strategies.
+        If the state is of another number of strategies.
     """
     state, arrays = saved
     strategies = list(chain_of(strategy))
@@ -75,12 +75,12 @@ def chain_of(strategy: Strategy) -> Iterator[Strategy]:
 
 
 class ForgottenAttributes:
-    """Finds attributes that change from round to round, and that nobody saves.
+    """Finds attributes that change from round to round and that no checkpoint contains.
 
     Parameters
     ----------
     strategy : Strategy
-        Watched, and what it wraps.
+        The strategy to examine, with those that it wraps.
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -92,6 +92,7 @@ class ForgottenAttributes:
         """Log a warning for attributes that changed since the last call, each once."""
         now = self._seen()
         changed = {name for name in now if name in self._before and now[name] != self._before[name]}
+        # Attributes that a round has added are state as well.
         changed |= set(now) - set(self._before)
         self._before = now
         if new := sorted(changed - self._named):
@@ -105,7 +106,7 @@ class ForgottenAttributes:
             )
 
     def _seen(self) -> dict[str, object]:
-        """Return a digest of every attribute that is nobody's to save."""
+        """Return a digest of every attribute that checkpoints do not contain."""
         return {
             f"{type(each).__name__}.{name}": _digest(value)
             for each in chain_of(self._strategy)
@@ -127,6 +128,8 @@ def _attributes_of(strategy: Strategy) -> State:
     """Return Flower's known attributes; arrays under ``attribute/name`` or ``attribute/index``."""
     state: dict[str, Any] = {}
     arrays: dict[str, NDArray] = {}
+    # The type of an attribute's value is saved with it, since a strategy that was just created has
+    # None in most of them and so does not show what to restore.
     for attribute in SAVED + (RENEWED if isinstance(strategy, FedAvgM) else ()):
         value = vars(strategy).get(attribute)
         if value is None:
@@ -134,6 +137,7 @@ def _attributes_of(strategy: Strategy) -> State:
         if isinstance(value, int | float):
             state[attribute] = value
             continue
+        # Flower's privacy accountant, which restores itself.
         if hasattr(value, "state_dict"):
             state[attribute] = {"state_dict": value.state_dict()}
             continue
@@ -172,8 +176,9 @@ def _restore_attributes(
 
 
 def _digest(value: object) -> object:
-    """Return something that differs for different values; else the value's identity."""
+    """Return a digest of a value, or its identity if it has no digest."""
     try:
-        return hashlib.sha256(pickle.dumps(value)).digest()  # only written, never read
-    except Exception:  # what cannot be pickled: functions, locks, open files
+        # The digest of a pickle is safe, since the pickle is never loaded.
+        return hashlib.sha256(pickle.dumps(value)).digest()
+    except Exception:  # functions, locks, open files and the like cannot be pickled
         return id(value)

@@ -1,4 +1,4 @@
-"""What moved between server and participants in a round, and what happened to participants."""
+"""The traffic between server and participants in a round, and the events of participants."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Literal, NamedTuple
@@ -8,18 +8,18 @@ EventKind = Literal["restart", "refusal", "absence", "reinitialised"]
 
 @dataclass(frozen=True)
 class Event:
-    """What a participant's part in a round was besides its model in the mean.
+    """An event of one participant in a round.
 
     Attributes
     ----------
     kind : {"restart", "refusal", "absence", "reinitialised"}
-        A refusal is a reply that arrived but was no good; it is followed by a restart or, when
-        they are spent, by an absence. A participant is reinitialised when it had lost what it keeps
-        between rounds and was given the shared model's.
+        A refusal is an invalid reply; after it comes a restart or, when restarts are spent, an
+        absence. A participant is reinitialised if it has lost its local arrays and received those
+        of the shared model.
     participant : str
-        Its name where known, else its node id.
+        The participant's name where known, else its node id.
     reason : str
-        For the record.
+        The reason, for the record.
     """
 
     kind: EventKind
@@ -27,22 +27,22 @@ class Event:
     reason: str
 
     def entry(self) -> dict[str, str]:
-        """Return the event as a record has it."""
+        """Return the event as an entry of a record."""
         return {"participant": self.participant, "reason": self.reason}
 
 
 @dataclass(frozen=True)
 class Transfers:
-    """What moved between server and participants.
+    """The numbers of models and bytes between server and participants.
 
     Attributes
     ----------
     models_down, models_up : int
-        Models sent to, and received from, the participants.
+        The number of models sent to, and received from, the participants.
     bytes_down, bytes_up : int
-        Bytes of their serialised arrays.
+        The bytes of their serialised arrays.
     control_down, control_up : int
-        Bytes of configs and metrics, see `flwr_colearn.grids.control_bytes`.
+        The bytes of configs and metrics, see `flwr_colearn.grids.control_bytes`.
     """
 
     models_down: int = 0
@@ -58,12 +58,12 @@ class Transfers:
 
     @property
     def total(self) -> int:
-        """All bytes, both directions, control included."""
+        """The sum of all bytes in both directions, with those of configs and metrics."""
         return self.bytes_down + self.bytes_up + self.control_down + self.control_up
 
 
 class Directions(NamedTuple):
-    """A count for each direction: to the participants, and from them."""
+    """A number for each direction: to the participants, and from them."""
 
     down: int = 0
     up: int = 0
@@ -71,22 +71,22 @@ class Directions(NamedTuple):
 
 @dataclass(frozen=True)
 class RoundTraffic:
-    """What moved and happened since it was last asked for; see `flwr_colearn.Transport`.
+    """The traffic and events since the last `ConnectedGrid.take`; see `flwr_colearn.Transport`.
 
     Attributes
     ----------
     bytes : Directions
-        Bytes of serialised arrays.
+        The bytes of serialised arrays.
     control : Directions
-        Bytes of configs and metrics.
+        The bytes of configs and metrics.
     events : list of Event
         Restarts, refusals, absences and reinitialised participants, in order.
     seconds : float
-        The longest that a participant of the last train round took for its successful attempt.
+        The duration of the longest successful attempt in the last train round.
     names : dict
-        Names of participants by node id, as far as they are known.
+        The names of participants by node id; node ids where the name is unknown.
     models : Directions
-        Number of models.
+        The number of models.
     """
 
     bytes: Directions = field(default_factory=Directions)

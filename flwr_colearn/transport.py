@@ -1,4 +1,4 @@
-"""Transport: what happens to models on their way, for any Flower strategy, and its account."""
+"""Transport: recovery, normalization and compression for the exchanges of any Flower strategy."""
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -24,13 +24,14 @@ Check = Callable[[Message, Message], None]
 
 @dataclass(frozen=True)
 class Transport:
-    """The features that a strategy's exchange of models has, each a layer around Flower's grid.
+    """The features of a strategy's exchange of models, each a layer around Flower's grid.
 
     ::
 
-        strategy ──> Recovery > Normalization > Compression > Meter ──> Flower's grid
+        strategy --> Recovery > Normalization > Compression > Meter --> Flower's grid
 
-    The strategies of this package have one of their own. Any other gets one in its ServerApp::
+    The strategies of this package have a transport of their own. Any other strategy uses one in
+    its ServerApp::
 
         result = strategy.start(Transport(recovery=Recovery()).connect(grid), arrays)
 
@@ -40,19 +41,19 @@ class Transport:
     Parameters
     ----------
     recovery : Recovery, optional
-        How participants that fail are restarted; ``None`` leaves them out, as Flower does.
+        The restarts of participants that fail; with ``None`` they are left out, as in Flower.
     normalization : Normalization, default Pooled()
-        What becomes of normalization layers where participants' data are unlike.
+        The scheme for normalization layers where participants' data differ.
     compression : Compression, default Compression()
-        How models are written on their way.
+        The codecs of models in messages.
     roles : mapping or sequence, optional
-        Which arrays are weights, batch-norm means and variances, counters; see
-        `flwr_colearn.Role`. By default their names decide.
+        The arrays that are weights, batch-norm means and variances, counters; see
+        `flwr_colearn.Role`. The default depends on their names.
 
     Raises
     ------
     ColearnError
-        If an argument is not what it should be.
+        If an argument is invalid.
 
     Examples
     --------
@@ -81,17 +82,19 @@ class Transport:
         Parameters
         ----------
         grid : Grid
-            Flower's, or any other. One that is connected already keeps its features too.
+            Flower's grid, or any other. A connected grid keeps its own features too.
         check : callable, optional
-            ``(sent, reply) -> None``, raising `ColearnError` for a train reply that is no good.
+            ``(sent, reply) -> None``; raises `ColearnError` for an invalid train reply.
         like : ArrayRecord, optional
-            Models are sent in the types of this one; by default in those of the first that is sent.
+            The model in whose types models are sent; by default the first model that is sent.
 
         Raises
         ------
         ColearnError
             If the grid is connected already with another value of one of these features.
         """
+        # The layers are built again around the innermost grid: two layers of one feature, for
+        # example of compression, would apply it twice.
         if isinstance(grid, ConnectedGrid):
             return ConnectedGrid(grid.bottom, self.combined(grid.transport), check, like)
         if isinstance(grid, RecoveringGrid):
@@ -100,7 +103,7 @@ class Transport:
         return ConnectedGrid(grid, self, check, like)
 
     def check_privacy(self) -> None:
-        """Raise a ColearnError for what must not be done to models under differential privacy."""
+        """Raise a ColearnError for a feature that must not be used under differential privacy."""
         if not isinstance(self.compression.up, Uncompressed):
             raise expected(
                 "compression under differential privacy",
@@ -139,15 +142,16 @@ class Transport:
 
 
 class ConnectedGrid(WrappingGrid):
-    """A grid with the features of a `Transport`, which accounts for all that moves.
+    """A grid with the features of a `Transport`, which counts the traffic.
 
-    Made by `Transport.connect`. Every message says of which session (one training, whatever
-    restarts) it is, so that participants know which of what they keep belongs to it.
+    `Transport.connect` creates it. The config of every message contains the session, which is the
+    same for one training across all restarts and resumes. Participants use client state of this
+    session only.
 
     Parameters
     ----------
     grid : Grid
-        Flower's.
+        Flower's grid.
     transport : Transport
         The features.
     check, like
@@ -158,9 +162,9 @@ class ConnectedGrid(WrappingGrid):
     transport : Transport
         The features.
     bottom : Grid
-        The grid inside.
+        The innermost grid.
     session : str
-        Random; a run that is resumed sets it to what it was.
+        The id of the session, random; a resumed run restores the one of the saved run.
     """
 
     def __init__(
@@ -184,6 +188,9 @@ class ConnectedGrid(WrappingGrid):
     def _layers(self, check: Check) -> Grid:
         """Return the layers around the meter."""
         transport = self.transport
+        # From inside to outside. The meter counts the compressed bytes. Normalization is outside
+        # compression, so that only the arrays that remain are compressed. Recovery is outermost,
+        # so that a restart passes through every layer and its check sees complete models.
         top: Grid = self._meter
         if not transport.compression.is_plain:
             top = self._compressing = CompressionGrid(top, transport.compression)
@@ -198,30 +205,31 @@ class ConnectedGrid(WrappingGrid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Send messages and return the replies, those of training in the order of `in_order`."""
+        """Send messages and return the replies; train replies are in the order of `in_order`."""
         return self.in_order(self.stream(messages, timeout=timeout))
 
     def stream(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Do as `send_and_receive`, but give replies as they arrive, one at a time.
+        """Do as `send_and_receive`, but yield replies one at a time, in the order of arrival.
 
-        So one that was dealt with can be dropped before the next is in memory.
+        A reply that has been processed can be freed before the next is in memory.
         """
         batch = self._introduced(messages)
         if batch and kind_of(batch[0]) == MessageType.TRAIN:
             self._asked = [message.metadata.dst_node_id for message in batch]
+        # The recovery's layer refreshes the directory itself.
         if self._recovering is None:
             self._directory.refresh(self.bottom)
             return self.grid.send_and_receive(batch, timeout=timeout)
         return self._recovering.stream(batch, timeout=timeout)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Push messages; who pulls their replies restarts nobody."""
+        """Push messages, without restarts of participants that fail."""
         return self.grid.push_messages(self._introduced(messages))
 
     def take(self) -> RoundTraffic:
-        """Return what moved and happened since the last call."""
+        """Return the traffic and events since the last call."""
         moved = sum(self._meter.take().values(), Transfers())
         events = [] if self._recovering is None else self._recovering.take_events()
         if self._normalizing is not None:
@@ -241,9 +249,9 @@ class ConnectedGrid(WrappingGrid):
         return self._directory.name_of(node_id)
 
     def in_order(self, replies: Iterable[Message]) -> list[Message]:
-        """Return replies by name of the participant; those without one in the messages' order.
+        """Return replies sorted by participant name; those without a name in the messages' order.
 
-        A restart changes neither, so that sums of float64 arrays do not change a bit.
+        A restart does not change this order, so sums of float64 arrays are the same to the bit.
         """
         arrived = list(replies)
         places = {node: place for place, node in enumerate(self.node_ids)}
@@ -255,7 +263,7 @@ class ConnectedGrid(WrappingGrid):
         return sorted(arrived, key=order)
 
     def refer_to(self, model: Arrays) -> None:
-        """Set the model that differences are to where participants keep theirs."""
+        """Set the reference model of differences where participants keep their own models."""
         if self._compressing is not None:
             self._compressing.reference = model
 
@@ -265,17 +273,18 @@ class ConnectedGrid(WrappingGrid):
         return self._asked if self._recovering is None else self._recovering.node_ids
 
     def _introduced(self, messages: Iterable[Message]) -> list[Message]:
-        """Return messages that say in their config of which session and version they are."""
+        """Return the messages with the session and the version in their configs."""
         batch = self._types.cast(messages)
         for message in filter(Message.has_content, batch):
             config = config_of(message.content)
+            # `config_of` returns a record outside the message if the message has no config.
             if "server-round" in config:
                 config["session"], config["colearn-version"] = self.session, __version__
         return batch
 
 
 def _named(events: Iterable[Event], names: Mapping[int, str]) -> list[Event]:
-    """Return the events under the names that became known after they had happened."""
+    """Return the events with node ids replaced by names that became known later."""
     known = {str(node): name for node, name in names.items()}
     return [
         replace(each, participant=known.get(each.participant, each.participant)) for each in events

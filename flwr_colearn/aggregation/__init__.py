@@ -1,4 +1,4 @@
-"""How replies become one model: what a reply must be, the mean, pooled statistics, distances."""
+"""Aggregation: the check of replies, the mean of models, pooled statistics, distances, SGD."""
 
 from .distance import relative_change, squared_distance, squared_norm, trainable
 from .mean import Empty, RunningMean, empty_array

@@ -1,7 +1,7 @@
-"""BucketSum: sums of a model's many small arrays, put together in one vector.
+"""BucketSum: sums of a model's many small arrays, concatenated to one vector.
 
-numpy takes as long to begin an addition as to add a thousand numbers, and hundreds of a deep
-network's arrays are smaller than that.
+The start of an addition takes numpy as long as the addition of a thousand numbers, and hundreds of
+a deep network's arrays are smaller than that.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ class BucketSum:
     Parameters
     ----------
     like : mapping of str to numpy.ndarray
-        The arrays that are summed have these names, shapes and types.
+        Arrays with the names, shapes and types of those to add.
     """
 
     def __init__(self, like: Arrays) -> None:
@@ -36,12 +36,14 @@ class BucketSum:
         parts = [arrays[name].reshape(-1) for name in self._kinds]
         vector = np.concatenate(parts, dtype=np.float64)
         term = vector if weight == 1 else vector * weight
-        with np.errstate(invalid="ignore"):  # see `check`
+        # inf - inf is NaN, which `check` reports by the name of its array.
+        with np.errstate(invalid="ignore"):
             self.total = self.total + term if self.total.size else term
         return vector
 
     def check(self) -> None:
         """Raise a ColearnError if a number that was added is not finite."""
+        # The sum is not finite wherever one of its terms is not, so it is enough to check it once.
         (wrong,) = np.nonzero(~np.isfinite(self.total))
         if wrong.size:
             name = list(self._kinds)[np.searchsorted(self._ends, wrong[0], side="right")]
@@ -59,6 +61,6 @@ class BucketSum:
 
     @property
     def largest(self) -> NDArray:
-        """The largest numbers that the types of the elements hold, in float64."""
+        """The largest finite number of every element's own type, as float64."""
         most = [float(np.finfo(dtype).max) for _, dtype in self._kinds.values()]
         return np.repeat(most, self._sizes)

@@ -1,4 +1,4 @@
-"""Passes over a model's arrays, a cache-sized chunk at a time, on the cores there are."""
+"""Passes over a model's arrays in cache-sized chunks, on several cores for large models."""
 
 import os
 from collections.abc import Callable
@@ -10,25 +10,26 @@ from ..roles import Arrays, NDArray
 T = TypeVar("T")
 
 CHUNK = 1 << 17
-"""Elements of a chunk: a float32 chunk and its float64 copy fit into a core's second-level cache,
-and numpy works long enough on one that threads do not wait for the interpreter."""
+"""The number of elements of a chunk. A float32 chunk and its float64 copy fit into a core's
+second-level cache, and numpy's work on one is long compared with the wait for Python's lock."""
 
 _THREADED = 1 << 24
-"""Elements of a model from which on threads pay: on smaller ones they wait for the interpreter."""
+"""The number of elements from which threads are faster: on smaller models they wait for the lock of
+Python's interpreter."""
 
-_MOST_THREADS = 8  # a few cores saturate a machine's memory
+_MOST_THREADS = 8  # a few cores use all of a machine's memory bandwidth
 
 Part = tuple[str, slice]
 """A chunk: the array's name, and the elements of the flattened array."""
 
 
 class Chunks:
-    """The chunks of a model, dealt to threads.
+    """The chunks of a model, divided among threads.
 
     Parameters
     ----------
     arrays : mapping of str to numpy.ndarray
-        The model, or any of the same sizes.
+        The model, or another with arrays of the same sizes.
 
     Examples
     --------
@@ -48,12 +49,14 @@ class Chunks:
         threads = 1 if total < _THREADED else min(os.cpu_count() or 1, _MOST_THREADS)
         self._shares: list[list[Part]] = [[] for _ in range(threads)]
         done = 0
-        for part in parts:  # runs of neighbours, of nearly equal numbers of elements
+        # Each thread gets consecutive chunks with a nearly equal number of elements. Consecutive
+        # ones keep the results in the order of the model, which a sum over them relies on.
+        for part in parts:
             self._shares[done * threads // total].append(part)
             done += part[1].stop - part[1].start
 
     def map(self, work: Callable[[list[Part]], T]) -> list[T]:
-        """Call `work` with each thread's share of the chunks, at once; return the results."""
+        """Call `work` with each thread's share of the chunks, in parallel; return the results."""
         if len(self._shares) == 1:
             return [work(self._shares[0])]
         with ThreadPoolExecutor(len(self._shares)) as pool:
@@ -61,5 +64,5 @@ class Chunks:
 
 
 def flat(arrays: Arrays) -> dict[str, NDArray]:
-    """Return the arrays as vectors: views, where their memory allows."""
+    """Return the arrays as vectors, as views where their memory is contiguous."""
     return {name: array.reshape(-1) for name, array in arrays.items()}

@@ -1,4 +1,4 @@
-"""How far apart two models are, in float64 and the same bits with any number of threads."""
+"""Distances of two models in float64, with the same bits for any number of threads."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ def relative_change(
 ) -> float:
     """Return |new - old| / |old|, the left side of eq. 4 (Mi et al., 2020).
 
-    The norm is L2 over all arrays taken as one vector, in float64; the paper names none.
+    The norm is L2 over all arrays taken as one vector, in float64; the paper specifies none.
 
     Parameters
     ----------
@@ -26,8 +26,8 @@ def relative_change(
     Returns
     -------
     float
-        At least 0; ``inf`` against a model of zeros, and for a change whose square float64 does not
-        hold; 0 where both models are zeros.
+        The relative change, at least 0. It is ``inf`` if `old` is zero and `new` is not, and if the
+        square of the change overflows in float64. It is 0 if both models are zero.
 
     Raises
     ------
@@ -47,6 +47,7 @@ def relative_change(
             f"and {shapes[1]}"
         )
     change, size = _sums_of_squares(new_arrays, old_arrays)
+    # Two cases in which the quotient would be NaN: 0 / 0 and inf / inf.
     if size == 0.0 or math.isinf(change):
         return 0.0 if change == 0.0 else math.inf
     return math.sqrt(change) / math.sqrt(size)
@@ -58,9 +59,9 @@ def squared_distance(one: Arrays, other: Arrays) -> float:
     Parameters
     ----------
     one : mapping of str to numpy.ndarray
-        Its arrays are compared.
+        A model.
     other : mapping of str to numpy.ndarray
-        May have further arrays.
+        Another model; further arrays in it are ignored.
 
     Raises
     ------
@@ -84,7 +85,7 @@ def squared_norm(arrays: Arrays) -> float:
 
 
 def trainable(arrays: Arrays, roles: Mapping[str, Role]) -> dict[str, NDArray]:
-    """Return the arrays that count in eq. 4."""
+    """Return the trainable arrays, over which eq. 4 is computed."""
     return {name: array for name, array in arrays.items() if roles[name] is Role.TRAINABLE}
 
 
@@ -103,22 +104,23 @@ def _sums_of_squares(one: Arrays, other: Arrays) -> tuple[float, float]:
         for name, chunk in parts:
             ours, theirs = one_flat[name][chunk], other_flat[name][chunk]
             part = scratch[: theirs.size]
+            # In float64: the difference of two float32 models near each other loses most digits.
             np.subtract(ours, theirs, out=part, dtype=np.float64)
             difference = _sum_of_squares(part)
             np.copyto(part, theirs)
             sums.append((difference, _sum_of_squares(part)))
         return sums
 
-    # One sum over all chunks in order: the same bits with any number of threads.
+    # One sum over all chunks in order, so that the number of threads does not change its last bit.
     sums = [pair for share in Chunks(other).map(squares) for pair in share]
     difference, size = (sum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
     return difference, size
 
 
 def _sum_of_squares(vector: NDArray) -> float:
-    """Return |vector|^2, and leave the squares in it.
+    """Return |vector|^2; `vector` contains the squares afterwards.
 
-    A BLAS product would start threads of its own, and its last bit would depend on their number.
+    A BLAS product would use threads of its own, and its last bit would depend on their number.
     """
     with np.errstate(over="ignore"):
         return float(np.square(vector, out=vector).sum())

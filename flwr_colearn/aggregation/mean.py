@@ -1,4 +1,4 @@
-"""RunningMean: the mean over participants' models, one at a time or all at once."""
+"""RunningMean: the mean of participants' models, added one at a time or all at once."""
 
 import math
 import sys
@@ -16,7 +16,7 @@ from .validation import check_model, check_structure, floats, refuse_first
 _LARGEST_WEIGHT = 2**53
 
 _SMALL = 1 << 13
-"""Elements of an array below which it is put into a bucket with others."""
+"""The number of elements below which an array is summed in a `BucketSum` with others."""
 
 
 Empty = Callable[[str, NDArray], NDArray]
@@ -31,7 +31,7 @@ class RunningMean:
     """The mean of K models, added one at a time or all at once (eq. 2 of Mi et al., 2020).
 
     w = sum_k n_k w_k / sum_k n_k, with n_k = 1 for the paper's plain mean. float16 and float32 are
-    summed in float64, divided once and rounded once: the bits do not depend on the order of the
+    summed in float64, divided once and rounded once, so the bits do not depend on the order of the
     models (as long as an element's magnitudes lie within a factor of 2^24 of each other and the
     weights are whole numbers below 2^5; the last bit of float64 arrays does depend on it).
     Integers are summed as int64 and rounded to the nearest whole number, halves upwards.
@@ -40,23 +40,23 @@ class RunningMean:
     mu  = sum n_k mu_k / n
     var = sum n_k var_k / n + sum n_k (mu_k - mu)^2 / n
 
-    Memory is one float64 sum (none for models added all at once), and the running means of every
-    model, a small part of it.
+    The memory is one float64 sum (none for models added all at once) and the running means of
+    every model, which are a small part of it.
 
     Parameters
     ----------
     like : mapping of str to numpy.ndarray
-        The model that the participants started from: every model added must have its names,
+        The model from which the participants started. Every model added must have its names,
         shapes and types.
     roles : mapping or sequence, optional
-        See `flwr_colearn.Role`; by default the arrays' names decide.
+        See `flwr_colearn.Role`; the default depends on the arrays' names.
     empty : callable, optional
-        ``(name, like) -> array``: gives the memory of the averages, C-contiguous and of the shape
-        and type of `like`.
+        ``(name, like) -> array``: allocates an average, C-contiguous and of the shape and type of
+        `like`.
     models : int, default 256
-        How many models are added at most. A model is refused if so many like it would add up to
-        more than int64, float64 or the weight hold; so whether a model is accepted depends on that
-        model alone, and never on what others sent.
+        The largest number of models. A model is refused if the sum of so many equal ones would
+        overflow int64, float64 or the weight. The acceptance of a model therefore depends on that
+        model alone, and not on those of other participants.
 
     Raises
     ------
@@ -89,7 +89,8 @@ class RunningMean:
         self._small = BucketSum({name: a for name, a in plain.items() if a.size < _SMALL})
         self._large = [name for name, array in plain.items() if array.size >= _SMALL]
         self._whole = [name for name, array in like.items() if array.dtype.kind != "f"]
-        self._bounded = [  # float64 has room for any sum of float32
+        # The arrays whose sums may overflow; a float64 sum of float16 or float32 cannot.
+        self._bounded = [
             name
             for name, array in like.items()
             if array.size and not (array.dtype.kind == "f" and array.dtype.itemsize < 8)
@@ -98,10 +99,10 @@ class RunningMean:
         self.renew(like)
 
     def renew(self, like: Arrays) -> None:
-        """Begin a new mean, from another model of the same names, shapes and types.
+        """Begin a new mean, with another model of the same names, shapes and types.
 
-        The sums' memory is used again: to have the system find it anew costs as much as adding two
-        models.
+        The memory of the sums is reused, since a new allocation takes as long as the addition of
+        two models.
         """
         self._like = dict(like)
         self._integers: dict[str, NDArray] = {}
@@ -113,28 +114,28 @@ class RunningMean:
         self.count = 0
 
     def add(self, arrays: Arrays, weight: float = 1) -> None:
-        """Add one participant's model; it may be dropped afterwards.
+        """Add one participant's model; no reference to it is kept.
 
         Parameters
         ----------
         arrays : mapping of str to numpy.ndarray
-            The model. It is checked whole before any of it is added.
+            The model. All of it is checked before any of it is added.
         weight : float, default 1
             n_k, positive and finite.
 
         Raises
         ------
         ColearnError
-            As `check` does, and if there are as many models as there may be. The mean is then as it
-            was.
+            As `check` does, and if the mean has its largest number of models. The mean is unchanged
+            then.
         """
         self.check(arrays, weight)
         self.add_checked(arrays, weight)
 
     def check(self, arrays: Arrays, weight: float = 1) -> None:
-        """Raise a ColearnError unless a model can be added, whatever other models are.
+        """Raise a ColearnError unless a model can be added, independently of other models.
 
-        This is the one condition of acceptance: who checks replies before they are added uses it.
+        This is the only condition of acceptance; a check of replies before the aggregation uses it.
 
         Raises
         ------
@@ -146,12 +147,12 @@ class RunningMean:
         self._check_sizes(arrays, self._check_weight(weight))
 
     def add_checked(self, arrays: Arrays, weight: float = 1) -> None:
-        """Do what `add` does, with a model that `check` has passed with the same weight.
+        """Do the same as `add`, with a model that `check` has accepted with the same weight.
 
         Raises
         ------
         ColearnError
-            If there are as many models as there may be.
+            If the mean has its largest number of models.
         """
         if self._at_once:
             raise ColearnError("mean: expected none added after add_all, found another model")
@@ -161,11 +162,11 @@ class RunningMean:
         self._add_rest(arrays, weight)
 
     def add_all(self, models: Sequence[tuple[Arrays, float]]) -> None:
-        """Add all models of the mean at once, where they are at hand together.
+        """Add all models of the mean at once, where all of them are in memory.
 
-        The same bits as one after the other, in a fraction of the time: a chunk of all models is
-        summed, checked and divided while it is in the cache, so no float64 sum of the whole model
-        goes through memory.
+        The result has the same bits as with `add`, and takes a fraction of its time: a chunk of all
+        models is summed, checked and divided while it is in the cache, so no float64 sum of the
+        whole model is written to memory.
 
         Parameters
         ----------
@@ -175,9 +176,9 @@ class RunningMean:
         Raises
         ------
         ColearnError
-            If there are no models or some were added before, which then stay; or as `add`, and if
-            the numbers of a chunk sum to more than float64 holds. The mean is then empty, and the
-            error may not say which model is at fault: adding one by one does.
+            If there are no models, or some were added before; the mean is unchanged then. Otherwise
+            as `add`, and if the sum of a chunk overflows in float64. The mean is empty then, and
+            the error may not name the invalid model; `add` with one model after the other does.
         """
         if not models or self.count:
             raise ColearnError(
@@ -185,6 +186,8 @@ class RunningMean:
                 f"{self.count}"
             )
         self._check_room(len(models))
+        # Only names, shapes and types here: non-finite numbers are found in the sums, which saves a
+        # pass over every model.
         for arrays, _ in models:
             check_structure(arrays, self._like)
         weighted = [(arrays, self._check_weight(weight)) for arrays, weight in models]
@@ -203,7 +206,8 @@ class RunningMean:
         """Add all but the large arrays, and count the model."""
         self._small.add(arrays, weight)
         self._statistics.add(arrays, weight)
-        for name in self._whole:  # float64 from here on if the weight is a fraction
+        for name in self._whole:
+            # The product with a fractional weight, and so the sum, is float64.
             scaled = arrays[name].astype(np.int64) * weight
             self._integers[name] = np.asarray(self._integers.get(name, 0) + scaled)
         self.weight += weight
@@ -212,13 +216,13 @@ class RunningMean:
     def mean(self) -> dict[str, NDArray]:
         """Return the mean of the models added, with the names, shapes and types of `like`.
 
-        Its arrays are the caller's: after `add_all` there is nothing left to compute the large ones
-        from, so that the mean is returned once.
+        The caller may change the arrays. After `add_all` the mean can be returned only once, since
+        the sums of the large arrays do not exist.
 
         Raises
         ------
         ColearnError
-            If nothing was added, or what `add_all` computed was returned before.
+            If no model was added, or the mean after `add_all` was returned before.
         """
         if not self.count:
             raise ColearnError("mean: expected at least one model added, found none")
@@ -236,6 +240,7 @@ class RunningMean:
     def _add_large(self, arrays: Arrays, weight: float) -> None:
         """Add weight * arrays to the float64 sums, chunk by chunk."""
         large = {name: arrays[name] for name in self._large}
+        # The first model is written over the last round's sums, so they need not be set to zero.
         first = not self.count
         for name, array in large.items():
             if first and (name not in self._sums or self._sums[name].shape != array.shape):
@@ -265,7 +270,7 @@ class RunningMean:
                 for name, chunk in parts:
                     total = room[: chunk.stop - chunk.start]
                     _add_chunk(total, terms, name, chunk, scratch)
-                    # Not finite wherever one of the terms is not.
+                    # The sum of the chunk is not finite if any of its numbers is not.
                     if not math.isfinite(total.sum()):
                         return name
                     outs[name][chunk] = np.divide(total, self.weight, out=total)
@@ -294,7 +299,7 @@ class RunningMean:
         for name in self._bounded:
             array = arrays[name]
             is_float = array.dtype.kind == "f"
-            # Python's numbers: the magnitude of the least integer is none of its own type's.
+            # As Python's integers: the magnitude of int64's least number overflows in int64.
             largest = max(abs(array.max().item()), abs(array.min().item()))
             most = sys.float_info.max if is_float else 2**63 - 1
             if largest * weight * self.models > most:
@@ -319,12 +324,14 @@ class RunningMean:
         total, dtype = self._integers[name], self._like[name].dtype
         if total.dtype.kind == "f":
             return np.floor(total / self.weight + 0.5).astype(dtype)
+        # Rounded to the nearest, halves upwards, in integers: a float64 quotient would not be exact
+        # above 2^53.
         quotient, rest = np.divmod(total, self.weight)
         return np.asarray(quotient + (rest >= self.weight - rest)).astype(dtype)
 
 
 def _plain(weight: float) -> float:
-    """Return a weight as an int if it is whole: integers are then summed exactly."""
+    """Return a weight as an int if it is whole, so that integers are summed exactly."""
     return int(weight) if float(weight).is_integer() else float(weight)
 
 
@@ -352,7 +359,7 @@ def _add_scaled(total: NDArray, term: NDArray, weight: float, scratch: NDArray) 
 def _scale(term: NDArray, weight: float, out: NDArray) -> NDArray:
     """Return weight * term, written to `out` in float64."""
     if weight == 1:
-        # Faster than np.multiply, which converts a few elements at a time.
+        # Faster than np.multiply, which converts only a few elements at a time to float64.
         np.copyto(out, term)
         return out
     return np.multiply(term, weight, out=out, dtype=np.float64)

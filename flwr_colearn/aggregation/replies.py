@@ -1,4 +1,4 @@
-"""Replies: what a train reply must be, so that one bad participant never poisons a round."""
+"""The check of train replies, so that an invalid reply does not change the average."""
 
 import math
 import re
@@ -17,18 +17,18 @@ _EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
 _LONGEST_REASON = 300
 
 ECHO = "colearn"
-"""Key of the ConfigRecord in which a participant echoes its name, the round and its versions."""
+"""The key of the ConfigRecord in which a participant echoes its name, the round and versions."""
 
 
 def failure_of(reply: Message) -> str | None:
-    """Return why Flower, a layer or the participant's code failed; None for one with content."""
+    """Return the reason of an error reply, of Flower or of a layer; None for other replies."""
     if not reply.has_error():
         return None
     reason = (reply.error.reason or "").strip() or "no reason"
     if reply.error.code == REFUSED:
         return reason
     lines = reason.splitlines()
-    # A traceback ends with the exception, whose message may be of several lines.
+    # Only the exception and its message, which may have several lines, from the end of a traceback.
     last = max((i for i, line in enumerate(lines) if _EXCEPTION.match(line)), default=-1)
     shown = " ".join(line.strip() for line in lines[last:] if line.strip())
     return f"the participant failed (code {reply.error.code}): {shown[:_LONGEST_REASON]}"
@@ -49,6 +49,7 @@ def examples_of(reply: Message, weighted_by_key: str) -> float:
     if len(records) != 1:
         raise expected("reply", "exactly one MetricRecord", len(records))
     examples = records[0].get(weighted_by_key)
+    # NaN and infinity, which a MetricRecord can hold, would make the whole average NaN.
     if not isinstance(examples, int | float) or not 0 < examples < math.inf:
         raise expected(f"'{weighted_by_key}' in the reply", "a positive number", examples)
     return examples
@@ -60,7 +61,7 @@ def arrays_of(reply: Message) -> ArrayRecord:
     Raises
     ------
     ColearnError
-        If there is none, or more than one.
+        If the reply has none, or more than one.
     """
     records = list(records_of(reply.content, ArrayRecord).values())
     if len(records) != 1:
@@ -81,15 +82,16 @@ def read_reply(reply: Message, weighted_by_key: str) -> tuple[Arrays, float]:
 
 
 def metrics_of(reply: Message) -> RecordDict:
-    """Return the metrics in a reply, as Flower's aggregation of metrics takes them."""
+    """Return the metrics in a reply, in the form of Flower's aggregation of metrics."""
     return RecordDict({**records_of(reply.content, MetricRecord)})
 
 
 def check_train_reply(sent: Message, reply: Message, weighted_by_key: str = "num-examples") -> None:
     """Raise a ColearnError unless `reply` is a usable answer to `sent`.
 
-    It must carry one ArrayRecord with the names, shapes and types of the model that was sent, all
-    numbers finite, and one MetricRecord with a positive number of examples; see `check_echo` too.
+    The reply must have one ArrayRecord with the names, shapes and types of the model that was sent
+    and only finite numbers, and one MetricRecord with a positive number of examples. See also
+    `check_echo`.
     """
     if kind_of(sent) == MessageType.TRAIN:
         check_echo(sent, reply)
@@ -103,10 +105,12 @@ def check_echo(sent: Message, reply: Message) -> None:
     if failure is not None:
         raise ColearnError(failure)
     echo = echo_of(reply)
+    # A participant without the mod echoes nothing, which is allowed: it only has no name.
     ours = {"version": __version__, "mod": MOD_VERSION}
     theirs = {key: echo[key] for key in ours if key in echo}
     if theirs and theirs != ours:
         raise expected("flwr-colearn at the participant", f"the server's {ours}", theirs)
+    # A reply of another round belongs to a message that was sent before a restart of the server.
     echoed = echo.get("server-round")
     for config in records_of(sent.content, ConfigRecord).values():
         asked = config.get("server-round", echoed)
@@ -115,6 +119,6 @@ def check_echo(sent: Message, reply: Message) -> None:
 
 
 def echo_of(reply: Message) -> dict[str, object]:
-    """Return what a participant says of itself in a reply: ``participant``, ``server-round``."""
+    """Return the echo in a reply: ``participant``, ``server-round`` and others; may be empty."""
     configs = records_of(reply.content, ConfigRecord) if reply.has_content() else {}
     return dict(configs.get(ECHO, {}))

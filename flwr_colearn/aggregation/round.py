@@ -1,4 +1,4 @@
-"""RoundMean: one round's mean, who is in it, and what was refused."""
+"""RoundMean: the mean of one round, with its participants and the refused replies."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -19,33 +19,33 @@ from .replies import arrays_of, check_echo, check_train_reply, metrics_of, read_
 Weighting = Literal["uniform", "weighted"]
 
 Model = tuple[str, Arrays, float]
-"""A participant, its model, and the number of examples it was trained on."""
+"""A participant, its model, and the number of examples on which it was trained."""
 
 
 class RoundMean:
-    """The mean over one round's participants (eq. 2), with the reasons of those left out.
+    """The mean over one round's participants (eq. 2), with the reasons for refused replies.
 
     Parameters
     ----------
     like : mapping of str to numpy.ndarray
-        The model that the participants start from.
+        The model from which the participants start.
     roles : mapping or sequence, optional
         See `flwr_colearn.Role`.
     weighting : {"uniform", "weighted"}, default "uniform"
-        1/K each as in eq. 2, or by number of examples.
+        "uniform" for 1/K each as in eq. 2, "weighted" for weights by number of examples.
     participants : int, default 256
-        K, or more: how many models a round has at most.
+        K, or more: the largest number of models in a round.
     weighted_by_key : str, default "num-examples"
-        The metric that says how many examples a participant has.
+        The name of the metric with the participant's number of examples.
     empty : callable, optional
-        Gives the memory of the averages; see `RunningMean`.
+        Allocates the averages; see `RunningMean`.
 
     Attributes
     ----------
     participants : list of str
-        Those whose models are in the mean.
+        The participants whose models are in the mean.
     events : list of Event
-        Refusals, and what `note` was told.
+        The refusals, and the events given to `note`.
 
     Raises
     ------
@@ -68,7 +68,7 @@ class RoundMean:
         self.renew(1, like)
 
     def renew(self, server_round: int, like: Arrays) -> None:
-        """Begin a round, from another model of the same names, shapes and types."""
+        """Begin a round, with another model of the same names, shapes and types."""
         self._mean.renew(like)
         self.round = server_round
         self.participants: list[str] = []
@@ -78,18 +78,19 @@ class RoundMean:
         self.order_matters = any(array.dtype == np.float64 for array in like.values())
 
     def weight(self, examples: float) -> float:
-        """Return n_k of a participant with so many examples."""
+        """Return n_k of a participant with the given number of examples."""
         return 1 if self.weighting == "uniform" else examples
 
     @property
     def count(self) -> int:
-        """How many models are in the mean."""
+        """The number of models in the mean."""
         return self._mean.count
 
     def check(self, sent: Message, reply: Message) -> None:
         """Raise a ColearnError unless `reply` is a usable answer to `sent`.
 
-        What passes can be added, whatever the others are; `fold` does not check it again.
+        An accepted model can be added independently of the others, and `fold` does not check it
+        again.
         """
         if sent.metadata.message_type != MessageType.TRAIN:
             check_train_reply(sent, reply, self.weighted_by_key)
@@ -97,20 +98,21 @@ class RoundMean:
         check_echo(sent, reply)
         model, examples = read_reply(reply, self.weighted_by_key)
         self._mean.check(model, self.weight(examples))
+        # `fold` compares this: a wrapper or subclass may change the reply after the check.
         self._checked = fingerprint(arrays_of(reply))
 
     def fold(
         self, replies: Iterable[Message], name_of: Callable[[int], str]
     ) -> list[tuple[str, RecordDict]]:
-        """Add the models of replies; return the participants and metrics of those accepted.
+        """Add the models of replies; return the participants and metrics of the accepted ones.
 
-        A list holds all models anyway, so they are added at once; else one after the other, and
-        each reply may be dropped before the next is pulled.
+        A list has all models in memory, so they are added at once. Replies of another iterable are
+        added one after the other, and each can be freed before the next is pulled.
 
         Parameters
         ----------
         replies : iterable of Message
-            As the strategy has them: what it changed in a reply counts.
+            The replies, with any changes that the strategy made to them.
         name_of : callable
             ``node id -> name`` of a participant.
         """
@@ -121,12 +123,12 @@ class RoundMean:
             fits = self.add_all([model for _, model in read])
             pairs = zip(read, fits, strict=True)
             return [(model[0], metrics_of(reply)) for (reply, model), fit in pairs if fit]
-        # Not a loop, whose variable would hold a reply while the next one arrives.
+        # `map` and not a loop: a loop's variable would keep a reply in memory during the next pull.
         folded = map(partial(self._fold, name_of), replies)
         return [each for each in folded if each is not None]
 
     def _fold(self, name_of: Callable[[int], str], reply: Message) -> tuple[str, RecordDict] | None:
-        """Add one reply's model; return the participant and its metrics, if it is accepted."""
+        """Add one reply's model; return the participant and its metrics, or None if refused."""
         model = self._read(reply, name_of)
         if model is None:
             return None
@@ -136,7 +138,7 @@ class RoundMean:
         return model[0], metrics_of(reply)
 
     def _read(self, reply: Message, name_of: Callable[[int], str]) -> Model | None:
-        """Return participant, model and examples; None if there is no model: it is refused."""
+        """Return participant, model and examples; refuse a reply without them and return None."""
         name = name_of(reply.metadata.src_node_id)
         try:
             return name, *read_reply(reply, self.weighted_by_key)
@@ -150,18 +152,18 @@ class RoundMean:
         Parameters
         ----------
         participant : str
-            Whose model it is.
+            The name of the participant.
         arrays : mapping of str to numpy.ndarray
             The model.
         examples : float
-            Number of examples it was trained on, positive.
+            The number of examples on which it was trained, positive.
         checked : bool, default False
-            Whether the model passed `check` already: once is enough for a large model.
+            Whether `check` has accepted the model already; a second check of a large model is slow.
 
         Returns
         -------
         bool
-            False if the model was refused; log and `events` say why.
+            False if the model was refused; the log and `events` contain the reason.
         """
         try:
             if participant in self.participants:
@@ -177,32 +179,39 @@ class RoundMean:
         return True
 
     def add_all(self, models: Sequence[Model]) -> list[bool]:
-        """Do what `add` does with each of these, in one pass over memory if none is refused."""
+        """Do the same as `add` for each of the models, in one pass over memory if none is refused.
+
+        Returns
+        -------
+        list of bool
+            The results of `add`.
+        """
         names = [participant for participant, *_ in models]
         at_once = (
             len(set(names)) == len(names) > 1
             and not self.participants
             and all(examples > 0 for _, _, examples in models)
-            # Arrays in another order are copied, one model at a time if it is one by one.
+            # Other arrays are copied, and one by one only a single copy is in memory at a time.
             and all(a.flags.c_contiguous for _, arrays, _ in models for a in arrays.values())
         )
         if at_once:
             try:
                 self._mean.add_all([(arrays, self.weight(n)) for _, arrays, n in models])
             except ColearnError:
-                at_once = False  # one by one it is found out whose model is at fault
+                # Added one by one, the invalid model is refused and the others are not.
+                at_once = False
         if not at_once:
             return [self.add(*model) for model in models]
         self.participants.extend(names)
         return [True] * len(models)
 
     def refuse(self, participant: str, reason: str) -> None:
-        """Note that a participant's reply is left out of the mean."""
+        """Record that a participant's reply is left out of the mean."""
         log(WARNING, "CoLearn: reply of participant %s refused: %s", participant, reason)
         self.events.append(Event("refusal", participant, reason))
 
     def note(self, events: Iterable[Event]) -> None:
-        """Take note of what else happened to participants, for the reasons in errors."""
+        """Record further events of participants, for the reasons in errors."""
         self.events.extend(events)
 
     def require(self, least: int) -> None:
@@ -214,7 +223,7 @@ class RoundMean:
             )
 
     def mean(self) -> dict[str, NDArray]:
-        """Return the mean of the models (eq. 2); its arrays are the caller's.
+        """Return the mean of the models (eq. 2), in arrays that the caller may change.
 
         Raises
         ------
@@ -240,7 +249,7 @@ def as_weighting(value: object) -> Weighting:
     Raises
     ------
     ColearnError
-        If it is anything else.
+        If `value` is anything else.
     """
     if value == "uniform" or value == "weighted":
         return value

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent on arrays, for the server and for what stays with participants."""
+"""Stochastic gradient descent on arrays, for the shared model and for local arrays."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from ..roles import Arrays, NDArray
 
 @dataclass(frozen=True)
 class SGD:
-    """v = momentum * v + (g + weight_decay * w);  w = w - rate * v, as torch and Keras 2 do it.
+    """v = momentum * v + (g + weight_decay * w);  w = w - rate * v, as in torch and Keras 2.
 
-    Computed in float64 and rounded once to the weights' type.
+    The step is computed in float64 and rounded once to the weights' type.
 
     Parameters
     ----------
     momentum, weight_decay : float, default 0
-        At least 0.
+        The factors in the equation, at least 0.
 
     Raises
     ------
@@ -48,11 +48,11 @@ class SGD:
         Parameters
         ----------
         weights, gradients : mapping of str to numpy.ndarray
-            Of the same names and shapes.
+            The weights and their gradients, with the same names and shapes.
         velocity : mapping of str to numpy.ndarray
-            What the last step returned; an array that is absent counts as zero.
+            The velocity that the last step returned; a missing array counts as zero.
         rate : float
-            Learning rate.
+            The learning rate.
         """
         new, speeds = {}, {}
         for name, weight in weights.items():

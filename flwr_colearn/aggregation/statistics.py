@@ -1,4 +1,4 @@
-"""PooledStatistics: running means and variances of all models' normalization layers, pooled."""
+"""PooledStatistics: the pooled running means and variances of all models' normalization layers."""
 
 from collections.abc import Sequence
 
@@ -9,19 +9,19 @@ from .buckets import BucketSum
 
 
 class PooledStatistics:
-    """Running means and variances of all models' normalization layers, pooled.
+    """The pooled running means and variances of all models' normalization layers.
 
     mu  = sum n_k mu_k / n
     var = sum n_k var_k / n + sum n_k (mu_k - mu)^2 / n
 
-    Memory is the running means of every model, a small part of it.
+    The memory is the running means of every model, which are a small part of the model.
 
     Parameters
     ----------
     like : mapping of str to numpy.ndarray
         The model.
     pairs : sequence of (mean, variance)
-        Names that belong together.
+        The names of each layer's two arrays.
     """
 
     def __init__(self, like: Arrays, pairs: Sequence[tuple[str, str]]) -> None:
@@ -30,13 +30,15 @@ class PooledStatistics:
         self._added: list[tuple[float, NDArray]] = []
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Remove all statistics."""
         self.means.clear()
         self.variances.clear()
         self._added = []
 
     def add(self, arrays: Arrays, weight: float) -> None:
         """Add a model's statistics."""
+        # The means are kept one by one: (mu_k - mu)^2 needs mu, which is known only at the end. The
+        # one-pass form E[mu^2] - mu^2 would cancel most digits.
         self._added.append((weight, self.means.add(arrays, weight)))
         self.variances.add(arrays, weight)
 
@@ -50,8 +52,8 @@ class PooledStatistics:
         center = self.means.total / weight
         with np.errstate(over="ignore"):
             terms = [each * (mean - center) ** 2 for each, mean in self._added]
-            # Sorted: the same in any order.
+            # Sorted, so that the sum has the same bits for any order of the models.
             variance = self.variances.total / weight + np.sort(terms, axis=0).sum(axis=0) / weight
-        # Means may be too far apart for the type of their variance.
+        # The squared distance of two means may overflow in the type of their variance.
         variance = np.minimum(variance, self.variances.largest)
         return {**self.means.split(center), **self.variances.split(variance)}

@@ -1,4 +1,4 @@
-"""What a model must be to be averaged with others: names, shapes, types, finite numbers."""
+"""Checks of a model before it is averaged: names, shapes, types and finite numbers."""
 
 from collections.abc import Sequence
 
@@ -54,7 +54,7 @@ def check_finite(arrays: Arrays) -> None:
 
 
 def refuse_first(wrong: Sequence[str | None]) -> None:
-    """Raise a ColearnError for the first of these arrays that is not finite, if there is one."""
+    """Raise a ColearnError for the first name of an array that is not finite; skip None."""
     for name in wrong:
         if name is not None:
             raise ColearnError(f"array '{name}': {NOT_FINITE}")

@@ -1,8 +1,8 @@
-"""Models travel in fewer bytes: codecs, and what both sides must agree on.
+"""Compression of models in messages: the codecs, and the agreement of both sides on them.
 
-A user turns it on in one place, ``CoLearn(compression=Compression(up=Int8(), down=Float16()))`` or
-``Transport(compression=...)``; participants learn it from the messages, through
-`flwr_colearn.participant_mod`.
+The server alone configures it, by ``CoLearn(compression=Compression(up=Int8(), down=Float16()))``
+or ``Transport(compression=...)``. The messages contain the configuration, which
+`flwr_colearn.participant_mod` reads at the participants.
 """
 
 from .agreement import (

@@ -1,4 +1,4 @@
-"""What server and participants must share of the compression: codecs, version, round, reference."""
+"""The agreement of server and participants on codecs, version, round and reference model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ from ..roles import Arrays
 from .codecs import Codec, Uncompressed, codec_named
 
 VERSION = 3
-"""Version of the agreement; both sides must have the same."""
+"""The version of the agreement, which must be the same on both sides."""
 
 AGREEMENT = "colearn.compression"
-"""Key of the ConfigRecord in which the server asks for codecs, and a reply says it used them."""
+"""The key of the ConfigRecord with the codecs that a message requests and a reply confirms."""
 
 REFERENCE = "colearn.reference"
-"""Key in a participant's ``context.state`` of the model that differences are to, where a strategy
-leaves the models with the participants."""
+"""The key in a participant's ``context.state`` for the reference model of differences, where a
+strategy leaves the models with the participants."""
 
 LOCAL_REFERENCE = "local-reference"
 """Entry of the agreement: the difference is to `REFERENCE`, not to the model in the message."""
@@ -31,24 +31,24 @@ ADD_THE_MOD = "add participant_mod to the ClientApp's mods: ClientApp(mods=[part
 
 @dataclass(frozen=True)
 class Compression:
-    """How models travel: the server's choice, which participants learn with every message.
+    """The codecs of both directions, chosen on the server and stated in every message.
 
-    Unless both directions are ``Uncompressed()``, every ClientApp needs `participant_mod`; replies
-    of one without it, or with another version of it, are refused with that reason.
+    Unless both directions are ``Uncompressed()``, every ClientApp needs `participant_mod`. Replies
+    of a ClientApp without it, or with another version of it, are refused with that reason.
 
     Parameters
     ----------
     up : Codec, default Uncompressed()
-        From participants to the server: ``Uncompressed()``, ``Float16()``, ``BFloat16()`` or
-        ``Int8()``.
+        The codec from participants to the server: ``Uncompressed()``, ``Float16()``,
+        ``BFloat16()`` or ``Int8()``.
     down : Codec, default Uncompressed()
-        From the server to participants: any but ``Int8``.
+        The codec from the server to participants: any but ``Int8``.
 
     Raises
     ------
     ColearnError
-        If one is no codec, or `down` is ``Int8``: participants need not keep a model to which a
-        difference could be sent.
+        If an argument is not a codec, or `down` is ``Int8``, since participants need not store a
+        reference model for a difference.
 
     Examples
     --------
@@ -74,17 +74,17 @@ class Compression:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing is compressed in either direction."""
+        """Whether neither direction is compressed."""
         return isinstance(self.up, Uncompressed) and isinstance(self.down, Uncompressed)
 
     def received(self, model: Arrays) -> Arrays:
-        """Return a model as participants have it after it was sent; sent again, it stays so."""
+        """Return a model as participants decode it; a second encoding would not change it."""
         if isinstance(self.down, Uncompressed):
             return model
         return self.down.encode(to_record(dict(model)))[1]
 
     def request(self) -> dict[str, str | int]:
-        """Return what every message says of the compression."""
+        """Return the entries of every message's agreement."""
         return {"version": VERSION, "up": str(self.up), "down": str(self.down)}
 
 
@@ -94,7 +94,7 @@ def as_compression(value: object) -> Compression:
     Raises
     ------
     ColearnError
-        If it is anything else.
+        If `value` is anything else.
     """
     if isinstance(value, Compression):
         return value
@@ -104,23 +104,23 @@ def as_compression(value: object) -> Compression:
 
 
 def check_agreed(said: ConfigRecord | None, request: Mapping[str, object]) -> None:
-    """Raise a ColearnError unless a reply says that it was sent as `request` asks for."""
+    """Raise a ColearnError unless a reply confirms that it is encoded as `request` demands."""
     if said is None:
         raise ColearnError(
             f"reply: expected arrays sent as {request['up']} by flwr_colearn.participant_mod, "
-            "found no word of it; " + ADD_THE_MOD
+            "found none; " + ADD_THE_MOD
         )
     if dict(said) != dict(request):
         raise expected("reply", f"arrays sent as asked for, {dict(request)}", dict(said))
 
 
 def agreed_codecs(request: ConfigRecord) -> tuple[Codec, Codec]:
-    """Return the codecs that the server asks for, up and down.
+    """Return the codecs that the server requests, up and down.
 
     Raises
     ------
     ColearnError
-        If the server has another version, or a codec that is unknown here.
+        If the server has another version, or a codec that is unknown at the participant.
     """
     try:
         if request.get("version") != VERSION:
@@ -128,5 +128,5 @@ def agreed_codecs(request: ConfigRecord) -> tuple[Codec, Codec]:
         return codec_named(request.get("up")), codec_named(request.get("down"))
     except ColearnError as error:
         raise ColearnError(
-            f"{error}; is flwr-colearn the same version on the server and here?"
+            f"{error}; is flwr-colearn the same version on the server and at this participant?"
         ) from None

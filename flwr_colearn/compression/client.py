@@ -1,4 +1,4 @@
-"""The participant's half of compression: models are decoded before it trains, and encoded after."""
+"""The participant's part of compression: decodes the received model and encodes the trained one."""
 
 from collections.abc import Callable
 
@@ -16,22 +16,22 @@ from .residuals import Residual
 def compressed(
     message: Message, context: Context, call_next: Callable[[Message, Context], Message]
 ) -> Message:
-    """Decode the model in a message and encode the one in its reply, as the server asks.
+    """Decode the model in a message and encode the one in its reply, as the message requests.
 
-    The functions of the ClientApp see ordinary arrays of the model's own types, and nothing happens
-    when the server asks for nothing. It is part of `flwr_colearn.participant_mod`; a Flower mod
-    that changes the model, such as those of differential privacy, comes after that one in
-    ``ClientApp(mods=[...])``.
+    The functions of the ClientApp receive and return ordinary arrays of the model's own types. A
+    message without a request is not changed. The function is part of
+    `flwr_colearn.participant_mod`. A Flower mod that changes the model, such as those of
+    differential privacy, belongs after that one in ``ClientApp(mods=[...])``.
 
-    What ``Int8`` sends is the difference to the model that the message brought or, where models
-    stay with the participants, to the one under `REFERENCE` in ``context.state``. What it rounds
-    away is kept there too, see `flwr_colearn.compression.residuals.Residual`.
+    ``Int8`` sends the difference to the model in the message or, where models stay with the
+    participants, to the one under `REFERENCE` in ``context.state``. The rounding error is stored in
+    ``context.state`` too, see `flwr_colearn.compression.residuals.Residual`.
 
     Raises
     ------
     ColearnError
-        If the server has another version or a codec unknown here, or the model it sent is
-        damaged. Flower reports it to the server.
+        If the server has another version or a codec unknown at the participant, or the received
+        model is damaged. Flower reports the error to the server.
     """
     request = records_of(message.content, ConfigRecord).get(AGREEMENT)
     if request is None:
@@ -46,13 +46,15 @@ def compressed(
         shared = down.decode(arrays)
         message.content[key] = _ordinary(arrays, shared)
         residual.note_average()
+    # The ClientApp may take the message's only ConfigRecord for its own.
     del message.content[AGREEMENT]
     reply = call_next(message, context)
     if kind_of(message) != MessageType.TRAIN or reply.has_error():
         return reply
     reply.content[AGREEMENT] = request
     models = records_of(reply.content, ArrayRecord)
-    if len(models) == 1:  # the server refuses other replies, and says why
+    # The server refuses a reply with another number of models, and states the reason.
+    if len(models) == 1:
         [(key, trained)] = models.items()
         base = _reference_in(context) if request.get(LOCAL_REFERENCE) else shared
         reply.content[key] = _encode(up, trained, base, residual)
@@ -66,6 +68,7 @@ def _encode(
         return up.encode(trained, base)[0]
     before = residual.before(base)
     encoded, arriving = up.encode(trained, base, before)
+    # Arrays that the codec sends exactly have no rounding error.
     rounded = {n: a for n, a in view(trained).items() if encoded[n].stype == up.stype}
     residual.keep(before, rounded, arriving)
     return encoded
@@ -77,7 +80,7 @@ def _reference_in(context: Context) -> Arrays | None:
 
 
 def _ordinary(arrays: ArrayRecord, decoded: Arrays) -> ArrayRecord:
-    """Return what arrived as ordinary arrays."""
+    """Return a received model with its encoded arrays replaced by decoded ones."""
     return ArrayRecord(
         {
             name: array if array.stype == NUMPY else Array(np.asarray(decoded[name]))

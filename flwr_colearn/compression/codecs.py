@@ -1,10 +1,10 @@
-"""The codecs: how a model is written in fewer bytes.
+"""The codecs, which encode a model in fewer bytes.
 
-Only floating-point arrays of two or more dimensions are compressed. What must stay exact is
-smaller than that in every framework: biases, batch-norm scales and statistics have one dimension,
-counters have none. So no roles travel, and each array says for itself how it was serialised:
-``stype="colearn.<codec>"``, or ``"colearn.exact"`` for the bytes of the array itself (numpy's own
-header has more bytes than many a bias). With it go the array's type and shape, and its data are a
+Only floating-point arrays of two or more dimensions are compressed. Arrays that must stay exact
+have fewer in every framework: biases, batch-norm scales and statistics have one dimension,
+counters have none. So messages need no roles, and the `stype` of each array is its codec:
+``"colearn.<codec>"``, or ``"colearn.exact"`` for the bytes of the array itself (numpy's own header
+has more bytes than many a bias). An encoded array also has its type and shape, and its data are a
 CRC-32 and the little-endian bytes.
 """
 
@@ -29,17 +29,17 @@ _EXACT = "colearn.exact"
 
 
 class Codec(ABC):
-    """How a model is written to bytes; an immutable value without state.
+    """An encoding of models as bytes; an immutable value without state.
 
     A codec of your own is a subclass of `PackedCodec` with a `name`, an `itemsize`, `pack` and
-    `unpack`; `register` it on the server and at every participant, so that its name is known there.
+    `unpack`. `register` it on the server and at every participant, so that its name is known there.
 
     Attributes
     ----------
     name : str
-        In messages, and in run configs.
+        The codec's name in messages and run configs.
     differential : bool
-        Whether what is encoded is the difference to a model that both sides have.
+        Whether the codec encodes the difference to a reference model that both sides have.
     """
 
     name: ClassVar[str]
@@ -49,16 +49,16 @@ class Codec(ABC):
     def encode(
         self, model: ArrayRecord, reference: Arrays | None = None, residual: Arrays | None = None
     ) -> tuple[ArrayRecord, Arrays]:
-        """Return a model as it travels, and as the other side will have it.
+        """Return the encoded model, and the model that the other side will decode from it.
 
         Parameters
         ----------
         model : ArrayRecord
-            Names and order are kept.
+            The model; the encoded one has the same names in the same order.
         reference : mapping of str to numpy.ndarray, optional
-            The model that both sides have.
+            The reference model, which both sides have.
         residual : mapping of str to numpy.ndarray, optional
-            Added to what a differential codec encodes: what earlier rounds rounded away.
+            The rounding errors of earlier rounds; a differential codec adds them to the difference.
 
         Raises
         ------
@@ -68,14 +68,14 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, model: ArrayRecord, reference: Arrays | None = None) -> Arrays:
-        """Return the arrays of a model that travelled; those sent as they are as read-only views.
+        """Return the arrays of an encoded model; those that are sent exactly as read-only views.
 
         Parameters
         ----------
         model : ArrayRecord
-            What arrived.
+            The encoded model.
         reference : mapping of str to numpy.ndarray, optional
-            As in `encode`; where given, encoded arrays must have its names, shapes and types.
+            The same as in `encode`; if given, encoded arrays must have its names, shapes and types.
 
         Raises
         ------
@@ -85,7 +85,7 @@ class Codec(ABC):
 
     @property
     def stype(self) -> str:
-        """How an array that this codec rounded says so."""
+        """The `stype` of an array that this codec has rounded."""
         return f"colearn.{self.name}"
 
     def __str__(self) -> str:
@@ -95,7 +95,7 @@ class Codec(ABC):
 
 @dataclass(frozen=True)
 class Uncompressed(Codec):
-    """Arrays as they are, whatever their type."""
+    """The codec that does not change arrays, of any type."""
 
     name: ClassVar[str] = "float32"
 
@@ -111,16 +111,16 @@ class Uncompressed(Codec):
 
 
 class PackedCodec(Codec):
-    """A codec that writes the floats of weight arrays in fewer bytes, array by array.
+    """A codec that encodes the floats of weight arrays in fewer bytes, array by array.
 
-    An array that would not come back finite, since it holds NaN or numbers beyond the codec's
-    range, travels exactly as it is; so does one without a `reference` of its shape and type, where
-    the codec is differential.
+    An array that would not be finite after decoding, since it holds NaN or numbers beyond the
+    codec's range, is sent exactly. With a differential codec, an array without a `reference` of its
+    shape and type is sent exactly too.
 
     Attributes
     ----------
     itemsize : int
-        Bytes of one number; arrays whose numbers have no more are left as they are.
+        The bytes of one encoded number; arrays whose numbers have no more are sent exactly.
     """
 
     itemsize: ClassVar[int]
@@ -131,7 +131,7 @@ class PackedCodec(Codec):
 
     @abstractmethod
     def unpack(self, data: memoryview, shape: tuple[int, ...]) -> NDArray:
-        """Return the values that `pack` wrote, as float16 or float32.
+        """Return the values that `pack` encoded, as float16 or float32.
 
         Raises
         ------
@@ -140,7 +140,7 @@ class PackedCodec(Codec):
         """
 
     def compresses(self, array: NDArray) -> bool:
-        """Return whether an array is rounded at all."""
+        """Return whether the codec rounds an array of this type and shape."""
         return (
             array.dtype in _FLOATS
             and array.dtype.itemsize > self.itemsize
@@ -151,19 +151,22 @@ class PackedCodec(Codec):
     def encode(
         self, model: ArrayRecord, reference: Arrays | None = None, residual: Arrays | None = None
     ) -> tuple[ArrayRecord, Arrays]:
-        """Return a model as it travels, and as the other side will have it."""
+        """Return the encoded model, and the model that the other side will decode from it."""
         sent, arriving = dict(model), view(model)
         too_large = []
         for name, array in arriving.items():
             base = (reference or {}).get(name) if self.differential else None
             if self.compresses(array) and (not self.differential or _alike(base, array)):
-                with np.errstate(all="ignore"):  # what is not finite in the end is seen below
+                # Overflow is no error here: a result that is not finite is sent exactly below.
+                with np.errstate(all="ignore"):
                     payload = self.pack(difference(array, base, (residual or {}).get(name)))
+                    # Decoded as on the other side, which gives the exact rounding error.
                     arrived = self._restore(memoryview(payload), array, base)
                 if np.isfinite(arrived).all():
                     sent[name] = _sealed(self.stype, array, payload)
                     arriving[name] = arrived
                     continue
+                # An array with NaN or Inf is refused on the server, with a reason of its own.
                 if np.isfinite(array).all():
                     too_large.append(name)
             if array.dtype.kind in "fiub":
@@ -178,7 +181,7 @@ class PackedCodec(Codec):
         return ArrayRecord(sent), arriving
 
     def decode(self, model: ArrayRecord, reference: Arrays | None = None) -> Arrays:
-        """Return the arrays of a model that travelled."""
+        """Return the arrays of an encoded model."""
         sealed = {name: a for name, a in model.items() if a.stype in (self.stype, _EXACT)}
         arrays = view(ArrayRecord({name: model[name] for name in model if name not in sealed}))
         arrays.update({name: self._open(name, sealed[name], reference) for name in sealed})
@@ -189,7 +192,8 @@ class PackedCodec(Codec):
             dtype, shape = np.dtype(array.dtype), tuple(array.shape)
             if dtype.kind not in "fiub":
                 raise ValueError(f"type {dtype}")
-            like = np.broadcast_to(np.zeros((), dtype), shape)  # no memory, whatever the shape
+            # A view of one element: a false shape in a message must not make this allocate memory.
+            like = np.broadcast_to(np.zeros((), dtype), shape)
             base = like if reference is None else reference.get(name)
             if not _alike(base, like) or not (array.stype == _EXACT or self.compresses(like)):
                 raise ValueError(f"{array.dtype} of shape {shape}")
@@ -198,9 +202,10 @@ class PackedCodec(Codec):
                 raise ValueError(f"{len(data)} bytes of another checksum")
             if array.stype == _EXACT:
                 return np.frombuffer(data[_CHECKSUM:], dtype).reshape(shape)
-            with np.errstate(all="ignore"):  # what is not finite is the caller's to refuse
+            # The caller checks whether numbers are finite.
+            with np.errstate(all="ignore"):
                 return self._restore(data[_CHECKSUM:], like, base if self.differential else None)
-        except Exception as error:  # anything may be in what arrived
+        except Exception as error:  # malformed data make numpy and `unpack` raise many types
             reason = f"{type(error).__name__}: {error}"
         raise expected(
             f"array '{name}'", f"one of the model, with its shape and type, as {self}", reason
@@ -219,11 +224,11 @@ class Float16(PackedCodec):
     itemsize: ClassVar[int] = 2
 
     def pack(self, values: NDArray) -> bytes:
-        """Round to the nearest half."""
+        """Round to the nearest half-precision number."""
         return values.astype("<f2").tobytes()
 
     def unpack(self, data: memoryview, shape: tuple[int, ...]) -> NDArray:
-        """Return the halves."""
+        """Return the numbers as float16."""
         return np.frombuffer(data, "<f2").reshape(shape)
 
 
@@ -231,8 +236,8 @@ class Float16(PackedCodec):
 class BFloat16(PackedCodec):
     """The upper half of a float32: 8 significant bits, and the range of float32.
 
-    On the way up it hides what moves a number by less than 1/512 of it, round after round; with
-    small learning rates ``Float16``, or better ``Int8``, loses less.
+    As a codec from participants it drops every change of a number by less than 1/512 of it, in
+    every round. With small learning rates ``Float16``, or better ``Int8``, loses less.
     """
 
     name: ClassVar[str] = "bfloat16"
@@ -241,8 +246,9 @@ class BFloat16(PackedCodec):
     def pack(self, values: NDArray) -> bytes:
         """Round to the nearest bfloat16, halves to even; NaN stays NaN."""
         bits: NDArray = values.astype("<f4").view("<u4")
+        # Half a unit of the last kept bit, less one if that bit is even: a tie goes to even.
         rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-        # The sum above would carry some NaN over into infinities or zeros.
+        # The sum above would change some NaN into infinities or zeros.
         upper: NDArray = np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype("<u2")
         return upper.tobytes()
 
@@ -255,11 +261,11 @@ class BFloat16(PackedCodec):
 
 @dataclass(frozen=True)
 class Int8(PackedCodec):
-    """The difference to the shared model, rounded to 255 steps: from participants only.
+    """The difference to the shared model, rounded to 255 steps; a codec from participants only.
 
-    The steps are ``q = round(d / s)`` with ``s = max |d| / 127``. What rounding took away,
-    ``d - s q``, is kept on the participant and added to its next round's difference (error
-    feedback; Seide et al., 1-bit SGD, 2014), so that nothing is lost for good.
+    The steps are ``q = round(d / s)`` with ``s = max |d| / 127``. The rounding error ``d - s q`` is
+    stored at the participant and added to its next round's difference (error feedback; Seide et
+    al., 1-bit SGD, 2014), so that rounding errors do not accumulate.
 
     Parameters
     ----------
@@ -284,7 +290,7 @@ class Int8(PackedCodec):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Its name in messages: "int8", "int8-first-axis" or "int8-last-axis"."""
+        """The codec's name: "int8", "int8-first-axis" or "int8-last-axis"."""
         return {None: "int8", 0: "int8-first-axis", -1: "int8-last-axis"}[self.channel_axis]
 
     def pack(self, values: NDArray) -> bytes:
@@ -292,8 +298,9 @@ class Int8(PackedCodec):
         scale_shape = self._scale_shape(values.shape)
         axes = tuple(i for i, size in enumerate(scale_shape) if size != values.shape[i])
         scale: NDArray = (np.abs(values).max(axis=axes, keepdims=True) / 127).astype("<f4")
+        # Channels without any change have the scale 0, and so 0 steps.
         steps = np.divide(values, scale, out=np.zeros(values.shape, values.dtype), where=scale > 0)
-        # A scale that float32 rounded down would give more than 127 steps.
+        # A scale that is rounded down to float32 would give more than 127 steps.
         steps = np.clip(np.rint(steps, out=steps), -127, 127, out=steps)
         return scale.tobytes() + steps.astype(np.int8).tobytes()
 
@@ -319,32 +326,33 @@ _CODECS: dict[str, Codec] = {
 
 
 def register(codec: Codec) -> None:
-    """Make a codec known by its name; a participant calls it beside its ClientApp.
+    """Make a codec known by its name; a participant calls this in the module of its ClientApp.
 
     Parameters
     ----------
     codec : Codec
-        Its `name` must not be that of another codec.
+        The codec; its `name` must not be that of another codec.
 
     Raises
     ------
     ColearnError
-        If it is no codec, or its name is another codec's.
+        If the argument is no codec, or its name is that of another codec.
     """
     if not isinstance(codec, Codec):
         raise expected("codec", "an object of a subclass of Codec", codec)
+    # A module may be imported twice, so the same class may register itself again.
     if type(_CODECS.get(str(codec), codec)) is not type(codec):
         raise expected(f"codec {codec}", "a name that no other codec has", _CODECS[str(codec)])
     _CODECS[str(codec)] = codec
 
 
 def codec_named(name: object) -> Codec:
-    """Return the codec of this name, as run configs and messages have it.
+    """Return the codec of this name, as in run configs and messages.
 
     Raises
     ------
     ColearnError
-        If there is none.
+        If no codec has this name.
 
     Examples
     --------
@@ -358,6 +366,7 @@ def codec_named(name: object) -> Codec:
 
 def difference(array: NDArray, base: NDArray | None, residual: NDArray | None) -> NDArray:
     """Return array - base + residual, in float32 at least; base and residual count as 0 if None."""
+    # A difference in float16 would round once more, before the codec does.
     wide = np.result_type(array.dtype, np.float32)
     values = array.astype(wide, copy=False)
     values = values if base is None else values - base
@@ -365,7 +374,7 @@ def difference(array: NDArray, base: NDArray | None, residual: NDArray | None) -
 
 
 def _sealed(stype: str, array: NDArray, payload: bytes) -> Array:
-    """Return an array as it travels, with a checksum."""
+    """Return an encoded array, with a checksum."""
     data = zlib.crc32(payload).to_bytes(_CHECKSUM, "little") + payload
     return Array(str(array.dtype), array.shape, stype, data)
 

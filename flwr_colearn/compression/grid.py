@@ -1,4 +1,4 @@
-"""CompressionGrid: the layer that compresses models on their way."""
+"""CompressionGrid: the layer that encodes the models in messages and decodes those in replies."""
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -10,29 +10,30 @@ from ..roles import Arrays
 from .agreement import AGREEMENT, LOCAL_REFERENCE, Compression, check_agreed
 
 _REMEMBERED = 2
-"""Models whose encoding is remembered: a round sends one, or two where some participants keep part
-of it."""
+"""The number of encoded models in the cache: a round sends one model, or two where only some
+participants have their local arrays."""
 
 
 class CompressionGrid(RewritingGrid):
-    """A Grid around any Grid on which models travel compressed.
+    """A Grid around any Grid that compresses the models in messages.
 
-    Strategies see ordinary arrays: models of train and evaluate messages are encoded on their way
-    down, each once for all participants, and train replies are decoded. Participants need
-    `flwr_colearn.participant_mod`.
+    Strategies send and receive ordinary arrays: the models of train and evaluate messages are
+    encoded, each once for all participants, and those of train replies are decoded. Participants
+    need `flwr_colearn.participant_mod`.
 
     Parameters
     ----------
     grid : Grid
-        The one inside.
+        The inner grid.
     compression : Compression
         The codecs.
 
     Attributes
     ----------
     reference : mapping of str to numpy.ndarray or None
-        The model that differences are to where participants keep their models (see
-        `LOCAL_REFERENCE`); the strategy sets it. Else it is the model in the message.
+        The reference model of differences where participants keep their models (see
+        `LOCAL_REFERENCE`); the strategy sets it. Otherwise the reference is the model in the
+        message.
     """
 
     def __init__(self, grid: Grid, compression: Compression) -> None:
@@ -42,7 +43,7 @@ class CompressionGrid(RewritingGrid):
         self._encoded: list[tuple[list[bytes], ArrayRecord, Arrays]] = []
 
     def outgoing(self, message: Message) -> RecordDict:
-        """Return the content with its model encoded, and with what the participant must know."""
+        """Return the content with its model encoded, and with the agreement."""
         records = records_of(message.content, ArrayRecord)
         asked = bool(records) or AGREEMENT in message.content
         if kind_of(message) not in (MessageType.TRAIN, MessageType.EVALUATE) or not asked:
@@ -63,24 +64,27 @@ class CompressionGrid(RewritingGrid):
         check_agreed(said, request)
         del reply.content[AGREEMENT]
         models = records_of(reply.content, ArrayRecord)
-        if len(models) != 1:  # nothing to decode, or nothing that a strategy accepts
+        # A reply with several models is refused by the strategy's check.
+        if len(models) != 1:
             return
         [(key, arrays)] = models.items()
         decoded = self.compression.up.decode(arrays, self._base(sent, request))
         reply.content[key] = into_record(dict(decoded))
 
     def _base(self, sent: Message, request: ConfigRecord) -> Arrays | None:
-        """Return the model that a reply's arrays must fit, and that differences are to."""
+        """Return the reference model of a reply, whose names, shapes and types it must have."""
         if request.get(LOCAL_REFERENCE):
             return self.reference
         records = list(records_of(sent.content, ArrayRecord).values())
+        # The model as the participant decoded it, and not the exact one, which it does not have.
         return self._encode(records[0])[1] if records else None
 
     def _request(self, message: Message) -> ConfigRecord:
-        """Return what a message says of the compression; its reply must say the same.
+        """Return the agreement in a message, which its reply must confirm.
 
-        A strategy that leaves models with the participants has said more of it in the message. Else
-        a round of training names itself: what rounding takes away then is made up for in the next.
+        A strategy that leaves models with the participants has put further entries into the
+        message. Otherwise a train message has the round and the session, by which the participant
+        stores the rounding error for the next round.
         """
         more = dict(records_of(message.content, ConfigRecord).get(AGREEMENT, {}))
         if not more and message.metadata.message_type == MessageType.TRAIN:
@@ -89,7 +93,8 @@ class CompressionGrid(RewritingGrid):
         return ConfigRecord({**self.compression.request(), **more})
 
     def _encode(self, record: ArrayRecord) -> tuple[ArrayRecord, Arrays]:
-        """Return a model as it travels, and as participants will have it."""
+        """Return an encoded model, and the model that participants will decode from it."""
+        # The cache is searched by the identity of the arrays' bytes, without reading them.
         for known, encoded, arriving in self._encoded:
             if is_unchanged(record, known):
                 return encoded, arriving

@@ -1,4 +1,4 @@
-"""Residual: what rounding took away from a participant's models, for its next round."""
+"""Residual: the rounding error of a participant's models, which its next round compensates."""
 
 import math
 from logging import WARNING
@@ -13,26 +13,27 @@ from .agreement import AVERAGE_OF, LOCAL_REFERENCE
 from .codecs import BFloat16, difference
 
 RESIDUAL = "colearn.residual"
-"""Keys in ``context.state`` begin so."""
+"""The prefix of the keys in ``context.state``."""
 
 
 class Residual:
-    """What earlier rounds of a session rounded away, in a participant's state (error feedback).
+    """The rounding error of earlier rounds of a session, in a participant's state (error feedback).
 
-    It is kept as bfloat16 in ``context.state``, which Flower keeps for the run and loses with the
-    SuperNode: then that round's rounding, half a step of each number at most, is not made up for.
-    Both what a round began with and what it left are kept, so that a round which is repeated, by a
-    restart or by a server that resumes, begins with what it began with and gives the same bits.
+    The residual is stored as bfloat16 in ``context.state``, which Flower keeps for the run and
+    drops with the SuperNode. Without it the rounding error of the last round, at most half a step
+    of each number, is not compensated. The residuals before and after a round are both stored, so
+    that a repeated round, after a restart or a resume of the server, starts with the same residual
+    and gives the same bits.
 
-    Where models stay with the participants, a model is still unrounded until the average has
-    replaced it; what its rounding left counts from then on only.
+    Where models stay with the participants, the participant's own model has no rounding error until
+    the average replaces it. The residual of that round is therefore used only after that.
 
     Parameters
     ----------
     state : RecordDict
-        The participant's.
+        The participant's state.
     request : ConfigRecord
-        What the server said of the compression: ``round``, ``session`` and, if so, `AVERAGE_OF`
+        The agreement in the message: ``round``, ``session`` and, where they apply, `AVERAGE_OF`
         and `LOCAL_REFERENCE`.
     """
 
@@ -42,15 +43,15 @@ class Residual:
 
     @property
     def wanted(self) -> bool:
-        """Whether this is a round of training, which is made up for."""
+        """Whether the message is of a round of training, whose rounding error is stored."""
         return "round" in self._request
 
     def note_average(self) -> None:
-        """Note that the message's model takes the place of the participant's own.
+        """Record that the message's model replaces the participant's own.
 
-        If that model is the average that the last reply went into, the rounding is missing from it
-        and counts from now on. If it is another one of a later round, the participant begins anew:
-        what it has kept belongs to a model that is gone.
+        If that model is the average of the last reply, the rounding error is missing from it, and
+        the residual is used from then on. If it is another model of a later round, the residual is
+        dropped, since it belongs to a model that no longer exists.
         """
         kept = records_of(self._state, ConfigRecord).get(RESIDUAL)
         average_of = self._request.get(AVERAGE_OF)
@@ -58,22 +59,24 @@ class Residual:
             return
         if average_of == kept["round"] and self._request.get("session") == kept["session"]:
             kept["settled"] = True
-        elif self._request.get("round") != kept["round"]:  # else a round that is repeated
-            log(WARNING, "Compression: what earlier rounds rounded away is lost with the model")
+        # In a repeated round the residual stays: `_kept` returns the one before that round.
+        elif self._request.get("round") != kept["round"]:
+            log(WARNING, "Compression: the residual of earlier rounds is dropped with the model")
             del self._state[RESIDUAL]
 
     def before(self, base: Arrays) -> dict[str, NDArray]:
-        """Return what the rounds before this one left over; nothing where that is lost.
+        """Return the residual of the rounds before this one; empty if it is lost.
 
         Parameters
         ----------
         base : mapping of str to numpy.ndarray
-            The model that the difference is to. What does not have its shapes is left out.
+            The reference model. Arrays of other shapes than its are left out.
         """
+        # A damaged state costs accuracy in one round, and must not end the run.
         try:
             arrays = self._kept()
         except (ColearnError, KeyError, TypeError) as error:
-            log(WARNING, "Compression: what earlier rounds rounded away is lost: %r", error)
+            log(WARNING, "Compression: the residual of earlier rounds is lost: %r", error)
             return {}
         unlike = [n for n, a in arrays.items() if n not in base or base[n].shape != a.shape]
         if unlike:
@@ -87,20 +90,21 @@ class Residual:
             last = kept["round"]  # type: ignore[assignment]
         if this < last or kept["session"] != self._request.get("session", ""):  # type: ignore[operator]
             if this != 1:
-                log(WARNING, "Compression: what earlier rounds rounded away is not kept here")
+                log(WARNING, "Compression: this participant has no residual of earlier rounds")
             return {}
+        # `this == last` is a repeated round, which starts with the same residual as before.
         when = "after" if kept["settled"] and this != last else "before"
         return BFloat16().decode(records_of(self._state, ArrayRecord)[f"{RESIDUAL}.{when}"])
 
     def keep(self, before: Arrays, trained: Arrays, arriving: Arrays) -> None:
-        """Keep what this round began with, and what its rounding left over.
+        """Store the residuals before and after this round.
 
         Parameters
         ----------
         before : mapping of str to numpy.ndarray
-            What the round began with.
+            The residual before the round.
         trained, arriving : mapping of str to numpy.ndarray
-            The arrays that were rounded, as they are and as the server will have them.
+            The rounded arrays, before the rounding and as the server will decode them.
         """
         after = {n: difference(a, arriving[n], before.get(n)) for n, a in trained.items()}
         for when, arrays in (("before", before), ("after", after)):

@@ -1,4 +1,4 @@
-"""Model averaging in which models stay with the learners until they diverge."""
+"""Dynamic model averaging: learners keep their models, and exchange them when they diverge."""
 
 from .client import learner
 from .operators import (

@@ -1,6 +1,6 @@
-"""Balancing, the heart of dynamic averaging: which models to average so that the rest may be left.
+"""Balancing: the choice of the models that dynamic averaging averages, without all of them.
 
-Pure functions of numpy arrays; who sends them, and how, is not known here.
+The functions are pure; the caller fetches the models.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,22 +10,22 @@ from random import Random
 
 @dataclass
 class Balance:
-    """One opportunity to exchange models, as the coordinator sees it.
+    """The state of the coordinator at one opportunity to exchange models.
 
     Attributes
     ----------
     learners : int
-        m, those who take part.
+        m, the number of learners in the round.
     reporters : sequence of int
-        Those who sent their model: B at first.
+        The learners that sent their models, which are B at first.
     violations : int
         v, the violations since the last full synchronisation; updated by `augment`.
     reference_square : float
         |r|^2.
     distance : callable
-        ``() -> |mean_B - r|^2`` for the models in the average now.
+        ``() -> |mean_B - r|^2`` for the models that are in the average at the call.
     random : random.Random
-        Chooses further learners.
+        The random generator for the choice of further learners.
     """
 
     learners: int
@@ -37,17 +37,17 @@ class Balance:
 
 
 def augment(balance: Balance, delta: float) -> Iterator[list[int]]:
-    """Yield the learners that B needs besides the violators, group by group.
+    """Yield the learners that are added to B after the violators, group by group.
 
-    Nobody, while the mean of B lies within the sphere of squared radius `delta`; else random
-    learners, 1, 2, 4, 8, ... at a time, until it does or B is everybody. Everybody at once when
-    the violations since the last full synchronisation have reached m: then, and whenever B is
-    everybody, they are counted from 0 again.
+    If the mean of B is within the sphere of squared radius `delta`, there are none. Otherwise the
+    groups are random learners, 1, 2, 4, 8, ... of them, until the mean is within the sphere or B
+    has all learners. If the violations since the last full synchronisation have reached m, the
+    first group has all other learners. When B has all learners, the violations are set to 0.
 
     Parameters
     ----------
     balance : Balance
-        Its `violations` is brought up to date.
+        The state; its `violations` is updated.
     delta : float
         Delta.
     """
@@ -56,10 +56,13 @@ def augment(balance: Balance, delta: float) -> Iterator[list[int]]:
     balance.violations += len(balance.reporters)
     others = sorted(set(range(balance.learners)) - set(balance.reporters))
     balance.random.shuffle(others)
+    # Many partial synchronisations show that the reference is outdated, and cost more than a full
+    # one, which sets a new reference.
     if balance.violations >= balance.learners and others:
         yield others
         others = []
     size = 1
+    # The caller adds a group's models before it resumes the generator, which changes the distance.
     while others and balance.distance() > delta:
         yield others[:size]
         others, size = others[size:], 2 * size

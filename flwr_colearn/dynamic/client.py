@@ -1,4 +1,4 @@
-"""The participant's half of model averaging: it keeps its model, and trains when asked."""
+"""The participant's part of model averaging: the decorator `learner`, which stores the model."""
 
 from collections.abc import Callable
 
@@ -18,27 +18,27 @@ TrainFunction = Callable[[Message, Context], Message]
 def learner(app: ClientApp) -> Callable[[TrainFunction], TrainFunction]:
     """Decorate a training function of a ClientApp whose participants keep their models.
 
-    In the place of ``@app.train()``. The function is an ordinary one of Flower's: it finds a model
-    under ``arrays``, trains ``mini-batches`` of its stream (the first is number ``batches-done``,
-    from 0), and returns the model with a MetricRecord that has ``num-examples`` and, for the
-    cumulative loss, ``loss``: the mean over these examples, each measured before the step that
-    learns from it. Arrays in, arrays out, of whatever framework; that the model stays here from
-    round to round, and whether it is sent anywhere, is not the function's concern.
+    The decorator replaces ``@app.train()``. The function is one of Flower's Message API: it
+    receives a model under ``arrays``, trains ``mini-batches`` of its stream (the first has the
+    number ``batches-done``, from 0), and returns the model with a MetricRecord. The metrics are
+    ``num-examples`` and, for the cumulative loss, ``loss``: the mean over these examples, each
+    measured before the step that learns from it. The function works with arrays of any framework,
+    and needs no code for the storage and the exchange of models.
 
-    The state is in Flower's context, which ends with the SuperNode. A folder ``state-dir`` in the
-    SuperNode's node config keeps it on disk (see `flwr_colearn.participant_mod`); a learner that
-    has lost its state says so and is given model and reference anew.
+    The state is in Flower's context, which ends with the SuperNode. With a folder ``state-dir`` in
+    the SuperNode's node config it is saved on disk (see `flwr_colearn.participant_mod`). A learner
+    that has lost its state reports it, and is reinitialised with model and reference.
 
     Parameters
     ----------
     app : ClientApp
-        Gets a training function that answers whatever the strategy asks for.
+        The app; its training function then answers all messages of the strategy.
 
     Raises
     ------
     ColearnError
-        In a round: if the function's reply is not a model like the one it was given, finite, with
-        a positive ``num-examples``. The learner's state is then as it was before the round.
+        In a round, if the function's reply does not have a finite model like the one it received,
+        and a positive ``num-examples``. The learner's state does not change then.
 
     Examples
     --------
@@ -75,7 +75,9 @@ def _train(ask: Ask, function: TrainFunction, message: Message, context: Context
     local, lost = _state(message, context, ask)
     if local is None:
         return _reply(message, Report(lost=lost))
-    if local.round < ask.server_round:  # else the question is repeated, and so is the answer
+    # A repeated message, after a restart, is answered from the state: a second training would make
+    # another model of the same mini-batches.
+    if local.round < ask.server_round:
         message.content[ARRAYS] = local.model
         reply = function(message, context)
         if not reply.has_content():
@@ -83,6 +85,7 @@ def _train(ask: Ask, function: TrainFunction, message: Message, context: Context
         metrics = _metrics_of(reply)
         model = arrays_of(reply)
         check_model(view(model), like=view(local.model))
+        # Stored only after all checks, so that a failed training can be repeated.
         local = local.trained(ask.server_round, model, metrics)
         remember(context, local)
     distance = local.distance()
@@ -99,7 +102,8 @@ def _fetch(ask: Ask, message: Message, context: Context) -> Message:
 
 def _set(ask: Ask, message: Message, context: Context) -> Message:
     arrays = records_of(message.content, ArrayRecord)[ARRAYS]
-    if ask.reference_round is not None:  # model and reference in one: the old state is not needed
+    # The arrays of a full synchronisation are model and reference, so no old state is needed.
+    if ask.reference_round is not None:
         local: LocalModel | None = LocalModel.anew(ask, arrays)
     else:
         local, lost = _state(message, context, ask)
@@ -111,7 +115,7 @@ def _set(ask: Ask, message: Message, context: Context) -> Message:
 
 
 def _state(message: Message, context: Context, ask: Ask) -> tuple[LocalModel | None, str]:
-    """Return the learner's state, from the message where that brings it; or why there is none."""
+    """Return the learner's state, if need be from the message; else None and the reason."""
     local = recall(context)
     lost = "it has no state" if local is None else local.unusable_for(ask)
     given = records_of(message.content, ArrayRecord).get(ARRAYS)
@@ -124,7 +128,7 @@ def _ask(message: Message) -> Ask:
     if AGREEMENT in message.content:
         raise ColearnError(
             "message: expected one that flwr_colearn.participant_mod has decoded, since the server "
-            "compresses models, found none such; add it to the ClientApp's mods: "
+            "compresses models, found an encoded one; add the mod to the ClientApp's mods: "
             "ClientApp(mods=[participant_mod])"
         )
     return Ask.from_config(records_of(message.content, ConfigRecord).get(CONFIG, ConfigRecord()))

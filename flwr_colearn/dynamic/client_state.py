@@ -1,4 +1,4 @@
-"""LocalModel: what a learner remembers between rounds, in its context's state."""
+"""LocalModel: the state of a learner between rounds, stored in its context."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,24 +15,24 @@ _MODEL, _MEMORY, _METRICS = "colearn.model", "colearn.learner", "colearn.metrics
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A learner's model and what belongs to it.
+    """A learner's model and its other state.
 
     Attributes
     ----------
     model, reference : ArrayRecord
         f and r.
     session : str
-        Of the training it belongs to.
+        The session of the training.
     reference_round : int
-        Whose full synchronisation gave r.
+        The round whose full synchronisation gave r.
     round : int
-        The last one that was trained; 0 before the first.
+        The last trained round; 0 before the first.
     examples : float
-        Seen since the last full synchronisation.
+        The number of examples since the last full synchronisation.
     left_out : list of str
-        Names of the arrays that do not count in the distance.
+        The names of the arrays that are not part of the distance.
     metrics : dict
-        The last training's.
+        The metrics of the last training.
     """
 
     model: ArrayRecord
@@ -46,8 +46,9 @@ class LocalModel:
 
     @classmethod
     def anew(cls, ask: Ask, arrays: ArrayRecord) -> "LocalModel":
-        """Return the state of a learner that is given model and reference anew."""
+        """Return the state of a learner that is reinitialised with model and reference."""
         assert ask.reference_round is not None
+        # The round of the message is not trained yet.
         before = ask.server_round - 1
         return cls(arrays, arrays, ask.session, ask.reference_round, before, ask.left_out)
 
@@ -71,17 +72,18 @@ class LocalModel:
 
     @property
     def weight(self) -> float:
-        """Examples since the last full synchronisation; 1 right after it."""
+        """The number of examples since the last full synchronisation; 1 right after it."""
         return self.examples or 1
 
     def unusable_for(self, ask: Ask) -> str:
-        """Return why this is not the state that the coordinator counts on; empty if it is."""
+        """Return why this is not the state that the message requires; empty if it is."""
         if self.session != ask.session:
             return "it belongs to another training"
         if ask.reference_round is not None and self.reference_round != ask.reference_round:
             return f"its reference is of round {self.reference_round}, not of {ask.reference_round}"
-        # Of one round there may be two, where a server resumed from an older checkpoint. Codecs
-        # that send differences cannot do with the wrong one, and only they pay for the checksum.
+        # A server that resumed from an older checkpoint may have made a second reference of the
+        # same round. A difference to the wrong one would be decoded to a wrong model. Only codecs
+        # that send differences have this check, since it reads the whole model.
         wanted = ask.reference_check
         if wanted is not None and checksum(view(self.reference)) != wanted:
             return f"its reference of round {self.reference_round} is another one"
@@ -91,8 +93,9 @@ class LocalModel:
 
 
 def remember(context: Context, local: LocalModel) -> None:
-    """Put a learner's state into its context."""
+    """Store a learner's state in its context."""
     context.state[_MODEL] = local.model
+    # Under the key where the compression's mod looks for the reference of differences.
     context.state[REFERENCE] = local.reference
     context.state[_METRICS] = MetricRecord(dict(local.metrics or {}))
     context.state[_MEMORY] = ConfigRecord(

@@ -1,4 +1,4 @@
-"""Coordinator: one opportunity to exchange models after the other, over a Grid."""
+"""Coordinator: the server's part of model averaging, one exchange of models per round."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -34,16 +34,16 @@ from .record import DynamicLog, DynamicRecord
 
 @dataclass(frozen=True)
 class Reference:
-    """r, the model that all learners had after the last full synchronisation.
+    """r, the model of all learners after the last full synchronisation.
 
     Attributes
     ----------
     record : ArrayRecord
-        Its arrays.
+        The model.
     round : int
-        Of that synchronisation; 0 for the initial model.
+        The round of that synchronisation; 0 for the initial model.
     roles : dict
-        By array name; only trainable arrays count in distances.
+        The roles by array name; distances are computed over trainable arrays only.
     """
 
     record: ArrayRecord
@@ -58,12 +58,12 @@ class Reference:
 
     @cached_property
     def checksum(self) -> int:
-        """By which a learner knows whether its own is this one to the last bit."""
+        """The checksum by which a learner verifies that its reference has the same bits."""
         return checksum(self.arrays)
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Names of the arrays that do not count in distances."""
+        """The names of the arrays that are not part of distances."""
         return tuple(name for name in self.arrays if self.roles[name] is not Role.TRAINABLE)
 
     @property
@@ -78,7 +78,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Pending:
-    """An average that is decided but not yet known to have reached its members."""
+    """An average that has been computed and may not have reached all its members yet."""
 
     members: list[int]
     record: ArrayRecord
@@ -93,30 +93,30 @@ class _Answer:
 
 @dataclass
 class Coordinator:
-    """Asks learners to train, and synchronises those whom the operator names.
+    """Lets learners train, and averages the models that the operator requires.
 
     Attributes
     ----------
     operator : Operator
-        Decides who sends models.
+        The operator, which decides which learners send models.
     reference : Reference
         r.
     random : random.Random
-        For choices among learners.
+        The random generator for choices among learners.
     log : DynamicLog
-        Has the record of the round under way.
+        The log with the record of the round under way.
     violations : int
-        v.
+        v, the violations since the last full synchronisation.
     compression : Compression
-        How models travel. Reference and averages are held as learners decode them.
+        The codecs. Reference and averages are stored as learners decode them.
     timeout : float or None
-        Seconds that one attempt of one learner may take.
+        The time limit of one attempt of one learner, in seconds.
     nodes : list of int
-        Of the round's learners, after any replacement.
+        The nodes of the round's learners, after any replacement.
     present : list of int
-        Those of them that took part.
+        The nodes that replied in this round.
     pending : Pending or None
-        What is to be distributed.
+        The average that is to be distributed.
     """
 
     operator: Operator
@@ -139,31 +139,31 @@ class Coordinator:
 
     @property
     def record(self) -> DynamicRecord:
-        """Of the round under way."""
+        """The record of the round under way."""
         return self.log.record
 
     @property
     def grid(self) -> ConnectedGrid:
-        """Connects to the learners."""
+        """The grid, which connects to the learners."""
         assert self._grid is not None
         return self._grid
 
     def connect(self, grid: ConnectedGrid) -> None:
-        """Exchange messages on this grid from now on."""
+        """Set the grid for all messages."""
         self._grid = grid
         grid.refer_to(self.reference.arrays)
 
     def train(self, server_round: int, nodes: Sequence[int], config: ConfigRecord) -> None:
-        """Let learners train, and fetch what the operator needs for an average.
+        """Let learners train, and fetch the models that the operator requires for an average.
 
-        Arrays travel down in the first round only: the common model, which is the first reference.
-        Afterwards `pending` is what is to be distributed, if anything; a full synchronisation's
-        mean is the reference already.
+        Train messages contain arrays in the first round only: the common initial model, which is
+        the first reference. After the call `pending` is the average to distribute, if there is one.
+        The mean of a full synchronisation is the new reference already.
 
         Raises
         ------
         ColearnError
-            If nobody replied.
+            If no learner replied.
         """
         self._open(server_round, nodes, config)
         anew = self.reference.record if server_round == 1 else None
@@ -173,7 +173,7 @@ class Coordinator:
         if not self.present:
             raise ColearnError(
                 f"round {self.record.round}: expected replies from {len(self.nodes)} learners, "
-                "found none; their logs say why"
+                "found none; the reasons are in their logs"
             )
         self._note_training(answers)
         members = [node for node in self.present if answers[node].has_model]
@@ -184,7 +184,7 @@ class Coordinator:
         self._account()
 
     def distribute(self) -> None:
-        """Send the pending average to its members; to do so twice changes nothing."""
+        """Send the pending average to its members; a second call has no further effect."""
         if self.pending is None:
             return
         members, record = self.pending.members, self.pending.record
@@ -194,13 +194,14 @@ class Coordinator:
         self._account()
 
     def collect(self) -> ArrayRecord:
-        """Return the mean of all learners' models, each counting the same.
+        """Return the mean of all learners' models with equal weights.
 
         Raises
         ------
         ColearnError
             If no learner sent its model.
         """
+        # A new mean: that of the round's synchronisation has only some of the models.
         self._mean = self._new_mean()
         self._collecting = True
         self._ask([self._question("fetch", node) for node in self.present], weigh=lambda report: 1)
@@ -209,7 +210,7 @@ class Coordinator:
         return into_record(self._mean.mean())
 
     def check(self, sent: Message, reply: Message) -> None:
-        """Raise a ColearnError for a reply that is no good; recovery then asks again."""
+        """Raise a ColearnError for an invalid reply; recovery then sends the message again."""
         check_echo(sent, reply)
         report = report_of(reply)
         if model := records_of(reply.content, ArrayRecord).get(ARRAYS):
@@ -232,14 +233,20 @@ class Coordinator:
         )
 
     def _begin_anew(self, answers: dict[int, _Answer]) -> dict[int, _Answer]:
-        """Give model and reference to learners that have no usable state, and let them train."""
+        """Reinitialise learners without usable state with model and reference, and let them train.
+
+        Returns
+        -------
+        dict
+            The answers of all learners that have trained, by node.
+        """
         lost = [node for node in self.nodes if node in answers and answers[node].report.lost]
         if not lost:
             return answers
         for node in lost:
             name, reason = self.grid.name_of(node), answers[node].report.lost
             self.record.lost.append({"participant": name, "reason": reason})
-            log(WARNING, "Averaging: learner %s begins anew: %s", name, reason)
+            log(WARNING, "Averaging: learner %s is reinitialised: %s", name, reason)
         again = self._ask([self._train_question(node, self.reference.record) for node in lost])
         merged = {**answers, **again}
         return {node: answer for node, answer in merged.items() if not answer.report.lost}
@@ -252,11 +259,13 @@ class Coordinator:
             examples = answer.metrics.get("num-examples", 0)
             record.examples += examples
             losses.append(examples * answer.metrics.get("loss", math.nan))
+        # fsum is exact, so that the order of replies does not matter; without a loss it is NaN.
         total = math.fsum(losses)
         record.loss = None if math.isnan(total) else total
 
     def _augment(self, reporters: Sequence[int]) -> list[int]:
-        """Fetch further models as long as the operator needs them; return whose came."""
+        """Fetch further models while the operator requires them; return the nodes that sent one."""
+        # The distance is that of the mean as learners will decode it.
         balance = Balance(
             learners=len(self.present),
             reporters=[self.present.index(node) for node in reporters],
@@ -275,7 +284,7 @@ class Coordinator:
         return came
 
     def _settle(self, members: list[int], full: bool) -> None:
-        """Make the members' mean pending; where they are all, it is the new reference."""
+        """Make the mean pending; if all learners are members, it is the new reference."""
         record = into_record(dict(self.compression.received(self._mean.mean())))
         self.pending = Pending(members, record)
         self.record.synchronised = "full" if full else "partial"
@@ -286,7 +295,7 @@ class Coordinator:
     def _account(self) -> None:
         self.log.note_traffic(self.grid.take())
 
-    # Questions and answers ----------------------------------------------------------------------
+    # Messages and replies -----------------------------------------------------------------------
 
     def _train_question(self, node: int, anew: ArrayRecord | None) -> Message:
         b = self.operator.check_every
@@ -326,7 +335,9 @@ class Coordinator:
             content[ARRAYS] = arrays
         if not self.compression.is_plain:
             said: dict[str, str | int] = {LOCAL_REFERENCE: 1, "session": self.grid.session}
-            if not self._collecting:  # else no average follows, and no rounding is to be kept
+            # Without a round the participant stores no rounding error: no average of collected
+            # models is sent back that could lack it.
+            if not self._collecting:
                 said["round"] = self.record.round
             if arrays is not None:
                 said[AVERAGE_OF] = average_of
@@ -342,7 +353,7 @@ class Coordinator:
         questions: list[Message],
         weigh: Callable[[Report], float] = lambda report: report.examples,
     ) -> dict[int, _Answer]:
-        """Ask learners; fold the models in replies as they come; return the answers by node."""
+        """Send messages, add the models in replies to the mean, and return the answers by node."""
         asked = [question.metadata.dst_node_id for question in questions]
         replies = self.grid.stream(questions, timeout=reply_within(self.timeout))
         answers: dict[int, _Answer] = {}
@@ -350,6 +361,7 @@ class Coordinator:
             node = reply.metadata.src_node_id
             try:
                 answers[node] = self._fold(questions[0], reply, weigh)
+            # Without recovery no layer has checked the reply; an invalid one is left out here.
             except ColearnError as error:
                 name = self.grid.name_of(node)
                 self.log.note_events([Event("refusal", name, str(error))])
@@ -363,6 +375,7 @@ class Coordinator:
         has_model = ARRAYS in records_of(reply.content, ArrayRecord)
         if has_model:
             model = arrays_of(reply)
+            # The fingerprint shows that `check` has seen the same arrays; it is read only once.
             checked, self._checked = self._checked, []
             add = self._mean.add_checked if is_unchanged(model, checked) else self._mean.add
             add(view(model), weigh(report))
@@ -371,14 +384,14 @@ class Coordinator:
         return _Answer(report, has_model, numbers)
 
     def _follow(self, asked: Sequence[int]) -> None:
-        """Take over from the grid which nodes took the places of others."""
+        """Replace the ids of nodes that another node replaced during recovery."""
         moved = dict(zip(asked, self.grid.node_ids, strict=True))
         self.nodes = [moved.get(node, node) for node in self.nodes]
         self.present = [moved.get(node, node) for node in self.present]
         self._bounds = {moved.get(node, node): bound for node, bound in self._bounds.items()}
 
     def _in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
-        """Sort by learner where the mean's last bit depends on the order: float64 models."""
+        """Return replies sorted by learner if the mean's last bit depends on it (float64)."""
         return self.grid.in_order(replies) if self.reference.float64 else replies
 
     def _names(self, nodes: Iterable[int]) -> list[str]:

@@ -1,16 +1,16 @@
-"""What coordinator and learners of model averaging say to each other: the only contract.
+"""The messages between the coordinator and the learners of model averaging.
 
-Every message is one of Flower's train messages, so that recovery restarts all alike. Its config
-says which action it asks for:
+Every message has Flower's type train, so that recovery restarts participants for all of them. Its
+config states the action:
 
-=========  ==============================================================
-``train``  train some mini-batches; send your model if it is beyond the bound
-``fetch``  send your model
-``set``    go on from this model, which may be the new reference
-=========  ==============================================================
+=========  ==============================================================================
+``train``  The learner trains mini-batches and sends its model if it is beyond the bound.
+``fetch``  The learner sends its model.
+``set``    The learner replaces its model, and maybe the reference, by this one.
+=========  ==============================================================================
 
-Each is answered by a `Report`. Each may be sent again: the answer is then the same, and nothing is
-trained or set twice.
+The reply to each has a `Report`. A message may be sent again: the reply is then the same, and the
+learner does not train a second time.
 """
 
 import math
@@ -27,7 +27,7 @@ from ..records import records_of
 from ..roles import Arrays
 
 ARRAYS, CONFIG, METRICS, REPORT = "arrays", "config", "metrics", "learner"
-"""Keys of the records in messages."""
+"""The keys of the records in messages."""
 
 Action = Literal["train", "fetch", "set"]
 
@@ -36,30 +36,31 @@ _NO_REFERENCE = -1
 
 @dataclass(frozen=True)
 class Ask:
-    """What the coordinator asks of one learner.
+    """A request of the coordinator to one learner.
 
     Attributes
     ----------
     session : str
-        Of the training; a learner that remembers another one begins anew.
+        The session of the training; a learner with state of another one is reinitialised.
     server_round : int
-        From 1.
+        The number of the round, from 1.
     reference_round : int or None
         The round whose full synchronisation gave the reference that the learner must have, 0 for
-        the initial model. With the action ``set`` it says that the arrays are that reference;
-        ``None`` leaves the reference as it is.
+        the initial model. With the action ``set``, a number means that the arrays are the new
+        reference, and ``None`` that the reference stays.
     action : {"train", "fetch", "set"}
-        What is asked for.
+        The action.
     mini_batches : int
-        How many to train now (b).
+        b, the number of mini-batches to train.
     batches_done : int
-        Trained by every learner before this round: where in its stream a learner is.
+        The number of mini-batches of every learner before this round, which is the position in its
+        stream.
     bound : float
-        The learner sends its model if |f - r|^2 is larger.
+        The bound on |f - r|^2 beyond which the learner sends its model.
     left_out : list of str
-        Names of the arrays that do not count in the distance; sent with a reference only.
+        The names of the arrays that are not part of the distance; sent only with a reference.
     reference_check : int or None
-        `checksum` of the reference, where models travel as differences to it.
+        The `checksum` of the reference, if models are sent as differences to it.
     """
 
     session: str
@@ -73,7 +74,7 @@ class Ask:
     reference_check: int | None = None
 
     def to_config(self) -> ConfigRecord:
-        """Return the question as the train config carries it."""
+        """Return the request as entries of the train config."""
         reference = _NO_REFERENCE if self.reference_round is None else self.reference_round
         config = ConfigRecord(
             {
@@ -83,6 +84,7 @@ class Ask:
                 "action": self.action,
             }
         )
+        # Only the entries of the action, since the bytes of configs are part of the traffic.
         if self.mini_batches:
             config["mini-batches"] = self.mini_batches
             config["batches-done"] = self.batches_done
@@ -95,12 +97,12 @@ class Ask:
 
     @classmethod
     def from_config(cls, config: ConfigRecord) -> "Ask":
-        """Read what `to_config` wrote; entries of others are left alone.
+        """Read the request from the train config; other entries are ignored.
 
         Raises
         ------
         ColearnError
-            If the message does not come from `flwr_colearn.DynamicAveraging` or its kin.
+            If the message is not from `flwr_colearn.DynamicAveraging` or `ModelAveraging`.
         """
         values: dict[str, Any] = dict(config)
         missing = {"session", "server-round", "reference-round"} - set(values)
@@ -127,17 +129,17 @@ class Ask:
 
 @dataclass(frozen=True)
 class Report:
-    """A learner's answer.
+    """A learner's report in its reply.
 
     Attributes
     ----------
     examples : float
-        Seen since the last full synchronisation: its weight in an average, so that learners of
-        equal streams count the same. 0 if its state is lost.
+        The number of examples since the last full synchronisation, which is the learner's weight
+        in an average. 0 if its state is lost.
     distance : float
         |f - r|^2 over the trainable arrays.
     lost : str
-        Why the learner has no usable state and needs model and reference anew; empty if it has.
+        The reason why the learner has no usable state and must be reinitialised; empty if it has.
     """
 
     examples: float = 0
@@ -145,7 +147,7 @@ class Report:
     lost: str = ""
 
     def to_config(self) -> ConfigRecord:
-        """Return the report as the reply carries it."""
+        """Return the report as a record of the reply."""
         if self.lost:
             return ConfigRecord({"lost": self.lost})
         return ConfigRecord({"examples": self.examples, "distance": self.distance})

@@ -1,7 +1,7 @@
-"""Operators: when learners that keep their models exchange them, and which ones.
+"""Operators: the rules by which learners that keep their models exchange them.
 
-Dynamic averaging (Kamp et al., 2018) and the operators that it is compared with, behind one
-interface. No flwr in sight: an operator is an immutable value that answers two questions.
+The module has dynamic averaging (Kamp et al., 2018) and the operators that are compared with it. An
+operator is an immutable value, independent of Flower.
 """
 
 import math
@@ -14,7 +14,7 @@ from ..errors import expected, real_number, whole_number
 from .balancing import Balance, augment
 
 ALWAYS = -1.0
-"""A bound that every squared distance exceeds: the learner sends its model in any case."""
+"""A bound that every squared distance exceeds, so that the learner always sends its model."""
 
 NEVER = math.inf
 
@@ -23,8 +23,8 @@ NEVER = math.inf
 class Relative:
     """A threshold as a fraction of |r|^2, since Delta scales with the model.
 
-    Delta = fraction * |r|^2, anew for every reference: ``Relative(0.01)`` lets a model move by a
-    tenth of the reference's length.
+    Delta = fraction * |r|^2, computed for every reference. With ``Relative(0.01)`` a model may move
+    by a tenth of the reference's norm.
 
     Raises
     ------
@@ -44,7 +44,7 @@ class Relative:
 
 @dataclass(frozen=True)
 class Absolute:
-    """Delta itself, a squared distance; ``math.inf`` never communicates.
+    """A threshold Delta, a squared distance; with ``math.inf`` no model is ever sent.
 
     Raises
     ------
@@ -59,17 +59,17 @@ class Absolute:
             real_number("threshold", self.value, least=0.0)
 
     def delta(self, reference_square: float) -> float:
-        """Return Delta, whatever the reference."""
+        """Return Delta, the same for every reference."""
         return float(self.value)
 
 
 class Operator(ABC):
-    """When learners exchange models.
+    """The base class of operators, which decide when learners exchange models.
 
     Attributes
     ----------
     check_every : int
-        b: mini-batches of every learner between two opportunities to exchange models.
+        b, the mini-batches of every learner between two opportunities to exchange models.
     """
 
     check_every: int
@@ -81,40 +81,41 @@ class Operator(ABC):
         Parameters
         ----------
         learners : int
-            How many take part.
+            The number of learners.
         reference_square : float
             |r|^2 over the trainable arrays.
         random : random.Random
-            For operators that choose at random.
+            The random generator for operators that choose at random.
         """
 
     def further(self, balance: Balance) -> Iterator[list[int]]:
         """Yield groups of further learners whose models are needed, one group at a time.
 
-        The caller adds a group's models to the average before it asks for the next.
+        The caller must add a group's models to the average before it continues the iteration.
         """
         yield from ()
 
     def check_learners(self, learners: int) -> None:
-        """Raise a ColearnError if the operator cannot work with so many learners."""
+        """Raise a ColearnError if the operator cannot work with this number of learners."""
         whole_number("num_learners", learners, least=1)
 
 
 @dataclass(frozen=True)
 class Dynamic(Operator):
-    """Dynamic averaging: a learner speaks when its model has left the sphere around the reference.
+    """Dynamic averaging: a learner sends its model if it is outside a sphere around the reference.
 
-    A learner that finds |f_i - r|^2 > Delta after b mini-batches sends its model. The mean of
-    those who sent goes back to them if it lies within the sphere; else random others are asked in
-    groups of 1, 2, 4, ... until it does, or everybody is in: then the mean is the new reference.
-    Everybody is asked at once when violations have added up to the number of learners.
+    A learner sends its model if |f_i - r|^2 > Delta after b mini-batches. If the mean of these
+    models is within the sphere, it replaces them. Otherwise the models of random other learners are
+    added in groups of 1, 2, 4, ... until the mean is within the sphere. If it has all models, it is
+    the new reference. If violations have added up to the number of learners, all models are fetched
+    at once.
 
     Parameters
     ----------
     threshold : float, Absolute or Relative
         Delta, the squared distance; or a fraction of |r|^2.
     check_every : int, default 1
-        b.
+        b, the number of mini-batches.
 
     Raises
     ------
@@ -136,11 +137,11 @@ class Dynamic(Operator):
             object.__setattr__(self, "threshold", Absolute(self.threshold))
 
     def bounds(self, learners: int, reference_square: float, random: Random) -> list[float]:
-        """Return Delta for all of them."""
+        """Return Delta for every learner."""
         return [self._delta(reference_square)] * learners
 
     def further(self, balance: Balance) -> Iterator[list[int]]:
-        """Yield what augments the violators until their mean lies within the sphere."""
+        """Yield learners that are added to the violators until the mean is within the sphere."""
         return augment(balance, self._delta(balance.reference_square))
 
     def _delta(self, reference_square: float) -> float:
@@ -177,7 +178,7 @@ def Continuous() -> Periodic:  # noqa: N802  (a name among the operators)
 class FractionAveraging(Operator):
     """Federated averaging of a random fraction C of the learners every b mini-batches.
 
-    The mean of the chosen, at least one, replaces their models; the others go on with their own.
+    The mean of the chosen models, at least one, replaces them; the other models stay.
 
     Raises
     ------
@@ -190,18 +191,19 @@ class FractionAveraging(Operator):
 
     def __post_init__(self) -> None:
         _check(self)
+        # real_number accepts 0, the only number in its range that is not in (0, 1].
         if not real_number("fraction", self.fraction, least=0.0, most=1.0):
             raise expected("fraction", "a number above 0", self.fraction)
 
     def bounds(self, learners: int, reference_square: float, random: Random) -> list[float]:
-        """Return bounds that the chosen exceed and the others never do."""
+        """Return bounds that the models of the chosen learners exceed, and no other models."""
         chosen = set(random.sample(range(learners), max(1, round(self.fraction * learners))))
         return [ALWAYS if index in chosen else NEVER for index in range(learners)]
 
 
 @dataclass(frozen=True)
 class Never(Operator):
-    """No averaging at all: every learner for itself.
+    """No averaging: every learner trains its own model.
 
     Raises
     ------
@@ -221,7 +223,7 @@ class Never(Operator):
 
 @dataclass(frozen=True)
 class Serial(Never):
-    """Serial learning, the yardstick: one learner that has all the data.
+    """Serial learning as a baseline: one learner with all the data.
 
     Raises
     ------

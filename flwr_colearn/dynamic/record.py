@@ -1,4 +1,4 @@
-"""DynamicRecord: what happened in every round of model averaging, and the history of a run."""
+"""DynamicRecord, the record of a round of model averaging, and the history of a run."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -15,51 +15,51 @@ from ..traffic import Event, RoundTraffic, Transfers
 
 @dataclass
 class DynamicRecord:
-    """One opportunity to exchange models, after b mini-batches of every learner.
+    """The record of one round, which is b mini-batches of every learner and one exchange of models.
 
     Attributes
     ----------
     round : int
-        From 1.
+        The number of the round, from 1.
     mini_batches : int
-        Trained by every learner up to now.
+        The mini-batches of every learner up to the end of this round.
     examples : float
-        Seen by all learners in this round.
+        The examples of all learners in this round.
     loss : float or None
-        Summed over these examples, each measured before the step that learned from it; ``None``
-        where the learners report no loss.
+        The sum of the loss over these examples, each measured before the step that learns from it;
+        ``None`` if the learners report no loss.
     cumulative_loss : float or None
-        Summed over all rounds.
+        The sum of the loss over all rounds.
     delta : float
         The bound on |f_i - r|^2 in this round: -1 for every model, infinity for none.
     largest_distance : float
-        Largest |f_i - r|^2 that a learner found.
+        The largest |f_i - r|^2 of a learner.
     reporters : list of str
-        Learners that sent their model by themselves; in dynamic averaging, the violators.
+        The learners whose models were beyond the bound; in dynamic averaging, the violators.
     fetched : list of str
-        Learners that were asked for their model besides.
+        The learners whose models were fetched in addition.
     groups : list of int
-        Sizes of the groups in which they were asked.
+        The sizes of the groups in which they were fetched.
     synchronised : {"none", "partial", "full"}
-        "full" if everybody has a new model, and the reference is new.
+        "full" if all learners have a new model, which is the new reference.
     violations : int
-        v: violations since the last full synchronisation.
+        v, the violations since the last full synchronisation.
     moved : dict
-        `Transfers` of training and synchronisation, restarts and refused replies included.
+        The `Transfers` of training and synchronisation, with restarts and refused replies.
     collected : dict
-        `Transfers` of models that were fetched only to be evaluated or returned.
+        The `Transfers` of models that were fetched only for an evaluation or the result.
     cumulative_bytes : int
-        Of all rounds, both directions, control included, without what was only collected.
+        The bytes of `moved` over all rounds, both directions, with those of configs and metrics.
     evaluated : str
-        Which model `server_metrics` belongs to: "mean of all learners" or "reference of round R".
+        The model of `server_metrics`: "mean of all learners" or "reference of round R".
     lost : list of dict
-        Learners that were given model and reference anew, each with ``participant`` and ``reason``.
+        The reinitialised learners, each with ``participant`` and ``reason``.
     refusals, restarts, absences : list of dict
-        As in `RoundRecord`.
+        The same as in `RoundRecord`.
     seconds : float
-        From the round's messages to its record.
+        The seconds from the round's messages to its record.
     server_metrics : dict
-        Of the server's own evaluation.
+        The metrics of the server's own evaluation.
     """
 
     round: int
@@ -90,7 +90,7 @@ class DynamicRecord:
         return to_line(self)
 
     def log(self) -> None:
-        """Write the round as branches of Flower's log."""
+        """Write the round to Flower's log, in the form of Flower's own entries."""
         moved = Transfers(**self.moved)
         log(INFO, "Averaging: round %s complete in %.1f s", self.round, self.seconds)
         log(INFO, "\t├── Mini-batches: %s each", self.mini_batches)
@@ -116,7 +116,7 @@ class DynamicRecord:
         )
         log(
             INFO,
-            "\t└── Learners: %s given anew, %s refused, %s restarted, %s absent",
+            "\t└── Learners: %s reinitialised, %s refused, %s restarted, %s absent",
             len(self.lost),
             len(self.refusals),
             len(self.restarts),
@@ -143,22 +143,22 @@ class DynamicHistory(RecordFile[DynamicRecord]):
 
     @property
     def transfers(self) -> Transfers:
-        """All that moved for training and synchronisation."""
+        """The sum of the traffic of training and synchronisation."""
         return sum((Transfers(**record.moved) for record in self.records), Transfers())
 
     def bytes_with(self, record: DynamicRecord) -> int:
-        """Return all bytes moved up to and with a record that comes next."""
+        """Return the cumulative bytes of the run after the given record, which is the next one."""
         before = self.records[-1].cumulative_bytes if self.records else 0
         return before + Transfers(**record.moved).total
 
     @property
     def cumulative_loss(self) -> float | None:
-        """Of all rounds."""
+        """The sum of the loss over all rounds."""
         return self.records[-1].cumulative_loss if self.records else 0.0
 
 
 def transfers_of(traffic: RoundTraffic) -> Transfers:
-    """Return what moved, as a record has it."""
+    """Return the traffic in the form of a record."""
     return Transfers(
         models_down=traffic.models.down,
         models_up=traffic.models.up,
@@ -170,19 +170,19 @@ def transfers_of(traffic: RoundTraffic) -> Transfers:
 
 
 class DynamicLog:
-    """The record of the round under way, and the history that it goes to in the end.
+    """The record of the round under way, and the history to which it is appended at the end.
 
     Parameters
     ----------
     history : str, Path or DynamicHistory, optional
-        Where the rounds are recorded. By default in memory.
+        A file for JSON lines, or a history. By default the history is in memory only.
 
     Attributes
     ----------
     history : DynamicHistory
-        The rounds that are complete.
+        The records of the complete rounds.
     record : DynamicRecord
-        Of the round under way.
+        The record of the round under way.
     """
 
     def __init__(self, history: str | Path | DynamicHistory | None = None) -> None:
@@ -191,16 +191,17 @@ class DynamicLog:
         self._opened = time.monotonic()
 
     def open(self, record: DynamicRecord) -> None:
-        """Begin a round."""
+        """Open the record of a new round."""
         self.record, self._opened = record, time.monotonic()
 
     def note(self, **metrics: Mapping[str, Any] | None) -> None:
-        """Keep the server's metrics for the record; learners report the loss of their training."""
+        """Set the server's metrics of the record; learners report the loss of their training."""
+        # Round 0, the evaluation before the first round, has no record.
         if self.record.round and metrics.get("server_metrics"):
             self.record.server_metrics = dict(metrics["server_metrics"] or {})
 
     def note_events(self, events: Iterable[Event]) -> None:
-        """Record what happened to learners."""
+        """Record events of learners."""
         record = self.record
         lists = {
             "restart": record.restarts,
@@ -211,17 +212,17 @@ class DynamicLog:
             lists[event.kind].append(event.entry())
 
     def note_traffic(self, traffic: RoundTraffic) -> None:
-        """Add what moved for training and synchronisation, and what happened."""
+        """Add the traffic and the events of training and synchronisation."""
         self.record.moved = asdict(Transfers(**self.record.moved) + transfers_of(traffic))
         self.note_events(traffic.events)
 
     def note_collection(self, traffic: RoundTraffic) -> None:
-        """Add what moved only for an evaluation of the mean of all learners."""
+        """Add the traffic of the models that are fetched for the mean of all learners."""
         self.record.collected = asdict(Transfers(**self.record.collected) + transfers_of(traffic))
         self.note_events(traffic.events)
 
     def note_evaluation(self, traffic: RoundTraffic) -> None:
-        """Do nothing: learners evaluate nothing."""
+        """Do nothing, since learners make no evaluations."""
 
     def close(self) -> None:
         """Complete the record of the round under way and write it."""

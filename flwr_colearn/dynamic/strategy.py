@@ -1,4 +1,4 @@
-"""DynamicAveraging: learners keep their models, and exchange them only when it pays."""
+"""DynamicAveraging: a strategy in which learners exchange models only when they diverge."""
 
 import random
 from collections.abc import Callable, Iterable, Mapping
@@ -30,19 +30,19 @@ MEAN = "mean of all learners"
 
 
 class ModelAveraging(Strategy, Managed[DynamicLog]):
-    """Averaging of models that stay with their learners, under any operator.
+    """Averaging of models that stay with their learners, with any operator.
 
     One round of Flower is b mini-batches of every learner. The learners keep model and reference
-    between rounds; the operator alone decides when models travel, and whose. A participant
+    between rounds, and the operator decides when which learners send their models. A participant
     decorates its training function with `flwr_colearn.learner`.
 
-    What to do when you see it in the log:
+    Messages in the log, and what to do:
 
-    * *Averaging: learner ... begins anew*: its SuperNode was restarted, or it was away during a
-      full synchronisation. It goes on from the reference; what it had learned since is gone. Give
-      every SuperNode a ``state-dir`` of its own.
-    * *Recovery: restart of participant ...*: it failed or its reply was refused, for the reason
-      given, and is asked again in the same round.
+    * *Averaging: learner ... is reinitialised*: its SuperNode was restarted, or was not connected
+      during a full synchronisation. The learner continues from the reference, without its training
+      since then. Configure a ``state-dir`` of its own for every SuperNode.
+    * *Recovery: restart of participant ...*: the learner failed or its reply was refused, for the
+      reason given, and the message is sent again in the same round. Nothing needs to be done.
 
     Parameters
     ----------
@@ -50,38 +50,38 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         ``Dynamic``, ``Periodic``, ``Continuous``, ``FractionAveraging``, ``Never`` or ``Serial``
         of `flwr_colearn.dynamic`.
     num_learners : int
-        m. Every round has exactly so many.
+        m, the number of learners in every round.
     roles : mapping or sequence, optional
-        Which arrays are weights, batch-norm means and variances, counters; see
-        `flwr_colearn.Role`. Only weights count in the distance; statistics are pooled.
+        The arrays that are weights, batch-norm means and variances, counters; see
+        `flwr_colearn.Role`. The distance is computed over weights only; statistics are pooled.
     history : str, Path or DynamicHistory, optional
-        Where the rounds are recorded: a file for JSON lines. By default in memory.
+        A file for JSON lines, or a history. By default the history is in memory only.
     evaluate_mean_every : int, optional
-        Every so many rounds all models are fetched, so that the mean of all learners can be
-        evaluated; what that moves is recorded apart. By default the server's evaluation sees the
-        reference between full synchronisations, and the record says so.
+        The number of rounds from one evaluation of the mean of all learners to the next. All models
+        are fetched for it, and their traffic is recorded separately. By default the server
+        evaluates the reference between full synchronisations, as stated in the record.
     wait_for_participants : float, optional
-        Seconds to wait for m nodes to connect; by default without limit.
+        The seconds to wait for m nodes to connect; by default without limit.
     recovery : Recovery, optional
-        How learners that fail are restarted. ``None`` leaves them out of the round.
+        The restarts of learners that fail. With ``None`` they are left out of the round.
     checkpoints : str, Path or CheckpointFolder, optional
-        Where the run is saved after every round. By default nowhere.
+        The folder in which the run is saved after every round. By default there is none.
     compression : Compression, optional
-        How models are written on their way; by default as they are. Learners then need
+        The codecs of models in messages, by default none. With a codec learners need
         `flwr_colearn.participant_mod`.
     seed : int, optional
-        Of the random choices among learners.
+        The seed of the random choices among learners.
 
     Attributes
     ----------
     history : DynamicHistory
-        The rounds so far.
+        The records of the rounds so far.
 
     Raises
     ------
     ColearnError
-        If an argument is not what it should be; during a run, if learners are missing or lost. Its
-        `result` then holds what was reached.
+        If an argument is invalid; during a run, if learners are missing or lost. Its `result` then
+        holds the result up to the last completed round.
     """
 
     def __init__(
@@ -123,12 +123,12 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
 
     @property
     def history(self) -> DynamicHistory:
-        """The rounds so far."""
+        """The records of the rounds so far."""
         return self.log.history
 
     @property
     def _features(self) -> Transport:
-        """The features of the run's exchanges: the grid may have some that the strategy has not."""
+        """The features of the run's exchanges, with those of a grid that the user has connected."""
         return self.transport if self._grid is None else self._grid.transport
 
     def summary(self) -> None:
@@ -143,20 +143,22 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
     def round(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: ConnectedGrid
     ) -> tuple[ArrayRecord, MetricRecord]:
-        """Let every learner train b mini-batches, and synchronise as the operator asks.
+        """Let every learner train b mini-batches, and synchronise by the rule of the operator.
 
         Returns
         -------
         arrays : ArrayRecord
-            The mean of all learners where the server has it in this round, else the reference.
+            The mean of all learners if the server has it in this round, else the reference.
         metrics : MetricRecord
-            ``num-examples`` and, where learners report it, mean ``loss``.
+            ``num-examples`` and, if learners report it, the mean ``loss``.
         """
         coordinator = self._connected(arrays, grid)
+        # A run that was resumed within this round has trained already.
         if coordinator.pending is None:
             self._train(coordinator, server_round, config, grid)
         if coordinator.pending is not None:
-            # Before anybody's model is replaced: a resumed run distributes it again.
+            # Saved before any learner's model is replaced: a resumed run distributes it again. A
+            # run that resumed before the training would compute another average.
             assert self._save is not None
             self._save(server_round)
             coordinator.distribute()
@@ -180,8 +182,9 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         )
 
     def _connected(self, arrays: ArrayRecord, grid: ConnectedGrid) -> Coordinator:
-        """Return the coordinator of the run, which the first round makes."""
+        """Return the coordinator of the run, which is created in the first round."""
         if self._coordinator is None:
+            # The reference is the initial model as learners decode it, so that both are equal.
             roles = assign_roles(view(arrays), self._features.roles)
             received = self._features.compression.received(view(arrays))
             reference = Reference(to_record(dict(received)), 0, roles)
@@ -208,8 +211,9 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         return metrics
 
     def _evaluable(self, coordinator: Coordinator, server_round: int) -> ArrayRecord:
-        """Return the model to evaluate, and label it: the mean where it is to be had."""
+        """Return the model to evaluate, and state in the record which one it is."""
         record = self.log.record
+        # After a full synchronisation all learners have the reference, which is their mean.
         if record.synchronised == "full":
             record.evaluated = MEAN
         elif server_round == self._last_round or (
@@ -224,13 +228,13 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Raise, since a round of model averaging is more than one exchange."""
+        """Raise a ColearnError, since a round of model averaging is more than one exchange."""
         raise self._foreign_loop()
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Raise, see `configure_train`."""
+        """Raise a ColearnError, see `configure_train`."""
         raise self._foreign_loop()
 
     def _foreign_loop(self) -> ColearnError:
@@ -243,13 +247,13 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return nothing: online learning is judged by its loss, measured while training."""
+        """Return no messages: online learning is evaluated by its loss during the training."""
         return []
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Return nothing, see `configure_evaluate`."""
+        """Return None, see `configure_evaluate`."""
         return None
 
     def start(
@@ -270,21 +274,21 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         grid : Grid
             Connects to the learners.
         initial_arrays : ArrayRecord
-            The common model from which all start, and the first reference.
+            The initial model of all learners, which is the first reference.
         num_rounds : int, default 3
-            Of `check_every` mini-batches each.
+            The number of rounds, each of `check_every` mini-batches.
         timeout : float, default 3600
-            Seconds that one attempt of one learner may take.
+            The seconds that one attempt of one learner may take.
         train_config : ConfigRecord, optional
-            Further entries for the learners.
+            Further config entries for the learners.
         evaluate_config : ConfigRecord, optional
-            Not used: learners report the loss of their training.
+            Not used, since learners report the loss of their training.
         evaluate_fn : callable, optional
             ``(round, arrays) -> MetricRecord | None``: the server's own evaluation, of the mean of
-            all learners or of the reference, as each round's record says.
+            all learners or of the reference, as stated in each round's record.
         resume : {"never", "auto"}, default "never"
-            "auto" goes on after the newest checkpoint. Learners that kept their state go on with
-            it; the others begin anew from the reference.
+            "auto" resumes from the newest checkpoint. Learners that have their state continue with
+            it, and the others are reinitialised from the reference.
 
         Returns
         -------
@@ -310,7 +314,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
             resume=resume,
         )
 
-    # What run asks besides ----------------------------------------------------------------------
+    # The interface of Managed -------------------------------------------------------------------
 
     def begin(
         self,
@@ -319,7 +323,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         num_rounds: int | None,
         save: Callable[[int], None],
     ) -> None:
-        """Begin a run, and forget an earlier one."""
+        """Begin a run, and reset the state of an earlier one."""
         if not grid.transport.normalization.travels_whole:
             raise expected(
                 f"normalization of {type(self).__name__}",
@@ -332,7 +336,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         self.log.history.clear()
 
     def end(self) -> None:
-        """End a run."""
+        """End a run, after its last round or an error."""
         self._coordinator = self._grid = self._save = None
 
     def check_reply(self, sent: Message, reply: Message) -> None:
@@ -345,18 +349,18 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         self.log.close()
 
     def configuration(self) -> dict[str, str]:
-        """Return what must be the same for a run to be resumed."""
+        """Return the settings that a resumed run must have in common with the saved one."""
         configuration = {
             "operator": str(self.operator),
             "number of learners": str(self.num_learners),
         }
-        # What learners hold as reference was rounded by it.
+        # The learners' reference was rounded by the codec, so another one would not match it.
         if not self._features.compression.is_plain:
             configuration["compression"] = str(self._features.compression)
         return configuration
 
     def strategy_state(self) -> tuple[dict[str, Any], dict[str, NDArray]]:
-        """Return what the strategy remembers between rounds: what JSON can hold, and arrays."""
+        """Return the strategy's state between rounds: a part in types of JSON, and arrays."""
         coordinator = self._coordinator
         if coordinator is None:
             return {}, {}
@@ -371,6 +375,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         if pending is not None:
             state["pending"], state["present"] = pending.members, coordinator.present
             state["record"] = self.log.record.to_json()
+            # The average of a full synchronisation is the reference, which is saved once.
             if pending.record is not reference.record:
                 average = view(pending.record)
                 arrays |= {f"pending/{name}": array for name, array in average.items()}
@@ -379,7 +384,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
     def restore_strategy_state(
         self, state: Mapping[str, Any], arrays: Mapping[str, NDArray]
     ) -> None:
-        """Go on with what `strategy_state` returned."""
+        """Restore the state that `strategy_state` returned."""
         if not state:
             return
         parts: dict[str, dict[str, NDArray]] = {"reference": {}, "pending": {}}
@@ -403,23 +408,24 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
 
 
 class DynamicAveraging(ModelAveraging):
-    """Dynamic model averaging: models travel where they diverge, and only there.
+    """Dynamic model averaging: learners send their models only when these diverge.
 
     Every learner trains on its own stream. After each `check_every` mini-batches it compares its
-    model with the reference r that all had at the last full synchronisation, and sends it only if
-    |f_i - r|^2 > Delta. As long as nobody does, the models' mean squared distance to their mean is
-    at most Delta; when somebody does, as few models are averaged as bring the mean back within
-    Delta of r (Kamp et al., 2018). See `ModelAveraging` for the other arguments.
+    model with the reference r, the common model after the last full synchronisation, and sends it
+    only if |f_i - r|^2 > Delta. As long as no learner sends a model, the mean squared distance of
+    the models to their mean is at most Delta. Otherwise models are averaged, one group after the
+    other, until their mean is within Delta of r (Kamp et al., 2018). See `ModelAveraging` for the
+    other arguments.
 
     Parameters
     ----------
     threshold : float, Absolute or Relative
-        Delta, a squared distance over the trainable arrays; ``Relative(0.01)`` takes a fraction of
-        |r|^2. Read ``largest_distance`` in the history of a short run to choose it.
+        Delta, a squared distance over the trainable arrays; ``Relative(0.01)`` is a fraction of
+        |r|^2. Choose it from ``largest_distance`` in the history of a short run.
     check_every : int, default 1
-        b.
+        b, the number of mini-batches in a round.
     num_learners : int
-        m.
+        m, the number of learners.
     **kwargs
         As for `ModelAveraging`.
 

@@ -1,4 +1,4 @@
-"""Flower Grids: layers around another grid, and participants in this process."""
+"""Flower Grids: layers around another grid, and grids with participants in this process."""
 
 from .all_reduce import GROUP, RANK, AllReduceGroup, group_of, new_group
 from .in_process import InProcessGrid

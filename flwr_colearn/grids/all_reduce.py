@@ -1,4 +1,4 @@
-"""AllReduceGroup: participants in threads of one process that add up arrays while they compute."""
+"""AllReduceGroup: an all-reduce sum of arrays among participants in threads of one process."""
 
 import itertools
 import threading
@@ -12,17 +12,17 @@ from ..errors import ColearnError
 from ..roles import NDArray
 
 GROUP = "all-reduce-group"
-"""Config key: the number of the group that a participant belongs to, in this process."""
+"""Config key: the number of the participant's group in this process."""
 
 RANK = "all-reduce-rank"
-"""Config key: its place there, from 0."""
+"""Config key: the participant's rank in the group, from 0."""
 
 _groups: dict[int, "AllReduceGroup"] = {}
 _numbers = itertools.count(1)
 
 
 class AllReduceGroup:
-    """K participants, each in a thread of its own, that add up arrays.
+    """K participants, each in a thread of its own, that compute sums of arrays.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ class AllReduceGroup:
     Attributes
     ----------
     bytes : int
-        Bytes of all arrays handed in, and of all sums handed out.
+        The bytes of all arrays given to `sum`, and of all sums returned.
     """
 
     def __init__(self, size: int) -> None:
@@ -42,7 +42,9 @@ class AllReduceGroup:
         self._brought: list[NDArray] = [np.zeros(0)] * size
 
     def sum(self, rank: int, array: NDArray) -> NDArray:
-        """Return the sum of what all participants bring to this call, added in order of rank.
+        """Return the sum of the arrays of all participants, added in order of rank.
+
+        The call returns when all participants have made it.
 
         Raises
         ------
@@ -54,13 +56,15 @@ class AllReduceGroup:
         total: NDArray = self._brought[0].copy()
         for other in self._brought[1:]:
             total = total + other
-        self._wait()  # nobody brings the next array before everyone has added these
+        # A second barrier: a fast participant would replace its array before all have added it.
+        self._wait()
+        # Once for the group, not once for each participant.
         if rank == 0:
             self.bytes += 2 * self.size * array.nbytes
         return total
 
     def leave(self) -> None:
-        """End the group: those who wait are told, and so is everyone who comes later."""
+        """End the group; calls of `sum` that wait now, and all later ones, raise an error."""
         self._barrier.abort()
 
     def _wait(self) -> None:
@@ -75,7 +79,7 @@ class AllReduceGroup:
 
 @contextmanager
 def new_group(size: int) -> Iterator[tuple[int, AllReduceGroup]]:
-    """Make a group that participants find by its number as long as the block lasts."""
+    """Create a group, which `group_of` finds by its number until the end of the block."""
     number, group = next(_numbers), AllReduceGroup(size)
     _groups[number] = group
     try:
@@ -90,7 +94,7 @@ def group_of(config: Mapping[str, Any]) -> tuple[AllReduceGroup, int]:
     Raises
     ------
     ColearnError
-        If there is none in this process.
+        If the group is not in this process.
     """
     group = _groups.get(config.get(GROUP, 0))
     if group is None:

@@ -1,4 +1,4 @@
-"""InProcessGrid: a Flower Grid whose participants are function calls in this process."""
+"""InProcessGrid: a Flower Grid that calls a ClientApp in this process for every participant."""
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,11 +22,11 @@ from ..errors import ColearnError, expected, whole_number
 
 
 class InProcessGrid(Grid):
-    """Runs a ClientApp for K participants in this process: no Ray, no server, deterministic.
+    """Runs a ClientApp for K participants in this process, deterministically, without Ray.
 
-    Participants are called one after the other, each when its reply is asked for, with its own
-    `Context`, whose state lasts as long as the grid. For tests, for debugging a ClientApp with a
-    debugger, and for studies in which the participants share one GPU.
+    Participants are called one after the other, each when its reply is pulled, with its own
+    `Context`, whose state lasts as long as the grid. The grid is for tests, for debugging a
+    ClientApp with a debugger, and for studies in which the participants share one GPU.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class InProcessGrid(Grid):
         K. Participant k = 0 .. K-1 has node id k + 1, and ``partition-id`` k and
         ``num-partitions`` K in its node config, as in Flower's simulation.
     run_config : mapping, optional
-        The run config that every participant sees.
+        The run config of every participant.
     node_configs : sequence of mappings, optional
         Further entries of each participant's node config.
 
@@ -54,8 +54,8 @@ class InProcessGrid(Grid):
 
     Notes
     -----
-    With glibc, the process keeps up to 64 MiB of memory that it freed from then on: participants in
-    turn need as much again.
+    With glibc, the process does not return up to 64 MiB of freed memory to the system, since the
+    next participant needs as much again.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class InProcessGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Create a message; Flower's own code now calls ``Message`` instead."""
+        """Create a message; Flower's own code now uses the constructor ``Message`` instead."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
@@ -113,8 +113,9 @@ class InProcessGrid(Grid):
         return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Take messages; each is given to the ClientApp when its reply is pulled."""
+        """Store messages; the ClientApp receives each when its reply is pulled."""
         pushed = {}
+        # All messages are checked before any is stored, so that an error leaves nothing behind.
         for message in messages:
             self._check_node(message.metadata.dst_node_id)
             set_message_id(message, str(uuid.uuid4()))
@@ -140,15 +141,15 @@ class InProcessGrid(Grid):
 
     def _call(self, message: Message) -> Message:
         node_id = message.metadata.dst_node_id
+        # A copy, since all messages of a round share one content, which a ClientApp may change.
         received = copied(message, _copy(message.content))
         set_message_id(received, message.metadata.message_id)
         try:
             reply = self.client_app(received, self.contexts[node_id])
             if not isinstance(reply, Message):
                 raise expected("ClientApp", "a Message in reply", reply)
-        except (
-            Exception
-        ) as error:  # whatever a ClientApp raises becomes an error reply, as in Flower
+        except Exception as error:
+            # Flower also makes an error reply of every exception in a ClientApp.
             log(ERROR, "The ClientApp of node %s raised", node_id, exc_info=True)
             reason = f"{type(error).__name__}: {error}"
             reply = Message(Error(CLIENT_RAISED, reason), reply_to=received)
@@ -157,12 +158,13 @@ class InProcessGrid(Grid):
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library keep some freed memory, where every participant needs as much again.
+    """Make glibc keep up to 64 MiB of freed memory, since every participant needs as much again.
 
-    glibc returns what is free at the end of its heap once that exceeds twice the largest block that
-    it mapped for itself and saw freed, counting blocks of at most 32 MiB. With models and gradients
-    beneath that, every round pays for the same pages again and again. So it gets to see such a
-    block, which nothing touches: it keeps up to 64 MiB. Elsewhere this does nothing.
+    glibc returns free memory at the end of its heap to the system when it exceeds a threshold:
+    twice the size of the largest block of at most 32 MiB that was mapped separately and freed.
+    Without this call small models would stay below that size, and every round would pay for the
+    same pages again. The block allocated here raises the threshold; its pages are never touched.
+    With other C libraries the call has no effect.
     """
     np.empty(_LARGEST_THAT_COUNTS, np.uint8)
 
@@ -171,7 +173,7 @@ _LARGEST_THAT_COUNTS = 2**25 - 2**16
 
 
 def _copy(content: RecordDict) -> RecordDict:
-    """Copy the records but not the arrays' bytes: what a participant changes stays its own."""
+    """Copy the records, but not the immutable bytes of arrays."""
     return RecordDict(
         {
             name: type(record)({key: _own(value) for key, value in record.items()})

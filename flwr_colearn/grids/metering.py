@@ -1,4 +1,4 @@
-"""MeteringGrid: counts all that moves between server and participants, message by message."""
+"""MeteringGrid: counts the traffic between server and participants, message by message."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -13,17 +13,18 @@ from .wrapping import WrappingGrid
 
 
 class MeteringGrid(WrappingGrid):
-    """A Grid around the real Grid that counts what goes through it.
+    """A Grid around Flower's Grid that counts the messages' bytes.
 
-    It stands right above the real grid, so that it sees what travels: each message's serialised
-    arrays and control records, per destination, restarts and refused replies included. TLS,
-    framing, and Flower's sending of equal arrays once only are not seen.
+    It is the innermost layer, so that it counts messages as they are sent: each message's
+    serialised arrays and control records, per destination, including restarts and refused replies.
+    It does not count TLS and framing, and it counts equal arrays every time, although Flower sends
+    them only once.
 
     Parameters
     ----------
     grid : Grid
-        The real one. What the participants of a `ThreadedGrid` exchange among themselves is
-        counted too, half of it downwards.
+        Flower's grid. The exchanges among the participants of a `ThreadedGrid` are counted too,
+        half of them as downwards.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -32,7 +33,7 @@ class MeteringGrid(WrappingGrid):
         self._exchanged = grid.exchanged if isinstance(grid, ThreadedGrid) else 0
 
     def take(self) -> dict[int, Transfers]:
-        """Return what moved since the last call, by node id; exchanges in groups under 0."""
+        """Return the traffic since the last call by node id; exchanges in groups have the id 0."""
         self._count_exchanges()
         moved, self._moved = dict(self._moved), defaultdict(Transfers)
         return moved
@@ -41,6 +42,7 @@ class MeteringGrid(WrappingGrid):
         """Push and count messages."""
         batch = list(messages)
         ids = list(self.grid.push_messages(batch))
+        # Flower's grid leaves out the ids of messages that it could not push.
         accepted = set(ids)
         self._count_sent(m for m in batch if m.metadata.message_id in accepted)
         return ids
@@ -87,6 +89,7 @@ def _arrays_of(message: Message) -> tuple[int, int]:
     """Return the number of models in a message, and the bytes of their serialised arrays."""
     if not message.has_content():
         return 0, 0
+    # An empty record is not a model.
     records = [record for record in records_of(message.content, ArrayRecord).values() if record]
     return len(records), sum(map(data_bytes, records))
 
@@ -96,10 +99,10 @@ def _control_of(message: Message) -> int:
 
 
 def control_bytes(content: RecordDict) -> int:
-    """Return the bytes of all that is not arrays: keys and values of configs and metrics.
+    """Return the bytes of the keys and values of configs and metrics, without arrays.
 
-    8 for a number, 1 for a truth value, the UTF-8 length of text. Flower's own envelope is not
-    counted.
+    A number has 8 bytes, a truth value 1, and text its length in UTF-8. Flower's own envelope is
+    not counted.
     """
     records: list[Mapping[str, object]] = [
         *map(dict, records_of(content, ConfigRecord).values()),
@@ -112,7 +115,7 @@ def _size(value: object) -> int:
     if isinstance(value, bool):
         return 1
     if isinstance(value, str):
-        # What is no valid text was not sent as such either.
+        # A lone surrogate is no valid UTF-8, and must not end a run because its bytes are counted.
         return len(value.encode(errors="surrogatepass"))
     if isinstance(value, bytes):
         return len(value)

@@ -1,4 +1,4 @@
-"""RewritingGrid: the base of layers that change what messages hold on their way."""
+"""RewritingGrid: the base class of layers that change the contents of messages."""
 
 from collections.abc import Iterable
 
@@ -11,16 +11,16 @@ from .wrapping import WrappingGrid
 
 
 class RewritingGrid(WrappingGrid):
-    """A Grid around any Grid that sends other contents than it was given, and restores replies.
+    """A Grid around any Grid that replaces the contents of messages and restores replies.
 
-    A subclass says what is sent in place of a content (`outgoing`), and what a reply is to be
-    (`incoming`). Whoever uses the grid knows its own messages only: they bear the ids of those that
-    were sent in their places.
+    A subclass defines the content to send (`outgoing`) and the change of a reply (`incoming`). The
+    caller's own messages stay unchanged, except that they get the ids of the messages that were
+    sent instead.
 
     Parameters
     ----------
     grid : Grid
-        The one inside.
+        The inner grid.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -28,10 +28,10 @@ class RewritingGrid(WrappingGrid):
         self._sent: dict[str, Message] = {}
 
     def outgoing(self, message: Message) -> RecordDict:
-        """Return the content to send: a new one, or the message's own if nothing is to change.
+        """Return the content to send: a new one, or the message's own without a change.
 
         The message's content may be shared by several messages and must not be changed. `incoming`
-        is called for replies to messages whose content was changed.
+        is called only for replies to messages whose content was replaced.
         """
         return message.content
 
@@ -41,21 +41,21 @@ class RewritingGrid(WrappingGrid):
         Parameters
         ----------
         sent : Message
-            As it was given to this grid.
+            The message as it was given to this grid.
         reply : Message
-            Its reply, which has a content.
+            The reply to it, which has a content.
 
         Raises
         ------
         ColearnError
-            If the reply is no good. An error reply with the code `REFUSED` takes its place.
+            If the reply is invalid. An error reply with the code `REFUSED` replaces it.
         NotAnsweredError
-            If the participant must be asked again. The error reply has Flower's code for a
-            participant that failed.
+            If the message must be sent again. The error reply has Flower's code for a participant
+            that failed.
         """
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Push the messages, with the contents that are to be sent."""
+        """Push the messages with their new contents."""
         pairs = [(message, self._rewritten(message)) for message in messages]
         ids = list(self.grid.push_messages([pushed for _, pushed in pairs]))
         self._remember(pairs)
@@ -68,16 +68,17 @@ class RewritingGrid(WrappingGrid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Send the messages, with the contents that are to be sent, and return restored replies."""
+        """Send the messages with their new contents, and return the restored replies."""
         pairs = [(message, self._rewritten(message)) for message in messages]
         replies = list(self.grid.send_and_receive([pushed for _, pushed in pairs], timeout=timeout))
         self._remember(pairs)
         restored = [self._restored(reply) for reply in replies]
+        # Messages whose replies did not arrive in time would otherwise stay in memory.
         self.forget([message.metadata.message_id for message, _ in pairs])
         return restored
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """Let go of messages; a reply that arrives all the same is passed on as it is."""
+        """Remove the references to messages; a later reply to one of them is not restored."""
         ids = list(message_ids)
         for message_id in ids:
             self._sent.pop(message_id, None)
@@ -92,6 +93,7 @@ class RewritingGrid(WrappingGrid):
     def _remember(self, pairs: list[tuple[Message, Message]]) -> None:
         for message, pushed in pairs:
             if pushed is not message:
+                # The caller pulls replies by the id in its own message, as with Flower's grid.
                 set_message_id(message, pushed.metadata.message_id)
                 self._sent[pushed.metadata.message_id] = message
 
@@ -101,6 +103,7 @@ class RewritingGrid(WrappingGrid):
             return reply
         try:
             self.incoming(sent, reply)
+        # As if the participant had failed, so that recovery counts a restart and no refusal.
         except NotAnsweredError as error:
             return error_reply(sent, reply, CLIENT_RAISED, str(error))
         except ColearnError as error:

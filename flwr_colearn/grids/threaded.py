@@ -1,4 +1,4 @@
-"""ThreadedGrid: participants in threads of one process, which may add up arrays meanwhile."""
+"""ThreadedGrid: an InProcessGrid with a thread for each participant, and all-reduce sums."""
 
 import threading
 from collections.abc import Iterable
@@ -15,14 +15,14 @@ from .in_process import InProcessGrid
 class ThreadedGrid(InProcessGrid):
     """An InProcessGrid whose participants train at the same time, each in a thread.
 
-    They exchange arrays in an `AllReduceGroup`. If one fails all fail, since the others would wait
-    for it. Randomness that a framework draws from one generator for all threads (dropout,
-    augmentation in torch) depends on their timing.
+    The participants exchange arrays in an `AllReduceGroup`. If one fails, all fail, since the
+    others would wait for it. Where a framework has one random generator for all threads (dropout,
+    augmentation in torch), its numbers depend on the timing of the threads.
 
     Attributes
     ----------
     exchanged : int
-        Bytes that participants exchanged in groups.
+        The bytes that participants exchanged in groups.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -34,11 +34,13 @@ class ThreadedGrid(InProcessGrid):
         """Run the ClientApp on all messages at once."""
         batch = list(messages)
         ids = super().push_messages(batch)
+        # Only training exchanges sums; other messages are processed when their replies are pulled.
         if not batch or kind_of(batch[0]) != MessageType.TRAIN:
             return ids
         with new_group(len(self.contexts)) as (number, group):
             if len(batch) < len(self.contexts):
-                group.leave()  # some would wait for those who are not asked
+                # A barrier of K participants would never open: an error instead of a deadlock.
+                group.leave()
             self._run_all(ids, number, group)
         self.exchanged += group.bytes
         return ids
@@ -47,6 +49,7 @@ class ThreadedGrid(InProcessGrid):
         def run(rank: int) -> None:
             reply = self._call(_member(self._pushed.pop(ids[rank]), number, rank))
             self._replies[ids[rank]] = reply
+            # The other participants wait at a barrier that this one will not reach.
             if reply.has_error():
                 group.leave()
 

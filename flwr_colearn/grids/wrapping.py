@@ -1,4 +1,4 @@
-"""WrappingGrid: a Flower Grid around another, for those that change or watch what goes through."""
+"""WrappingGrid: the base class of layers, a Flower Grid around another Grid."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,53 +10,54 @@ from .._flwr import nodes_of
 
 
 class WrappingGrid(Grid):
-    """A Grid around any Grid, which it leaves all that it does not do itself.
+    """A Grid around any Grid, to which every method delegates.
 
     Parameters
     ----------
     grid : Grid
-        The one inside.
+        The inner grid.
     """
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
 
     def set_run(self, run: Any) -> None:
-        """Set the run of the grid inside."""
+        """Set the run of the inner grid."""
         self.grid.set_run(run)
 
     @property
     def run(self) -> Any:
-        """The run of the grid inside."""
+        """The run of the inner grid."""
         return self.grid.run
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Create a message as the grid inside does."""
+        """Create a message by the inner grid."""
         return self.grid.create_message(*args, **kwargs)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the nodes that are connected."""
+        """Return the ids of the connected nodes."""
         return self.grid.get_node_ids()
 
     def get_nodes(self) -> Iterable[Any]:
-        """Return what is known of the nodes that are connected."""
+        """Return Flower's descriptions of the connected nodes."""
         return nodes_of(self.grid)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Push messages as the grid inside does."""
+        """Push messages by the inner grid."""
         return self.grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pull replies as the grid inside does."""
+        """Pull replies by the inner grid."""
         return self.grid.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Send messages and return the replies as the grid inside does."""
+        """Send messages and return the replies by the inner grid."""
         return self.grid.send_and_receive(messages, timeout=timeout)
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """Tell the grids inside that nobody waits for the replies to these messages any more."""
+        """Remove references to messages in the inner layers; their replies are not expected."""
+        # Flower's own grids, at the end of the layers, have no such method.
         if isinstance(self.grid, WrappingGrid):
             self.grid.forget(message_ids)

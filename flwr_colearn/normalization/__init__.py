@@ -1,4 +1,4 @@
-"""What becomes of normalization layers where participants' data are unlike."""
+"""Schemes for normalization layers where participants' data differ, and their implementation."""
 
 from .client import with_local_arrays
 from .grid import NormalizationGrid

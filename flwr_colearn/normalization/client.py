@@ -1,4 +1,4 @@
-"""The participant's half of normalization schemes: local arrays stay here and are never sent."""
+"""The participant's part of normalization schemes: it stores local arrays and never sends them."""
 
 from collections.abc import Callable, Mapping
 from logging import INFO, WARNING
@@ -21,18 +21,18 @@ def with_local_arrays(
     context: Context,
     call_next: Callable[[Message, Context], Message],
 ) -> Message:
-    """Keep here what a scheme of `flwr_colearn.Normalization` leaves with participants.
+    """Store the arrays that a scheme of `flwr_colearn.Normalization` leaves with participants.
 
-    A message brings the arrays that travel; the user's function gets the whole model, with the
-    participant's own arrays in their places, and may return the whole model: only what travels
-    leaves. What stays is in ``context.state``. A participant that has lost it says so in its log
-    and to the server, and begins again from the shared model's arrays. It is part of
-    `flwr_colearn.participant_mod`.
+    A message contains the arrays that are exchanged. The user's function receives the complete
+    model, with the participant's local arrays in their places, and may return the complete model;
+    only the exchanged arrays are sent. Local arrays are stored in ``context.state``. A participant
+    that has lost them logs a warning, reports it to the server and is reinitialised from the shared
+    model's arrays. The function is part of `flwr_colearn.participant_mod`.
 
     Parameters
     ----------
     message, context, call_next
-        As Flower gives them to a mod.
+        The arguments that Flower gives to a mod.
     """
     record = records_of(message.content, ConfigRecord).get(LOCAL)
     if record is None:
@@ -42,10 +42,11 @@ def with_local_arrays(
     training = kind_of(message) == MessageType.TRAIN
     [(key, sent)] = records_of(message.content, ArrayRecord).items()
     own = load(context, request.local).at(request.session, request.round, training)
+    # The server sends local arrays only to participants that it does not know to have their own.
     if not own and not all(array in sent for array in request.local):
         log(
             WARNING,
-            "Normalization: round %s: the local arrays are lost; asking for the shared model's",
+            "Normalization: round %s: the local arrays are lost; requesting the shared model's",
             request.round,
         )
         return Message(RecordDict({LOCAL: LocalAnswer(lost=True).to_record()}), reply_to=message)
@@ -55,6 +56,7 @@ def with_local_arrays(
         own = view(ArrayRecord({array: sent[array] for array in request.local}))
     message.content[key] = _merged(sent, own, request.local)
     reply = call_next(message, context)
+    # An evaluation and a failed training leave the local arrays as they are.
     if not training or not reply.has_content():
         return reply
     for returned_key, returned in list(records_of(reply.content, ArrayRecord).items()):
@@ -63,6 +65,7 @@ def with_local_arrays(
             save(context, LocalArrays(request.session, request.round, own, after))
         travels = {n: a for n, a in returned.items() if n in set(request.returned)}
         reply.content[returned_key] = ArrayRecord(travels)
+    # In round 1 every participant starts from the shared model's arrays, and none has lost its own.
     answer = LocalAnswer(reinitialised=reinitialised and request.round > 1)
     reply.content[LOCAL] = answer.to_record()
     return reply
@@ -71,11 +74,11 @@ def with_local_arrays(
 def _after(
     trained: Mapping[str, NDArray], own: Mapping[str, NDArray], request: LocalRequest
 ) -> dict[str, NDArray]:
-    """Return what to keep: the reply's arrays or, where those are gradients, a step of SGD."""
+    """Return the local arrays after training: the reply's, or for gradients those after SGD."""
     missing = [name for name in request.local if name not in trained]
     if missing:
         raise ColearnError(
-            f"reply: expected the arrays that stay here too, to be kept by participant_mod, found "
+            f"reply: expected the local arrays too, which participant_mod stores, found "
             f"{len(missing)} missing {missing[:3]}"
         )
     after = {name: trained[name].copy() for name in request.local}
@@ -90,8 +93,9 @@ def _after(
 
 
 def _merged(sent: ArrayRecord, own: Mapping[str, NDArray], local: Mapping[str, int]) -> ArrayRecord:
-    """Return the whole model in its own order, the participant's arrays in their places."""
+    """Return the complete model in its own order, with the participant's local arrays."""
     names = [name for name in sent if name not in local]
+    # In ascending order of positions, so each insertion is at its final place.
     for name, position in local.items():
         names.insert(position, name)
     mine = to_record({name: array for name, array in own.items() if name in local})
@@ -103,15 +107,15 @@ def _log_beginning(request: LocalRequest, context: Context) -> None:
     if request.round > 1:
         log(
             WARNING,
-            "Normalization: round %s: no local arrays here; starting from the shared model's %s",
+            "Normalization: round %s: no local arrays; starting from the shared model's %s",
             request.round,
             count,
         )
         return
-    log(INFO, "Normalization: %s arrays stay here from now on", count)
+    log(INFO, "Normalization: %s arrays stay at this participant", count)
     if not context.node_config.get("state-dir"):
         log(
             WARNING,
-            "Normalization: without 'state-dir' in the node config the arrays that stay here end "
-            "with this SuperNode or run; a run that is resumed then starts from the shared model's",
+            "Normalization: without 'state-dir' in the node config the local arrays are lost with "
+            "this SuperNode or run; a resumed run then starts from the shared model's",
         )

@@ -1,4 +1,4 @@
-"""NormalizationGrid: strategies see whole models, and messages carry what a scheme lets travel."""
+"""NormalizationGrid: the layer that leaves a scheme's local arrays out of messages."""
 
 from dataclasses import dataclass
 
@@ -16,37 +16,37 @@ from .schemes import Normalization
 
 @dataclass
 class _Model:
-    """The model's names by what becomes of them; the same in every round."""
+    """The roles of the model's arrays, and the positions of the local ones; equal in all rounds."""
 
     roles: dict[str, Role]
     local: dict[str, int]
 
 
 class NormalizationGrid(RewritingGrid):
-    """A Grid around any Grid that leaves out of messages what stays with the participants.
+    """A Grid around any Grid that leaves the participants' local arrays out of messages.
 
-    Outgoing models lose the arrays that the scheme keeps with the participants; replies get them
-    back, as they were sent, so that any strategy on top of it, and `RecoveringGrid` too, sees
-    whole models. A participant that is not known to hold its own arrays is sent all of them. One
-    that says that it lost them has not answered, and is asked again where there is recovery; a
-    reply that brings what must stay is refused.
+    The layer removes the scheme's local arrays from models that are sent, and adds them to replies
+    with the values of the strategy's model. The strategy and `RecoveringGrid` therefore work with
+    complete models. A participant that is not known to have local arrays receives those of the
+    model. If a participant reports that it has lost them, its reply does not count, and the message
+    is sent again where there is recovery. A reply that contains local arrays is refused.
 
-    It stands inside a `RecoveringGrid`; ``Transport(normalization=...)`` and the strategies of
-    this package do that by themselves.
+    The layer belongs inside a `RecoveringGrid`, where ``Transport(normalization=...)`` and the
+    strategies of this package put it.
 
     Parameters
     ----------
     grid : Grid
-        The one inside.
+        The inner grid.
     scheme : Normalization
-        What stays, and what participants are told.
+        The scheme, with its local arrays and its entries for the participants' config.
     roles : mapping or sequence, optional
         See `flwr_colearn.Role`.
 
     Raises
     ------
     ColearnError
-        With the first train message, if the model is not one that the scheme works with.
+        With the first train message, if the scheme cannot work with the model.
     """
 
     def __init__(self, grid: Grid, scheme: Normalization, roles: Roles = None) -> None:
@@ -54,17 +54,18 @@ class NormalizationGrid(RewritingGrid):
         self.scheme = scheme
         self._given_roles = roles
         self._model: _Model | None = None
+        # The nodes that have trained in this run, and so have local arrays of its session.
         self._holders: set[int] = set()
         self._reduced: tuple[list[bytes], ArrayRecord] = ([], ArrayRecord())
         self._events: list[Event] = []
 
     def take_events(self) -> list[Event]:
-        """Return which nodes were reinitialised since the last call, by node id."""
+        """Return an event for every node that was reinitialised since the last call."""
         events, self._events = self._events, []
         return events
 
     def outgoing(self, message: Message) -> RecordDict:
-        """Return the content without arrays that stay, and with what the participant is told."""
+        """Return the content without local arrays, and with the request for the participant."""
         kind = kind_of(message)
         records = list(records_of(message.content, ArrayRecord).items())
         if kind not in (MessageType.TRAIN, MessageType.EVALUATE) or len(records) != 1:
@@ -76,18 +77,21 @@ class NormalizationGrid(RewritingGrid):
         request = self._request(message, arrays, config)
         if message.metadata.dst_node_id in self._holders:
             content[key] = self._reduce(arrays, model)
+        # Without a request the participant's mod does nothing, which is right where all arrays are
+        # exchanged: `Frozen` in its first phase, for example.
         if model.local or (kind == MessageType.TRAIN and len(request.returned) < len(arrays)):
             content[LOCAL] = request.to_record()
         return content
 
     def incoming(self, sent: Message, reply: Message) -> None:
-        """Give a train reply the arrays that did not travel, as they were sent."""
+        """Add the arrays that were not exchanged to a train reply, as in the model sent."""
         node_id = reply.metadata.src_node_id
         answer = LocalAnswer.from_record(records_of(reply.content, ConfigRecord).get(LOCAL))
         if answer.lost:
+            # The next message to this node contains the local arrays again.
             self._holders.discard(node_id)
             raise NotAnsweredError(
-                "it lost its local normalization arrays, and starts again from the shared model's"
+                "it lost its local normalization arrays, and restarts from the shared model's"
             )
         if kind_of(sent) != MessageType.TRAIN or self._model is None:
             return
@@ -99,7 +103,7 @@ class NormalizationGrid(RewritingGrid):
         if self._model.local and records_of(reply.content, ArrayRecord):
             self._holders.add(node_id)
         if answer.reinitialised:
-            reason = "it began from the shared model's local arrays"
+            reason = "it started from the shared model's local arrays"
             self._events.append(Event("reinitialised", str(node_id), reason))
 
     def _refuse_local(self, arrays: ArrayRecord) -> None:
@@ -107,12 +111,13 @@ class NormalizationGrid(RewritingGrid):
         leaked = [name for name in arrays if name in self._model.local]
         if leaked:
             raise ColearnError(
-                f"reply: expected only what travels under {self.scheme.name}, found '{leaked[0]}'; "
+                f"reply: expected only shared arrays of {self.scheme.name}, found '{leaked[0]}'; "
                 "add participant_mod to the mods of the ClientApp"
             )
 
     def _tell(self, content: RecordDict) -> ConfigRecord:
-        """Add the scheme to the config in a content, and return it."""
+        """Add the scheme to the config in a content, and return the config."""
+        # A new record, since the messages of a round share one.
         for key, record in list(records_of(content, ConfigRecord).items()):
             server_round = record.get("server-round")
             if isinstance(server_round, int):
@@ -125,7 +130,7 @@ class NormalizationGrid(RewritingGrid):
         )
 
     def _request(self, message: Message, arrays: ArrayRecord, config: ConfigRecord) -> LocalRequest:
-        """Return what the participant is told of the arrays that stay."""
+        """Return the request with the names of local and of returned arrays."""
         assert self._model is not None
         roles, local = self._model.roles, self._model.local
         server_round = config["server-round"]
@@ -146,7 +151,8 @@ class NormalizationGrid(RewritingGrid):
         )
 
     def _reduce(self, arrays: ArrayRecord, model: _Model) -> ArrayRecord:
-        """Return the arrays that travel: one record for all messages that share a model."""
+        """Return the exchanged arrays, in one record for all messages that share a model."""
+        # One record, so that the compression layer inside encodes it once.
         known, reduced = self._reduced
         if not is_unchanged(arrays, known):
             reduced = ArrayRecord({n: a for n, a in arrays.items() if n not in model.local})
@@ -155,6 +161,7 @@ class NormalizationGrid(RewritingGrid):
 
     def _model_of(self, arrays: ArrayRecord) -> _Model:
         names = list(arrays)
+        # Other names are another model, for example of a second run.
         if self._model is None or set(self._model.roles) != set(names):
             model = view(arrays)
             roles = assign_roles(model, self._given_roles)
@@ -165,10 +172,10 @@ class NormalizationGrid(RewritingGrid):
 
 
 def _completed(whole: ArrayRecord, arrays: ArrayRecord, returned: set[str]) -> ArrayRecord:
-    """Return a reply's model with the arrays that did not travel, as they were sent.
+    """Return a reply's model with the arrays that were not exchanged, as in the model sent.
 
-    What must not change comes from the model that was sent, whatever was replied. Arrays that the
-    reply lacks or has too many are left so: the strategy refuses it, and says why.
+    An array that must not change is that of the model sent, even if the reply contains it. Missing
+    and unknown arrays of the reply stay so: the strategy refuses the reply, and states the reason.
     """
     merged = {
         name: arrays[name] if name in returned else whole[name]

@@ -1,4 +1,4 @@
-"""LocalArrays: what a participant keeps of its model between rounds."""
+"""LocalArrays: the arrays of a model that a participant stores between rounds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,15 +9,15 @@ from ..records import records_of, to_record, view
 from ..roles import NDArray
 
 STATE = "normalization"
-"""Keys in ``context.state`` begin so."""
+"""The prefix of the keys in ``context.state``."""
 
 
 @dataclass
 class LocalArrays:
-    """A participant's arrays before and after the last round that it trained, and of which session.
+    """A participant's arrays before and after its last round of training, with the session.
 
-    The former are for a round that is repeated, by a restart or by a server that resumed: it must
-    begin from what it began from the first time.
+    The arrays before the round are for a repeated round, after a restart or a resume of the server,
+    which must start from the same arrays as the first time.
     """
 
     session: str = ""
@@ -26,9 +26,9 @@ class LocalArrays:
     after: dict[str, NDArray] = field(default_factory=dict)
 
     def at(self, session: str, server_round: int, training: bool) -> dict[str, NDArray]:
-        """Return the arrays to begin a round with (or to evaluate with); empty if there are none.
+        """Return the arrays for training (or evaluation) in a round; empty if there are none.
 
-        What another session left is no part of this one; nor is what was kept in a later round.
+        Arrays of another session or of a later round are not used.
         """
         if self.session != session or self.round > server_round:
             return {}
@@ -36,7 +36,7 @@ class LocalArrays:
 
 
 def load(context: Context, names: Mapping[str, int]) -> LocalArrays:
-    """Return what is in the context's state, if it has these arrays."""
+    """Return the arrays in the context's state; empty ones if a name is missing."""
     record = records_of(context.state, ConfigRecord).get(STATE)
     if record is None:
         return LocalArrays()
@@ -47,7 +47,7 @@ def load(context: Context, names: Mapping[str, int]) -> LocalArrays:
 
 
 def save(context: Context, arrays: LocalArrays) -> None:
-    """Put the arrays into the context's state."""
+    """Store the arrays in the context's state."""
     context.state[STATE] = ConfigRecord({"session": arrays.session, "round": arrays.round})
     context.state[f"{STATE}.before"] = to_record(arrays.before)
     context.state[f"{STATE}.after"] = to_record(arrays.after)

@@ -1,4 +1,4 @@
-"""What server and participants say to each other of a scheme: one record in a message, one back."""
+"""The records of a scheme in messages: LocalRequest to a participant, LocalAnswer in its reply."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,30 +6,30 @@ from typing import Any
 from flwr.app import ConfigRecord, MessageType
 
 LOCAL = "normalization"
-"""Key of the ConfigRecord that the server adds for the participant's mod, and of the answer."""
+"""The key of the ConfigRecord with the request to the participant's mod, and with its answer."""
 
 RECALIBRATE = f"{MessageType.TRAIN}.recalibrate"
-"""Type of the message that asks for the statistics of a participant's data."""
+"""The type of the message that requests the statistics of a participant's data."""
 
 
 @dataclass(frozen=True)
 class LocalRequest:
-    """What a participant is told of the arrays that stay with it.
+    """The request of a message to the participant's mod.
 
     Attributes
     ----------
     session : str
-        Of the run; local arrays of another session are not used.
+        The session of the run; local arrays of another session are not used.
     round : int
-        From 1.
+        The number of the round, from 1.
     local : dict
-        The position in the model of every array that stays, by name.
+        The position in the model of every local array, by name.
     returned : list of str
-        Names of the arrays that the reply must bring.
+        The names of the arrays that the reply must contain.
     stepped : list of str
-        Names of local arrays for which the training returns gradients.
+        The names of local arrays for which the training returns gradients.
     sgd : list of float
-        Rate, momentum and weight decay of the step that the participant takes with them.
+        The learning rate, momentum and weight decay of the participant's step with them.
     """
 
     session: str
@@ -40,7 +40,7 @@ class LocalRequest:
     sgd: list[float] = field(default_factory=list)
 
     def to_record(self) -> ConfigRecord:
-        """Return the request as a message carries it."""
+        """Return the request as a record of a message."""
         record = ConfigRecord(
             {
                 "session": self.session,
@@ -56,7 +56,7 @@ class LocalRequest:
 
     @classmethod
     def from_record(cls, record: ConfigRecord) -> "LocalRequest":
-        """Read what `to_record` wrote."""
+        """Read the request from the record that `to_record` returned."""
         values: dict[str, Any] = dict(record)
         return cls(
             session=str(values["session"]),
@@ -70,25 +70,26 @@ class LocalRequest:
 
 @dataclass(frozen=True)
 class LocalAnswer:
-    """What a participant answers.
+    """The participant's answer in a reply.
 
     Attributes
     ----------
     lost : bool
-        It has lost its local arrays, trained nothing, and must be sent the shared model's.
+        Whether the participant has lost its local arrays. It has not trained then, and needs those
+        of the shared model.
     reinitialised : bool
-        It had lost them, and began from the shared model's.
+        Whether it had lost its local arrays, and started from those of the shared model.
     """
 
     lost: bool = False
     reinitialised: bool = False
 
     def to_record(self) -> ConfigRecord:
-        """Return the answer as a reply carries it."""
+        """Return the answer as a record of a reply."""
         return ConfigRecord({"lost": self.lost, "reinitialised": self.reinitialised})
 
     @classmethod
     def from_record(cls, record: ConfigRecord | None) -> "LocalAnswer":
-        """Read what `to_record` wrote; a reply without it is that of a stateless participant."""
+        """Read the answer from its record; a participant without state sends none."""
         values = {} if record is None else dict(record)
         return cls(bool(values.get("lost")), bool(values.get("reinitialised")))

@@ -1,4 +1,4 @@
-"""The exchange of `Recalibrated`: statistics that participants computed under the average."""
+"""The exchange of `Recalibrated`: participants compute statistics under the averaged weights."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from .messages import RECALIBRATE
 
 @dataclass(frozen=True)
 class Keys:
-    """How a strategy names what its messages hold."""
+    """A strategy's names for the records of its messages and the number of examples."""
 
     arrays: str = "arrays"
     config: str = "config"
@@ -24,7 +24,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class Recalibration:
-    """One such exchange.
+    """One exchange of statistics after a round.
 
     Attributes
     ----------
@@ -33,9 +33,9 @@ class Recalibration:
     roles : mapping
         The role of every array.
     weighting : {"uniform", "weighted"}
-        n_k of the participants.
+        The weights n_k of the participants.
     keys : Keys
-        Of what messages hold.
+        The names of records in the strategy's messages.
     """
 
     arrays: ArrayRecord
@@ -44,12 +44,12 @@ class Recalibration:
     keys: Keys = field(default_factory=Keys)
 
     def messages(self, nodes: Iterable[int], config: Mapping[str, int | str]) -> list[Message]:
-        """Return the questions.
+        """Return the messages that request the statistics.
 
         Parameters
         ----------
         nodes : iterable of int
-            Whom to ask.
+            The nodes of the participants.
         config : mapping
             ``server-round`` and ``session``.
         """
@@ -66,16 +66,16 @@ class Recalibration:
         Parameters
         ----------
         replies : iterable of Message
-            In the order in which they are to be pooled.
+            The replies; the last bits of pooled statistics depend on their order.
         names : mapping
-            Names of participants by node id.
+            The names of participants by node id.
 
         Returns
         -------
         arrays : ArrayRecord
-            The average as it was, if nobody's statistics were usable.
+            The new average; the old one if no reply was valid.
         events : list of Event
-            Refusals.
+            The refusals.
         """
         model, events = dict(view(self.arrays)), []
         kinds = (Role.MEAN, Role.VARIANCE)
@@ -85,6 +85,7 @@ class Recalibration:
             node_id = reply.metadata.src_node_id
             try:
                 arrays, examples = read_reply(reply, self.keys.examples)
+                # Only means and variances; all other arrays stay as averaged.
                 theirs = {name: arrays[name] for name in mine if name in arrays}
                 mean.add(theirs, 1 if self.weighting == "uniform" else examples)
             except ColearnError as error:

@@ -1,9 +1,9 @@
-"""Schemes for normalization layers when every participant's data are its own, and unlike.
+"""The schemes for normalization layers where participants' data differ.
 
-Batch norm trains with the statistics of local batches and evaluates with running statistics; where
-labels are skewed over the participants, the two are far apart. A scheme says what happens to the
-arrays of such layers: what the average does with them, what never leaves a participant, what is
-told to the participants. It is one value, ``CoLearn(..., normalization=LocalStatistics())``.
+Batch norm trains with the statistics of local batches and evaluates with running statistics. Where
+labels are skewed over the participants, the two are far apart. A scheme defines how the arrays of
+such layers are averaged, which of them stay with the participants, and what the train config
+contains. It is one argument, ``CoLearn(..., normalization=LocalStatistics())``.
 """
 
 from collections.abc import Mapping
@@ -15,23 +15,23 @@ from ..errors import ColearnError, expected, whole_number
 from ..roles import Arrays, Role, pair_statistics, split_name
 
 PARTIAL = "incomplete: local arrays are those of the initial model; test at the participants"
-"""What an evaluation of the shared model is worth where statistics or layers are local."""
+"""The warning for an evaluation of the shared model where statistics or layers are local."""
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """What a scheme decides; the base class decides as `Pooled` does.
+    """The base class of schemes, with the behaviour of `Pooled`.
 
     Attributes
     ----------
     name : str
-        As it stands in configs, histories and tables.
+        The scheme's name in configs, histories and tables.
     all_reduces : bool
-        Layers exchange sums while they compute: participants must run in threads of one process, at
-        the same step.
+        Whether layers exchange sums during the computation, for which participants must run in
+        threads of one process, at the same step.
     needs_statistics : bool or None
         Whether the model must have (True), or must not have (False), layers with running
-        statistics.
+        statistics; None for either.
     """
 
     name: ClassVar[str] = ""
@@ -45,14 +45,15 @@ class Normalization:
     def not_returned(
         self, server_round: int, arrays: Arrays, roles: Mapping[str, Role]
     ) -> list[str]:
-        """Return the names of arrays that are sent to participants but not back."""
+        """Return the names of arrays that are sent to participants and not returned by them."""
         return []
 
     def roles(self, arrays: Arrays, roles: Mapping[str, Role]) -> dict[str, Role]:
-        """Return what the average does with every array under this scheme.
+        """Return the role of every array in the average under this scheme.
 
-        Arrays that stay with the participants are in nobody's average, so they leave eq. 4 too.
+        Local arrays are not averaged, so they are left out of eq. 4 too.
         """
+        # Counters keep their role, since only an integer type has it.
         local = set(self.local(arrays, roles))
         return {
             name: Role.BUFFER if name in local and role is not Role.COUNTER else role
@@ -60,15 +61,15 @@ class Normalization:
         }
 
     def config(self, server_round: int) -> dict[str, str | bool]:
-        """Return what the participants are told in their train config."""
+        """Return the scheme's entries of the participants' train config."""
         return {"normalization": self.name}
 
     def due(self, server_round: int) -> bool:
-        """Return whether the statistics are computed anew after this round."""
+        """Return whether the statistics are recomputed after this round."""
         return False
 
     def check(self, arrays: Arrays, roles: Mapping[str, Role]) -> None:
-        """Raise a ColearnError unless the model is one that the scheme can work with."""
+        """Raise a ColearnError unless the scheme can work with the model."""
         found = len(pair_statistics(arrays, roles))
         if self.needs_statistics and not found:
             raise ColearnError(
@@ -85,18 +86,18 @@ class Normalization:
 
     @property
     def travels_whole(self) -> bool:
-        """Whether the whole model travels both ways, and participants need not know the scheme."""
+        """Whether the complete model is exchanged, so that participants do not need the scheme."""
         return False
 
     @property
     def is_local(self) -> bool:
-        """Whether the shared model is incomplete: part of it exists at the participants only."""
+        """Whether the shared model is incomplete, since arrays exist at the participants only."""
         return type(self).local is not Normalization.local
 
 
 @dataclass(frozen=True)
 class Average(Normalization):
-    """The naive mean of means and of variances: what federated averaging does, as a baseline."""
+    """The plain mean of means and of variances, as in federated averaging; for a baseline."""
 
     name: ClassVar[str] = "average"
 
@@ -113,7 +114,7 @@ class Average(Normalization):
 
 @dataclass(frozen=True)
 class Pooled(Normalization):
-    """Pool the statistics: those of all participants' data together (the default).
+    """Pool the statistics, which gives those of all participants' data together (the default).
 
     mu  = sum n_k mu_k / n
     var = sum n_k var_k / n + sum n_k (mu_k - mu)^2 / n
@@ -129,17 +130,17 @@ class Pooled(Normalization):
 
 @dataclass(frozen=True)
 class Recalibrated(Normalization):
-    """Compute the statistics anew under the averaged weights, then pool them.
+    """Recompute the statistics under the averaged weights, then pool them.
 
-    Every participant sends the averaged model once through its data (the idea of SWA's
-    ``update_bn``, arXiv 1803.05407) and returns means and variances only. Costs a second exchange
-    (the model down, the statistics up) and a pass over the data.
+    Every participant evaluates the averaged model on its data (the idea of SWA's ``update_bn``,
+    arXiv 1803.05407) and returns means and variances only. The cost is a second exchange (the model
+    down, the statistics up) and a pass over the data.
 
     Parameters
     ----------
     every : int, default 1
-        Recalibrate after every so many rounds; in others the statistics are pooled. With
-        `SynchronousSGD`, whose rounds are steps, as often as the model is evaluated.
+        The number of rounds from one recalibration to the next; in the others the statistics are
+        pooled. With `SynchronousSGD`, whose rounds are steps, choose the interval of evaluations.
     """
 
     every: int = 1
@@ -150,15 +151,15 @@ class Recalibrated(Normalization):
         whole_number("every of Recalibrated", self.every, least=1)
 
     def due(self, server_round: int) -> bool:
-        """Return whether the statistics are computed anew after this round."""
+        """Return whether the statistics are recomputed after this round."""
         return server_round % self.every == 0
 
 
 @dataclass(frozen=True)
 class LocalStatistics(Normalization):
-    """Running statistics never leave the participant; gamma and beta are averaged.
+    """Running statistics stay with the participants; gamma and beta are averaged.
 
-    SiloBN (Andreux et al., arXiv 2008.07424).
+    This is SiloBN (Andreux et al., arXiv 2008.07424).
     """
 
     name: ClassVar[str] = "local-statistics"
@@ -171,7 +172,7 @@ class LocalStatistics(Normalization):
 
 @dataclass(frozen=True)
 class LocalBN(Normalization):
-    """Whole normalization layers never leave the participant: FedBN (arXiv 2102.07623)."""
+    """All arrays of normalization layers stay with the participants: FedBN (arXiv 2102.07623)."""
 
     name: ClassVar[str] = "local-bn"
     needs_statistics: ClassVar[bool | None] = True
@@ -198,9 +199,9 @@ class Synchronised(Normalization):
 class Frozen(Normalization):
     """Two phases: as `Pooled`, then with the shared statistics frozen (FixBN, arXiv 2303.06530).
 
-    In the second phase layers normalise with the frozen statistics in training too; gamma and
-    beta go on learning. Statistics are then sent to participants, which keep no state, but
-    not back.
+    In the second phase layers normalise with the frozen statistics in training too, and gamma and
+    beta are still trained. Participants, which keep no state, receive the statistics and do not
+    return them.
 
     Parameters
     ----------
@@ -233,14 +234,15 @@ class Frozen(Normalization):
 
 @dataclass(frozen=True)
 class GroupNorm(Normalization):
-    """Group norm (Wu & He, arXiv 1803.08494) in place of batch norm: no statistics at all.
+    """Group norm (Wu & He, arXiv 1803.08494) instead of batch norm, without running statistics.
 
     The model is converted on both sides; the layers keep gamma and beta.
 
     Parameters
     ----------
     groups : int, default 8
-        G, at most; a layer with C channels has the greatest divisor of C that is no more than G.
+        The largest number of groups G; a layer with C channels has the greatest divisor of C that
+        is at most G.
     """
 
     groups: int = 8
@@ -251,7 +253,7 @@ class GroupNorm(Normalization):
         whole_number("groups of GroupNorm", self.groups, least=1)
 
     def groups_of(self, channels: int) -> int:
-        """Return the number of groups of a layer with so many channels."""
+        """Return the number of groups of a layer with the given number of channels."""
         return next(g for g in range(min(self.groups, channels), 0, -1) if channels % g == 0)
 
 
@@ -265,18 +267,19 @@ class LayerNorm(Normalization):
 
 @dataclass(frozen=True)
 class BatchRenorm(Normalization):
-    """Batch renormalization (Ioffe, arXiv 1702.03275), its running statistics pooled.
+    """Batch renormalization (Ioffe, arXiv 1702.03275) with pooled running statistics.
 
     In training the batch's statistics are corrected towards the running ones,
     y = (x - mu_B) / sigma_B * r + d, with r = clip(sigma_B / sigma, 1/r_max, r_max) and
-    d = clip((mu_B - mu) / sigma, -d_max, d_max), through which no gradient flows.
+    d = clip((mu_B - mu) / sigma, -d_max, d_max). Both are constants for the gradient.
 
     Parameters
     ----------
     r_max, d_max : float, default 3 and 5
-        The limits of r and d once they are fully open.
+        The final limits of r and d.
     warmup : int, default 100
-        Steps with r = 1 and d = 0, that is batch norm; over as many again the limits open linearly.
+        The number of steps with r = 1 and d = 0, which is batch norm; during as many further steps
+        the limits rise linearly to the final ones.
     """
 
     r_max: float = 3.0
@@ -286,6 +289,7 @@ class BatchRenorm(Normalization):
     needs_statistics: ClassVar[bool | None] = True
 
     def __post_init__(self) -> None:
+        # `not >=` and not `<`, so that NaN is refused too.
         if not self.r_max >= 1.0:
             raise expected("r_max of BatchRenorm", "a number of at least 1", self.r_max)
         if not self.d_max >= 0.0:
@@ -317,19 +321,19 @@ SCHEMES: dict[str, type[Normalization]] = {
 
 
 def scheme_named(name: str, **parameters: Any) -> Normalization:
-    """Return the scheme of this name, as run configs, histories and tables have it.
+    """Return the scheme of this name, as in run configs, histories and tables.
 
     Parameters
     ----------
     name : str
         A key of `SCHEMES`.
     **parameters
-        Of the scheme.
+        The parameters of the scheme.
 
     Raises
     ------
     ColearnError
-        If there is none, or if it has other parameters.
+        If no scheme has this name, or the scheme has other parameters.
 
     Examples
     --------
@@ -338,6 +342,7 @@ def scheme_named(name: str, **parameters: Any) -> Normalization:
     """
     if name not in SCHEMES:
         raise expected("normalization", f"one of {', '.join(SCHEMES)}", name)
+    # Bound before the call, so that a TypeError within the scheme is not taken for this one.
     wanted = signature(SCHEMES[name]).replace(return_annotation=Signature.empty)
     try:
         wanted.bind(**parameters)
@@ -349,10 +354,10 @@ def scheme_named(name: str, **parameters: Any) -> Normalization:
 def layer_arrays(arrays: Arrays, roles: Mapping[str, Role]) -> list[str]:
     """Return the names of all arrays of layers with running statistics, in the model's order.
 
-    A layer is what has a (mean, variance) pair; its gamma, beta and counter are the arrays with
-    the same name up to the last part. That is exact for torch's, Keras's and TF-slim's names, and
-    needs no layer to be called by any particular name. Layers without running statistics (group
-    norm, layer norm) are not among them.
+    A layer is found by its (mean, variance) pair; its gamma, beta and counter are the arrays with
+    the same name up to the last part. This rule is exact for torch's, Keras's and TF-slim's names,
+    and does not depend on the names of layers. Layers without running statistics (group norm,
+    layer norm) are not included.
 
     Examples
     --------
@@ -379,7 +384,7 @@ def as_normalization(value: object) -> Normalization:
     Raises
     ------
     ColearnError
-        If it is anything else, such as a class instead of an object.
+        If `value` is anything else, such as a class instead of an object.
     """
     if isinstance(value, Normalization) and value.name:
         return value

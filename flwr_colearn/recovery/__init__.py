@@ -1,4 +1,4 @@
-"""Participants that fail are restarted in the same round, or left out by a stated policy."""
+"""Recovery: participants that fail are restarted in the same round, or left out by a policy."""
 
 from .client import echoed, name_of, supervised
 from .grid import RecoveringGrid

@@ -1,4 +1,4 @@
-"""Attempts: one round's train messages, each sent again until its participant has replied."""
+"""Attempts: the train messages of one round, each sent until its participant has replied."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +18,14 @@ from ..traffic import Event, EventKind
 from .identity import Directory
 
 LONGEST_POLL = 3.0
-"""Seconds between two looks for replies, at most."""
+"""The longest pause between two polls for replies, in seconds."""
 
 Check = Callable[[Message, Message], None]
 
 
 @dataclass
 class Participant:
-    """One participant's part in a round."""
+    """The state of one participant in a round."""
 
     node_id: int
     message: Message
@@ -41,37 +41,37 @@ class Participant:
 
     @property
     def done(self) -> bool:
-        """Whether nothing more is expected of it in this round."""
+        """Whether the participant has replied or is given up."""
         return self.replied or self.lost is not None
 
 
 class Attempts:
-    """The participants of one round, until all have replied or are given up.
+    """The attempts of one round's participants, until all have replied or are given up.
 
     Parameters
     ----------
     grid : Grid
         Sends the messages.
     messages : sequence of Message
-        One for each participant.
+        One message for each participant.
     timeout : float or None
-        Seconds for one attempt of one participant.
+        The time limit of one attempt of one participant, in seconds.
     recovery : Recovery
         Restarts, pauses, patience and policy.
     directory : Directory
         The names of nodes.
     check : callable
-        ``(sent, reply) -> None``, raising `ColearnError` for a reply that is no good.
+        ``(sent, reply) -> None``; raises `ColearnError` for an invalid reply.
     abandoned : set of str
-        Ids of messages to whose replies nobody listens any more. Replies to them are pulled, so
-        that they leave the SuperLink, and dropped.
+        The ids of messages of earlier attempts. Replies to them are pulled, so that the SuperLink
+        deletes them, and are not used.
 
     Attributes
     ----------
     events : list of Event
-        What happened so far.
+        The events so far.
     sent : int
-        Messages sent so far, restarts included.
+        The number of messages sent so far, including restarts.
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class Attempts:
         self._push(self.participants)
 
     def replies(self) -> Iterator[Message]:
-        """Yield what arrives, notice what does not, restart what is due, until all are done.
+        """Yield valid replies, and restart participants that fail, until all are done.
 
         Raises
         ------
         ColearnError
-            If a participant is lost and the policy needs it.
+            If a participant is lost and the policy requires its reply.
         """
         poll = 0.01
         while not all(participant.done for participant in self.participants):
@@ -114,15 +114,17 @@ class Attempts:
             for participant in self.participants:
                 if participant.message_id is None:
                     continue
-                # One at a time, since all that is asked for at once is held at once.
+                # One at a time: the replies to one pull are all in memory together.
                 for reply in self.grid.pull_messages([participant.message_id]):
                     if reply.metadata.reply_to_message_id != participant.message_id:
                         continue
                     idle = False
                     if self._accept(participant, reply):
                         yield reply
+                    # The loop variable would keep this model in memory during the next pull.
                     del reply
                 self._watch_clock(participant)
+            # Polls become rarer while nothing happens: each is a request to the SuperLink.
             if self._restart() or not idle:
                 poll = 0.01
                 continue
@@ -136,7 +138,7 @@ class Attempts:
 
     @property
     def seconds(self) -> float:
-        """The longest that a participant took for its successful attempt."""
+        """The duration of the longest successful attempt."""
         return max((p.seconds for p in self.participants if p.replied), default=0.0)
 
     # Replies ------------------------------------------------------------------------------------
@@ -147,8 +149,9 @@ class Attempts:
                 self.abandoned.discard(reply.metadata.reply_to_message_id)
 
     def _accept(self, participant: Participant, reply: Message) -> bool:
-        """Return whether a reply is good; if it is not, schedule a restart."""
+        """Return whether a reply is valid; schedule a restart if it is not."""
         participant.message_id = None
+        # An error of Flower or of the ClientApp is a failure; only a layer's own code is a refusal.
         if reply.has_error() and reply.error.code != REFUSED:
             self._failed(participant, str(failure_of(reply)))
             return False
@@ -172,7 +175,7 @@ class Attempts:
                 continue
             if answered is not None and directory.answered.get(other.node_id) == answered:
                 raise _shared_name(participant, other, str(answered))
-            # Of two with one registered name, the one that replies first is accepted.
+            # If two nodes are registered with one name, the first reply is accepted.
             if registered and other.replied and directory.name_of(other.node_id) == registered:
                 raise _shared_name(participant, other, registered)
         if answered is not None:
@@ -202,6 +205,7 @@ class Attempts:
         self.abandoned.add(participant.message_id)
         if isinstance(self.grid, WrappingGrid):
             self.grid.forget([participant.message_id])
+        # The reply may still arrive, and is then pulled and dropped by `_drop_abandoned`.
         participant.message_id = None
 
     # Restarts -----------------------------------------------------------------------------------
@@ -211,7 +215,7 @@ class Attempts:
             participant.sent_at, participant.warned = time.monotonic(), False
         accepted = set(self.grid.push_messages([p.message for p in ready]))
         for participant in ready:
-            # Flower's grids put the id into the message that they push.
+            # Flower's grids set the id of the message that they push.
             message_id = participant.message.metadata.message_id
             if message_id in accepted:
                 participant.message_id = message_id
@@ -220,7 +224,7 @@ class Attempts:
                 self._failed(participant, "the message was not accepted")
 
     def _failed(self, participant: Participant, reason: str) -> None:
-        """Schedule a restart, or give the participant up."""
+        """Schedule a restart, or give the participant up if its restarts are spent."""
         now, recovery = time.monotonic(), self.recovery
         if participant.restarts >= recovery.max_restarts and not recovery.restarts_for_ever:
             self._give_up(participant, f"{reason} (after {participant.restarts} restarts)")
@@ -231,7 +235,7 @@ class Attempts:
         self._note("restart", participant, reason)
 
     def _restart(self) -> bool:
-        """Send again to those whose pause is over and whose node is there."""
+        """Send messages again to participants whose pause is over and whose node is connected."""
         now = time.monotonic()
         waiting = [p for p in self.participants if not p.done and p.message_id is None]
         due = [participant for participant in waiting if now >= participant.not_before]
@@ -243,7 +247,7 @@ class Attempts:
             node_id = self._find_node(participant, connected)
             if node_id is not None:
                 participant.node_id = node_id
-                # A new message: Flower ignores one that it has seen.
+                # A new message, since Flower ignores a second push of the same one.
                 participant.message = copied(
                     participant.message, participant.message.content, node_id
                 )
@@ -261,15 +265,17 @@ class Attempts:
         return bool(ready)
 
     def _find_node(self, participant: Participant, connected: set[int]) -> int | None:
-        """Return the node on which a participant is to be found now, or None."""
+        """Return the connected node of a participant, or None."""
         if participant.node_id in connected:
             return participant.node_id
+        # The node has another id after a restart of the SuperNode.
         others = [other.node_id for other in self.participants if other is not participant]
         return self.directory.successor(self.grid, participant.node_id, connected, others)
 
     def _give_up(self, participant: Participant, reason: str) -> None:
         participant.lost = reason
         self._note("absence", participant, reason)
+        # At once, and not at the end of the round: the round cannot succeed any more.
         wanted = self.recovery.required(len(self.participants))
         if sum(other.lost is None for other in self.participants) >= wanted:
             return

@@ -1,4 +1,4 @@
-"""The participant's half of recovery: it says its name, and ends itself when it hangs."""
+"""The participant's part of recovery: its name, the echo in replies, and the time limit."""
 
 import os
 import sys
@@ -21,18 +21,19 @@ Next = Callable[[Message, Context], Message]
 
 
 def supervised(message: Message, context: Context, call_next: Next) -> Message:
-    """Answer the server's question who this is, and train within the time limit.
+    """Answer the server's query for the name, and train within the time limit.
 
-    If the train config carries ``time-limit`` (seconds), a ClientApp process of a deployment that
-    runs longer ends itself: Flower reports it, and the server restarts the training. In a
+    If the train config contains ``time-limit`` (seconds), a ClientApp process of a deployment that
+    runs longer ends itself. Flower reports the end, and the server restarts the training. In a
     simulation, where participants share processes, the limit is ignored.
 
     Raises
     ------
     ColearnError
-        If the server has another version of this plugin: nothing is trained then.
+        If the server has another version of this plugin; the participant does not train then.
     """
     control = records_of(message.content, ConfigRecord).get(ECHO, ConfigRecord())
+    # The query for the name is of the type train: the user's training function must not get it.
     if ASK in control:
         return Message(RecordDict({ECHO: ConfigRecord({**name_of(context)})}), reply_to=message)
     config = config_of(message.content)
@@ -43,10 +44,10 @@ def supervised(message: Message, context: Context, call_next: Next) -> Message:
 
 
 def echoed(message: Message, context: Context, call_next: Next) -> Message:
-    """Add to a reply whose it is, and what it answers.
+    """Add the participant's name and the round to a reply.
 
-    The ConfigRecord `ECHO` has the participant's name and the round, the versions of the plugin and
-    of this exchange, and eight characters that differ for models of other names, shapes or types.
+    The ConfigRecord `ECHO` has the participant's name, the round, the versions of the plugin and of
+    the protocol, and a short digest of the array names, types and shapes of the model.
     """
     config = config_of(message.content)
     reply = call_next(message, context)
@@ -66,7 +67,7 @@ def echoed(message: Message, context: Context, call_next: Next) -> Message:
 
 
 def name_of(context: Context) -> dict[str, str]:
-    """Return the participant's name as the entry ``participant``, or nothing if it has none.
+    """Return the participant's name as the entry ``participant``; empty if it has no name.
 
     The name is ``name`` in the SuperNode's node config, else ``partition-<partition-id>``.
     """
@@ -89,11 +90,12 @@ def _check_version(config: ConfigRecord) -> None:
 
 @contextmanager
 def _time_limit(seconds: float | None) -> Iterator[None]:
-    # Only a process that serves this one message may be ended.
+    # Only a ClientApp process of a deployment may be ended, since it serves this message alone.
     if seconds is None or Path(sys.argv[0]).name != "flwr-clientapp":
         yield
         return
-    # Not SIGTERM: Flower takes that for the end of a task and reports nothing to the server.
+    # Not SIGTERM, after which Flower reports nothing to the server. A timer thread also runs while
+    # the main thread waits in C code, where Python runs no signal handlers.
     timer = threading.Timer(seconds, _end_process, [seconds])
     timer.daemon = True
     timer.start()

@@ -1,4 +1,4 @@
-"""RecoveringGrid: restarts participants that fail, so that a round has all K of them.
+"""RecoveringGrid: restarts participants that fail, so that a round has replies of all K.
 
 "If one participant k fails to upload its parameters owing to network errors or other failures, the
 global server will restart the local training process of participant k" (Mi et al., 2020, 3.1).
@@ -21,44 +21,45 @@ from .identity import ASK, Directory
 class RecoveringGrid(WrappingGrid):
     """A Grid around any Grid that restarts participants which fail, in the same round.
 
-    ``Transport(recovery=...)`` and every strategy of this package put one around their grid; any
-    other Flower strategy can be given one: ``FedAvg().start(RecoveringGrid(grid), ...)``. Arrays
-    that a strategy returned in other types than it was first given (FedAvg makes averages of
-    counters float64) are sent in the types of the first train message, integers rounded.
+    ``Transport(recovery=...)`` and every strategy of this package use one around their grid. Any
+    other Flower strategy can use one too: ``FedAvg().start(RecoveringGrid(grid), ...)``. Arrays
+    are sent in the types of the first train message, integers rounded, since a strategy may return
+    other types (FedAvg makes averages of counters float64).
 
-    A train message is sent again (a new message with the same content) when its participant
-    raised, its process was killed, its SuperNode left and came back, it did not reply within the
-    timeout, or its reply is unusable. A reply to an earlier attempt or round is never taken; it is
-    pulled, so that it is counted and leaves the SuperLink, and dropped.
+    A train message is sent again (a new message with the same content) when the ClientApp raised,
+    its process was killed, the SuperNode disconnected and reconnected, no reply arrived within the
+    timeout, or the reply is invalid. A reply to an earlier attempt or round is never used; it is
+    pulled, so that it is counted and deleted on the SuperLink.
 
-    A SuperNode that comes back with another node id is recognised, in this order: by the name it
-    is registered with under SuperNode authentication; by the name its participant says (see
-    `flwr_colearn.participant_mod`); else the newcomer is taken for the participant that left, and
-    the log says that this is an assumption. So no shard trains twice in a round, and none is left
-    out.
+    A SuperNode that reconnects with another node id is recognised by its registered name (SuperNode
+    authentication), else by the name that its participant reports (see
+    `flwr_colearn.participant_mod`). If neither is known, a new node is assumed to be the one that
+    disconnected, and the log contains a warning. So no shard is trained twice in a round, and none
+    is left out.
 
-    In Flower's simulation a participant that raises is restarted too, but a killed Ray actor is
-    never replaced by Flower: kills and hangs are survived in deployments.
+    In Flower's simulation a participant that raises is restarted too. Recovery from kills and hangs
+    works in deployments only, since Flower does not replace a killed Ray actor.
 
     Parameters
     ----------
     grid : Grid
-        The real one.
+        The inner grid.
     recovery : Recovery, optional
         Restarts, pauses, patience and policy.
     check : callable, optional
-        ``(sent, reply) -> None``, raising `ColearnError` for a reply that is no good. By default
-        the reply must have the names, shapes and types of the arrays that were sent, be finite,
-        and state a positive ``num-examples``.
+        ``(sent, reply) -> None``; raises `ColearnError` for an invalid reply. By default the reply
+        must have the names, shapes and types of the arrays that were sent, only finite numbers, and
+        a positive ``num-examples``.
 
     Attributes
     ----------
     node_ids : list of int
-        Of the last train round's participants, after any replacement, in the order of messages.
+        The nodes of the last train round's participants, after any replacement, in the order of
+        the messages.
     seconds : float
-        The longest that a participant of the last train round took for its successful attempt.
+        The duration of the longest successful attempt in the last train round.
     sent : int
-        Messages sent in the last train round, restarts included.
+        The number of messages sent in the last train round, including restarts.
     directory : Directory
         The names of nodes.
     """
@@ -73,6 +74,7 @@ class RecoveringGrid(WrappingGrid):
         self.seconds = 0.0
         self.sent = 0
         self.directory = Directory()
+        # Kept across rounds: the reply to an abandoned attempt may arrive in a later round.
         self._abandoned: set[str] = set()
         self._events: list[Event] = []
         self._types = SentTypes()
@@ -82,49 +84,49 @@ class RecoveringGrid(WrappingGrid):
         return self.directory.name_of(node_id)
 
     def in_order(self, replies: Iterable[Message]) -> list[Message]:
-        """Return train replies by name of the participant; those without one as they came."""
+        """Return train replies sorted by participant name; those without one in arrival order."""
         return sorted(
             replies, key=lambda reply: self.directory.known_name(reply.metadata.src_node_id) or ""
         )
 
     def take_events(self) -> list[Event]:
-        """Return what happened since the last call."""
+        """Return the events since the last call."""
         events, self._events = self._events, []
         return events
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Send messages and return the replies; train messages are answered by all participants.
+        """Send messages and return the replies; for train messages, those of all participants.
 
         Parameters
         ----------
         messages : iterable of Message
-            One for each participant.
+            One message for each participant.
         timeout : float, optional
-            Seconds for one attempt of one participant; by default without limit.
+            The time limit of one attempt of one participant, in seconds; by default none.
 
         Returns
         -------
         list of Message
-            Train replies that passed the check, as they arrived; fewer only under a `Quorum`. Of
-            other messages, what the grid inside returns.
+            For train messages, the replies that passed the check, in the order of arrival; fewer
+            than messages only under a `Quorum`. For other messages, the replies of the inner grid.
 
         Raises
         ------
         ColearnError
-            If a participant is lost under the policy "fail", or the quorum is.
+            If a participant is lost under the policy "fail", or fewer than a `Quorum` replied.
         """
-        # A list, since strategies iterate replies more than once: flwr 1.29's privacy wrappers do.
+        # A list, since some strategies iterate replies twice, such as flwr 1.29's privacy wrappers.
         return list(self.stream(messages, timeout=timeout))
 
     def stream(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Do as `send_and_receive`, but pull train replies one at a time, while iterated.
+        """Do as `send_and_receive`, but pull train replies one at a time, during the iteration.
 
-        So one that was dealt with can be dropped before the next is in memory. Messages are sent at
-        once; errors are raised where the replies are iterated.
+        A reply that has been processed can be freed before the next is in memory. Messages are sent
+        at the call; errors are raised during the iteration.
         """
         batch = list(messages)
         if not batch or not _is_training(batch[0]):
@@ -144,6 +146,7 @@ class RecoveringGrid(WrappingGrid):
     def _replies(self, attempts: Attempts) -> Iterator[Message]:
         try:
             yield from attempts.replies()
+        # After an error too: the history has to show the events that led to it.
         finally:
             self._events += attempts.events
             self.node_ids, self.seconds = attempts.node_ids, attempts.seconds
@@ -151,9 +154,9 @@ class RecoveringGrid(WrappingGrid):
 
 
 def _is_training(message: Message) -> bool:
-    """Return whether a message asks for training, or for another thing that is asked for again.
+    """Return whether a message is of the type train, for which recovery restarts participants.
 
-    A question that the participant's mod answers is not.
+    The query for a participant's name is not, although it has this type.
     """
     if not message.has_content():
         return False

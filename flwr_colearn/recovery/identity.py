@@ -1,4 +1,4 @@
-"""Who a participant is: the names of nodes, and on which node a participant is to be found now."""
+"""Directory: the names of nodes, and the search for a participant that reconnects as a new node."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,18 +12,18 @@ from .._flwr import node_names
 from ..aggregation import ECHO, echo_of
 
 ASK, NAME = "ask", "name"
-"""Entry of the control record `ECHO` in a message that asks, and what it asks for."""
+"""The entry of the control record `ECHO` that makes a message a query, and the entry's value."""
 
 ANSWER_WITHIN = 120.0
-"""Seconds within which a participant must say its name; starting its process takes some."""
+"""The seconds within which a participant must report its name, with the start of its process."""
 
 
 @dataclass
 class Directory:
     """The names of nodes, as far as they are known.
 
-    A node may be registered under a name (SuperNode authentication), and its participant may say
-    one (`flwr_colearn.participant_mod`); only names of one kind are compared.
+    A node may have a registered name (SuperNode authentication) and a name that its participant
+    reports (`flwr_colearn.participant_mod`). Only names of the same kind are compared.
     """
 
     registered: dict[int, str] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Directory:
     seen: set[int] = field(default_factory=set)
 
     def refresh(self, grid: Grid) -> None:
-        """Learn which nodes are connected, and the names they are registered under."""
+        """Add the connected nodes and their registered names."""
         self.seen.update(grid.get_node_ids())
         self.registered.update(node_names(grid))
 
@@ -47,27 +47,27 @@ class Directory:
     def successor(
         self, grid: Grid, node_id: int, connected: set[int], others: list[int]
     ) -> int | None:
-        """Return the node on which the participant of a node that left has come back, or None.
+        """Return the new node of a participant whose node disconnected, or None.
 
-        It is recognised by its registered name, else by the name that its participant says; else a
-        node that was not there before is taken for it, and the log says that this is an assumption.
+        The participant is recognised by the registered name, else by the name that it reports. If
+        neither is known, a new node is assumed to be its, and the log contains a warning.
 
         Parameters
         ----------
         grid : Grid
-            To ask nodes for their names.
+            The grid by which nodes are queried for their names.
         node_id : int
-            The node that left.
+            The node that disconnected.
         connected : set of int
-            All nodes that are connected.
+            All connected nodes.
         others : list of int
             The nodes of the round's other participants.
         """
         self.registered.update(node_names(grid))
         for candidate in sorted(connected - set(others)):
             same = self._same(grid, candidate, node_id)
-            # One that was there from the start may be the successor of one that was killed and
-            # not yet given up; without its name it is a spare.
+            # Without names only a node that is new to the run is taken: an older one may be a spare
+            # node. It must not be known as the new node of another participant of the round.
             if same is None and candidate not in self.seen:
                 same = not any(self._same(grid, candidate, other) for other in others)
             if same:
@@ -87,7 +87,7 @@ class Directory:
         )
 
     def _same(self, grid: Grid, node_id: int, earlier: int) -> bool | None:
-        """Return whether a node is the participant that an earlier one was; None if unknown."""
+        """Return whether two nodes belong to the same participant; None if unknown."""
         if node_id in self.registered and earlier in self.registered:
             return self.registered[node_id] == self.registered[earlier]
         self._ask(grid, node_id)
@@ -96,10 +96,10 @@ class Directory:
         return None
 
     def _ask(self, grid: Grid, node_id: int) -> None:
-        """Ask a node for its name, once, where the participants are known to answer.
+        """Query a node for its name, once, if participants of this run have reported names.
 
-        Without `participant_mod`, which all sites of a run have or have not, the question would be
-        given to the user's training function.
+        Without `participant_mod`, which either all sites of a run have or none, the user's training
+        function would receive the query.
         """
         if not self.answered or node_id in self.answered or node_id in self.nameless:
             return

@@ -1,4 +1,4 @@
-"""Who is in a round: exactly K participants, or a quorum of them."""
+"""The choice of a round's nodes: exactly K participants, or a quorum of them."""
 
 import time
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ class Members:
     Attributes
     ----------
     nodes : list of int
-        Those who are there, the last round's in their places.
+        The chosen nodes; those of the last round come first, in their order.
     missing : list of int
-        Nodes of the last round that are not connected, and whose places nobody took.
+        The nodes of the last round that are not connected and have no replacement.
     """
 
     nodes: list[int]
@@ -43,19 +43,19 @@ def choose_members(
     Parameters
     ----------
     grid : Grid
-        Knows who is connected.
+        The grid with the connected nodes.
     wanted : int
         K.
     before : sequence of int
-        The last round's nodes. They stay, as long as they are connected.
+        The last round's nodes. They are chosen again if they are connected.
     random : random.Random
-        Chooses among spare nodes.
+        The random generator for the choice among spare nodes.
     recovery : Recovery, optional
-        With a `Quorum`, a round may have fewer than K, once its patience is spent.
+        With a `Quorum`, a round may have fewer than K participants when the patience is spent.
     patience : float
-        Seconds to wait for K nodes to connect.
+        The seconds to wait for K nodes to connect.
     available : int
-        So many must be connected, where that is more than K.
+        The number of nodes that must be connected, if that is more than K.
 
     Raises
     ------
@@ -72,21 +72,23 @@ def choose_members(
         if not isinstance(policy, Quorum) or len(nodes) < policy.least:
             raise
         log(WARNING, "Quorum: %s of %s participants are connected", len(nodes), wanted)
+    # The last round's nodes first: their participants have client state of this run.
     stayed = [node for node in before if node in nodes]
     spare = sorted(set(nodes) - set(stayed))
     free = wanted - len(stayed)
     chosen = stayed + (spare if len(spare) <= free else random.sample(spare, free))
     left = [node for node in before if node not in nodes]
+    # A spare node takes the place of one that left, which then is not missing.
     return Members(chosen, left[: wanted - len(chosen)])
 
 
 def wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:
-    """Return the connected nodes as soon as there are `wanted` of them.
+    """Return the connected nodes as soon as at least `wanted` are connected.
 
     Raises
     ------
     ColearnError
-        If fewer are connected after `seconds`.
+        If fewer nodes are connected after `seconds`.
     """
     deadline = time.monotonic() + seconds
     while len(nodes := sorted(set(grid.get_node_ids()))) < wanted:

@@ -1,4 +1,4 @@
-"""Pictures of a history."""
+"""Figures from a history."""
 
 from .figures import Curve, curve, doublings, save_figure, save_panels
 

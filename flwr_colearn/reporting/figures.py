@@ -1,4 +1,4 @@
-"""Curves and figures from a history; matplotlib is imported only here (extra ``[report]``)."""
+"""Curves and figures from a history; the only module that needs matplotlib (extra ``[report]``)."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,13 +17,13 @@ class Curve:
     Attributes
     ----------
     label : str
-        For the legend.
+        The curve's text in the legend.
     epochs : list of int
-        Local epochs done, ascending.
+        The local epochs done, ascending.
     values : list of float
-        The metric after so many epochs.
+        The metric after these numbers of epochs.
     doublings : list of int
-        Local epochs after which T was increased.
+        The local epochs after which T was increased.
     """
 
     label: str
@@ -38,7 +38,7 @@ def curve(records: Iterable[RoundRecord], label: str, metric: str = "accuracy") 
     Raises
     ------
     ColearnError
-        If a round has no such metric.
+        If a round does not have the metric.
     """
     records = list(records)
     for record in records:
@@ -67,21 +67,21 @@ def doublings(records: Sequence[RoundRecord]) -> list[int]:
 def save_figure(
     curves: Sequence[Curve], path: str | Path, title: str = "", ylabel: str = "accuracy"
 ) -> Path:
-    """Draw curves against local epochs, the increases of T marked, as in the paper's Figure 2.
+    """Draw curves against local epochs, with marks where T increased, as in the paper's Figure 2.
 
     Parameters
     ----------
     curves : sequence of Curve
-        Drawn in order.
+        The curves, in the order of the legend.
     path : str or Path
-        Its ending decides the format (.png, .svg, .pdf).
+        The file; the suffix gives the format (.png, .svg, .pdf).
     title, ylabel : str
-        Of the axes.
+        The title of the axes and the label of the y axis.
 
     Returns
     -------
     Path
-        Where the figure is.
+        The path of the figure.
     """
     return save_panels({title: curves}, path, ylabel)
 
@@ -92,23 +92,23 @@ def save_panels(
     ylabel: str = "accuracy",
     empty: str = "",
 ) -> Path:
-    """Draw several figures of curves side by side, one a model, as in the paper's Figure 2.
+    """Draw several panels of curves side by side, one for each model, as in the paper's Figure 2.
 
     Parameters
     ----------
     panels : mapping
-        Curves by the panel's title.
+        The curves by the panel's title.
     path : str or Path
-        Its ending decides the format (.png, .svg, .pdf).
+        The file; the suffix gives the format (.png, .svg, .pdf).
     ylabel : str
-        Of the axes.
+        The label of the y axes.
     empty : str
-        What a panel without curves says.
+        The text of a panel without curves.
 
     Returns
     -------
     Path
-        Where the figure is.
+        The path of the figure.
 
     Raises
     ------
@@ -133,7 +133,7 @@ def save_panels(
             axes.set(xticks=[], yticks=[])
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without its date and with a fixed salt an SVG or PNG of the same curves is the same file.
+    # Without a date and with a fixed salt, the same curves give the same SVG file.
     with plt.rc_context({"svg.hashsalt": "flwr-colearn"}):
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, dpi=150, metadata=metadata)
@@ -145,7 +145,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib as mpl
 
-        mpl.use("Agg")
+        mpl.use("Agg")  # a server has no display
         from matplotlib import pyplot as plt
     except ImportError as error:
         raise ColearnError(

@@ -1,4 +1,4 @@
-"""Strategies in which every participant sends its model every round."""
+"""The strategies in which every participant sends its model, or gradient, in every round."""
 
 from .algorithm import Algorithm, Progress, algorithm_of
 from .arguments import participant_arguments

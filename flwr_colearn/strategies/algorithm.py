@@ -1,4 +1,4 @@
-"""Algorithm 1 of Mi et al. (2020), server side, as pure functions: progress, eq. 4, plan."""
+"""The server's part of Algorithm 1 of Mi et al. (2020), as pure functions of the progress."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,18 +22,18 @@ from ..schedules import (
 
 @dataclass(frozen=True)
 class Progress:
-    """All that the algorithm remembers from round to round, besides the shared model.
+    """The state of the algorithm between rounds, besides the shared model.
 
     Attributes
     ----------
     round : int
-        The last round that was begun; 0 before the first.
+        The last round that was started; 0 before the first.
     local_epochs : int
-        T of that round, before the budget cut it.
+        T of that round, without the limit of the budget.
     epochs_done : int
-        Local epochs of every participant up to the end of that round.
+        The local epochs of every participant up to the end of that round.
     seconds_per_epoch : float
-        What a local epoch takes the slowest participant; 0 while unknown.
+        The seconds that a local epoch takes the slowest participant; 0 if unknown.
     """
 
     round: int = 0
@@ -42,7 +42,7 @@ class Progress:
     seconds_per_epoch: float = 0.0
 
     def timed(self, seconds: float, local_epochs: int) -> "Progress":
-        """Return the progress after a round that took so many seconds."""
+        """Return the progress with the speed of a round of `local_epochs` in `seconds`."""
         return replace(self, seconds_per_epoch=seconds / local_epochs) if seconds > 0.0 else self
 
     def time_limit(self, timeout: float | None, local_epochs: int) -> float | None:
@@ -69,24 +69,22 @@ class Progress:
         return limit
 
     def to_json(self) -> dict[str, Any]:
-        """Return the progress as JSON can hold it."""
+        """Return the progress in types of JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """How T and the learning rate follow from what was reached.
-
-    Made by `algorithm_of`.
+    """The rules for T and the learning rate of the next round; `algorithm_of` creates it.
 
     Attributes
     ----------
     local_epochs : EpochRule
-        T: ``IncreasingEpochs`` (ILE), ``FixedEpochs`` (FLE).
+        The rule for T: ``IncreasingEpochs`` (ILE), ``FixedEpochs`` (FLE).
     learning_rate : LearningRate
         ``CyclicalRate`` (CLR), ``ExponentialRate`` (ELR), ``ConstantRate`` or another schedule.
     total_epochs : int or None
-        Budget: local epochs of every participant after which the run ends.
+        The budget: the local epochs of every participant after which the run ends.
     """
 
     local_epochs: EpochRule
@@ -94,24 +92,25 @@ class Algorithm:
     total_epochs: int | None = None
 
     def spent(self, progress: Progress) -> bool:
-        """Return whether the budget of local epochs is used up."""
+        """Return whether the budget of local epochs is spent."""
         return self.total_epochs is not None and progress.epochs_done >= self.total_epochs
 
     def next_plan(
         self, server_round: int, progress: Progress, relative_change: float | None
     ) -> tuple[LocalPlan, Progress]:
-        """Return what the next round asks of the participants, and the progress it makes.
+        """Return the plan of the next round, and the progress after it.
 
         Parameters
         ----------
         server_round : int
-            From 1.
+            The number of the round, from 1.
         progress : Progress
-            After the last round, whose budget is not spent.
+            The progress after the last round; the budget must not be spent.
         relative_change : float or None
-            Of the shared model in the last round (eq. 4); ``None`` if that brought no average, so
-            that there is nothing to compare.
+            The relative change of the shared model in the last round (eq. 4); ``None`` if that
+            round had no average.
         """
+        # The progress has T without the budget's limit: the next T is a multiple of it (eq. 4).
         chosen = self._epochs(progress.local_epochs, relative_change)
         done, local_epochs = progress.epochs_done, chosen
         if self.total_epochs is not None:
@@ -124,6 +123,7 @@ class Algorithm:
     def _epochs(self, last: int, relative_change: float | None) -> int:
         if not last:
             return int(self.local_epochs.initial)
+        # Without an average eq. 4 has nothing to compare.
         if relative_change is None:
             return last
         chosen = int(self.local_epochs.next(last, relative_change))
@@ -138,7 +138,7 @@ class Algorithm:
         return chosen
 
     def configuration(self) -> dict[str, str]:
-        """Return what must be the same for a run to be resumed."""
+        """Return the settings that a resumed run must have in common with the saved one."""
         return {
             "local epochs": str(self.local_epochs),
             "learning rate": describe_rate(self.learning_rate),
@@ -146,7 +146,7 @@ class Algorithm:
         }
 
     def log_summary(self, write: Callable[[str], None]) -> None:
-        """Write the settings as branches of Flower's strategy tree."""
+        """Write the settings in the form of Flower's summary of a strategy."""
         write("\t├──> Co-learning settings:")
         write(f"\t│\t├── Local epochs: {self.local_epochs}")
         write(f"\t│\t├── Learning rate: {self.learning_rate}")
@@ -158,18 +158,20 @@ def algorithm_of(
     learning_rate: float | LearningRate | RateFunction,
     total_epochs: int | None = None,
 ) -> Algorithm:
-    """Return the algorithm with these settings; numbers are a fixed T, and a constant rate.
+    """Return the algorithm with these settings.
 
-    A function of the progress is a schedule over the total epochs.
+    A number is a fixed T or a constant rate. A function of the progress is a schedule over the
+    total epochs.
 
     Raises
     ------
     ColearnError
-        If one is not what it should be.
+        If an argument is invalid.
     """
     if total_epochs is not None:
         whole_number("total_epochs", total_epochs, least=1)
     rate = as_learning_rate(learning_rate, total_epochs)
+    # A schedule that is planned for another number of epochs would end too early or too late.
     planned = getattr(rate, "total_epochs", None)
     if None not in (planned, total_epochs) and planned != total_epochs:
         raise expected(

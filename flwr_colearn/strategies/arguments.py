@@ -1,4 +1,4 @@
-"""What the strategies' arguments must be."""
+"""Checks of the strategies' arguments."""
 
 import math
 from typing import Any
@@ -9,18 +9,18 @@ from ..errors import expected, real_number, whole_number
 def participant_arguments(
     num_participants: int | None, kwargs: dict[str, Any], fraction: str, least: tuple[str, ...]
 ) -> dict[str, int]:
-    """Return FedAvg's arguments that make every round have exactly K participants.
+    """Return FedAvg's arguments with which every round has exactly K participants.
 
     Parameters
     ----------
     num_participants : int or None
         K; ``None`` takes `least[0]` of `kwargs` (FedAvg's default is 2).
     kwargs : dict
-        FedAvg's arguments as the user gave them.
+        The user's arguments of FedAvg.
     fraction : str
-        Name of the argument for the fraction of nodes that train; must be 1.
+        The name of the argument for the fraction of nodes that train, which must be 1.
     least : tuple of str
-        Names of the arguments for the least number of nodes: training first.
+        The names of the arguments for the least number of nodes; that of training is first.
 
     Raises
     ------
@@ -31,6 +31,7 @@ def participant_arguments(
         raise expected(fraction, "1.0, since every participant is in every round", kwargs[fraction])
     k = kwargs.get(least[0], 2) if num_participants is None else num_participants
     whole_number("num_participants", k, least=1)
+    # An evaluation may have fewer participants, so the third name is not checked.
     for name in least[:2]:
         if num_participants is not None and kwargs.get(name, k) != k:
             raise expected(name, f"num_participants={k}, or nothing", kwargs[name])

@@ -1,4 +1,4 @@
-"""Averaging: federated averaging with an exact mean, refusals and a history; the base of others."""
+"""Averaging: federated averaging with an exact mean, recovery and a history; a base class."""
 
 import random
 from collections.abc import Callable, Iterable, Mapping
@@ -37,69 +37,72 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def folds(aggregate: F) -> F:
-    """Mark an `aggregate_train` that takes replies as they arrive, each once."""
+    """Mark an `aggregate_train` that iterates the replies only once, in any order.
+
+    A subclass with an `aggregate_train` of its own does not have the mark, and gets a list.
+    """
     aggregate.folds_replies = True  # type: ignore[attr-defined]
     return aggregate
 
 
 class Averaging(FedAvg, Managed[RoundLog]):
-    """Federated averaging of all K participants, with an exact mean, refusals and a history.
+    """Federated averaging of all K participants, with an exact mean, recovery and a history.
 
-    In the place of ``FedAvg``: the models are summed in float64 and rounded once, statistics of
-    normalization layers are pooled, bad replies are refused with the reason, and participants that
-    fail are restarted. What participants train is what the train config says; a record's local
-    epochs and learning rate are those of its ``local-epochs`` and ``learning-rate``.
-    `flwr_colearn.CoLearn` decides both.
+    In contrast to ``FedAvg``, the models are summed in float64 and rounded once, statistics of
+    normalization layers are pooled, invalid replies are refused with the reason, and participants
+    that fail are restarted. The train config defines the local training; a record's local epochs
+    and learning rate are those of its ``local-epochs`` and ``learning-rate``.
+    `flwr_colearn.CoLearn` sets both.
 
     Parameters
     ----------
     num_participants : int, optional
-        K. Sets FedAvg's `min_train_nodes`, `min_available_nodes` and `min_evaluate_nodes`; every
-        round has exactly K distinct participants. By default K is `min_train_nodes`.
+        K, the number of distinct participants of every round. It sets FedAvg's `min_train_nodes`,
+        `min_available_nodes` and `min_evaluate_nodes`. By default K is `min_train_nodes`.
     weighting : {"weighted", "uniform"}, default "weighted"
-        By FedAvg's `weighted_by_key` (number of examples), or 1/K each.
+        "weighted" for FedAvg's `weighted_by_key` (number of examples), "uniform" for 1/K each.
     roles : mapping or sequence, optional
-        Which arrays are weights, batch-norm means and variances, counters; see
-        `flwr_colearn.Role`. By default their names decide.
+        The arrays that are weights, batch-norm means and variances, counters; see
+        `flwr_colearn.Role`. The default depends on their names.
     history : str, Path or History, optional
-        Where the rounds are recorded: a file for JSON lines, or a `History`. By default in memory.
+        A file for JSON lines, or a `History`. By default the history is in memory only.
     wait_for_participants : float, optional
-        Seconds to wait for K nodes to connect before the run ends with an error. By default
-        without limit, as FedAvg does.
+        The seconds to wait for K nodes to connect before the run ends with an error. By default
+        there is no limit, as in FedAvg.
     recovery : Recovery, optional
-        How participants that fail are restarted, and what follows when one is lost; by default
-        three restarts, then the run ends with the model of the last completed round. ``None``
-        leaves failed participants out, as Flower does.
+        The limits of restarts and the policy for lost participants. By default a participant has
+        three restarts, and the run then ends with the model of the last completed round. With
+        ``None`` failed participants are left out, as in Flower.
     checkpoints : str, Path or CheckpointFolder, optional
-        Where `start` saves the run after every round. By default nowhere.
+        The folder in which `start` saves the run after every round. By default there is none.
     compression : Compression, optional
-        How models are written on their way; by default as they are. Participants then need
+        The codecs of models in messages, by default none. With a codec participants need
         `flwr_colearn.participant_mod`.
     normalization : Normalization, optional
-        What becomes of normalization layers where participants' data are unlike: see
+        The scheme for normalization layers where participants' data differ, see
         `flwr_colearn.Normalization`. By default their statistics are pooled.
     algorithm : Algorithm, optional
-        Decides T and the learning rate of every round; by default the train config does.
+        The rules for T and the learning rate of every round; by default the train config has them.
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
-        stay 1: nobody is left out of a round.
+        stay 1, since all participants train in every round.
 
     Attributes
     ----------
     history : History
-        The rounds so far.
+        The records of the rounds so far.
     progress : Progress
-        Where the run is.
+        The progress of the run.
     last_nodes : list of int
         The nodes of the last round's participants, which come first in the next.
     random : random.Random
-        Chooses among spare nodes.
+        The random generator for the choice among spare nodes.
 
     Raises
     ------
     ColearnError
-        If an argument is not what it should be; during a run, if participants are missing or no
-        model arrived. Its `result` then holds what was reached.
+        If an argument is invalid; during a run, if participants are missing or no model arrived.
+        Its `result` then holds the result up to the last completed round.
 
     Examples
     --------
@@ -109,7 +112,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
     """
 
     exchanges_steps = False
-    """Whether participants exchange after every step: a subclass may say so."""
+    """Whether participants exchange gradients after every step, as in `SynchronousSGD`."""
 
     def __init__(
         self,
@@ -159,32 +162,32 @@ class Averaging(FedAvg, Managed[RoundLog]):
 
     @property
     def num_participants(self) -> int:
-        """K."""
+        """K, the number of participants of every round."""
         return self.min_train_nodes
 
     @property
     def history(self) -> History:
-        """The rounds so far."""
+        """The records of the rounds so far."""
         return self.log.history
 
     @property
     def roles(self) -> Mapping[str, Role]:
-        """What the average does with every array; empty before the first round."""
+        """The role of every array in the average; empty before the first round."""
         return self._shared.roles
 
     @property
     def _features(self) -> Transport:
-        """The features of the run's exchanges: the grid may have some that the strategy has not."""
+        """The features of the run's exchanges, with those of a grid that the user has connected."""
         return self.transport if self._grid is None else self._grid.transport
 
     @property
     def spent(self) -> bool:
-        """Whether the budget of local epochs is used up."""
+        """Whether the budget of local epochs is spent."""
         return self.algorithm is not None and self.algorithm.spent(self.progress)
 
     @property
     def streams(self) -> bool:  # type: ignore[override]
-        """Whether replies may be handed over as they arrive: unless a subclass aggregates."""
+        """Whether `aggregate_train` takes an iterator: not if a subclass overrides it."""
         return getattr(type(self).aggregate_train, "folds_replies", False)
 
     def summary(self) -> None:
@@ -203,12 +206,13 @@ class Averaging(FedAvg, Managed[RoundLog]):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask K participants to train.
+        """Return the train messages to K participants.
 
         Returns
         -------
         list of Message
-            One for each participant, all with the same content; none when the budget is spent.
+            One message for each participant, all with the same content; none if the budget is
+            spent.
         """
         self._grid = grid if isinstance(grid, ConnectedGrid) else None
         if self._timeout is None:
@@ -216,8 +220,11 @@ class Averaging(FedAvg, Managed[RoundLog]):
             refuse_in_foreign_loop(self.transport, total, self.checkpoints)
             if self._grid is not None:
                 self._grid.transport.check_privacy()
-        if server_round <= self.progress.round:  # Flower's loop begins another run
+        # Under a wrapper Flower's own loop runs, which has no hook for the start of a run: a round
+        # number that does not grow is that of another run.
+        if server_round <= self.progress.round:
             self._clear()
+        # In Flower's loop without an evaluation, the last round's record is closed only here.
         self.close(arrays)
         if self.spent:
             return []
@@ -241,9 +248,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.log.note_events(
             Event("absence", self._name_of(node), reason) for node in members.missing
         )
-        # A copy: Flower hands the same ConfigRecord to every round.
+        # A copy of the config, since Flower passes the same ConfigRecord to every round.
         content = self._content(arrays, ConfigRecord({**config, **entries}))
-        # The reply, too, must arrive while the message lives.
+        # Flower drops a reply that arrives after the message's time to live.
         ttl = max(float(DEFAULT_TTL), 2.0 * (self.time_limit or 0.0))
         return [Message(content, node, MessageType.TRAIN, ttl=ttl) for node in members.nodes]
 
@@ -251,12 +258,12 @@ class Averaging(FedAvg, Managed[RoundLog]):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Add the replies' models to the mean (eq. 2), refusing those that do not fit.
+        """Add the replies' models to the mean (eq. 2); invalid replies are refused.
 
         Raises
         ------
         ColearnError
-            If no model arrived at all, or fewer than the recovery's policy needs.
+            If no model arrived at all, or fewer than the recovery's policy requires.
         """
         if self.spent and not self.log.is_open:
             return None, None
@@ -267,7 +274,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         record.participants = self._mean.participants
         self._account()
         average = self._outgoing.record(self._mean.mean())
-        # By participant: the same bits in whatever order the replies arrived.
+        # Sorted by participant, so that the order of arrival does not change the last bits.
         metrics = [content for _, content in sorted(accepted, key=itemgetter(0))]
         train_metrics = aggregated(self.train_metrics_aggr_fn, metrics, self.weighted_by_key)
         self.log.note(train_metrics=train_metrics)
@@ -276,10 +283,11 @@ class Averaging(FedAvg, Managed[RoundLog]):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask participants that are connected to evaluate the shared model."""
+        """Return the evaluate messages to connected participants."""
         self._evaluated = arrays
         nodes = sorted(grid.get_node_ids())
-        # As many as FedAvg asks for, but of those who are there: nobody is waited for.
+        # The number of nodes is FedAvg's, but the server does not wait for more to connect: an
+        # evaluation is not worth a delay of the training.
         wanted = max(int(len(nodes) * self.fraction_evaluate), self.min_evaluate_nodes)
         if not self.log.is_open or self.fraction_evaluate == 0.0 or not nodes:
             return []
@@ -290,10 +298,10 @@ class Averaging(FedAvg, Managed[RoundLog]):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Aggregate the participants' evaluation metrics; failed or malformed replies are left out.
+        """Aggregate the participants' evaluation metrics, without failed or malformed replies.
 
-        Under a wrapper that runs Flower's own loop, such as differential privacy, this is the
-        last hook of a round, so the round's record is closed here.
+        Under a wrapper that runs Flower's own loop, such as differential privacy, this is the last
+        hook of a round, so the round's record is closed here.
         """
         contents = evaluations_of(replies, self.weighted_by_key)
         metrics = aggregated(self.evaluate_metrics_aggr_fn, contents, self.weighted_by_key)
@@ -315,7 +323,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         evaluate_fn: EvaluateFn | None = None,
         resume: Resume = "never",
     ) -> Result:
-        """Run the strategy; ends after `num_rounds` or when the budget of local epochs is spent.
+        """Run the strategy for `num_rounds`, or until the budget of local epochs is spent.
 
         Parameters
         ----------
@@ -324,18 +332,18 @@ class Averaging(FedAvg, Managed[RoundLog]):
         initial_arrays : ArrayRecord
             w^0, by preference with names (``ArrayRecord(model.state_dict())``).
         num_rounds : int, optional
-            By default 3, as in Flower, or without limit where there is a budget.
+            The number of rounds; by default 3, as in Flower, or without limit if there is a budget.
         timeout : float, default 3600
-            Seconds that one attempt of one participant may take. It grows with T, from the time
-            that a local epoch was seen to take, and the log says so.
+            The seconds that one attempt of one participant may take. The limit grows with T, by
+            the measured time of a local epoch, and the log contains a warning then.
         train_config, evaluate_config : ConfigRecord, optional
-            Further entries for the participants; the plan's keys are added to the former.
+            Further config entries for the participants; the plan's keys are added to the former.
         evaluate_fn : callable, optional
             ``(round, arrays) -> MetricRecord | None``: the server's own evaluation, called with
             round 0 before the first one.
         resume : {"never", "auto"}, default "never"
-            "auto" goes on from the newest checkpoint, in the round that was under way when the
-            server ended, with the plan that it would have had; without a checkpoint it begins.
+            "auto" resumes from the newest checkpoint, in the round that was under way when the
+            server ended, with the same plan; without a checkpoint a new run starts.
 
         Returns
         -------
@@ -345,9 +353,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
         Raises
         ------
         ColearnError
-            If fewer than K nodes connect in time, a participant is lost, a round brings no model,
+            If fewer than K nodes connect in time, a participant is lost, a round produces no model,
             the checkpoints are damaged or of another configuration, or there are some although
-            `resume` is "never". ``error.result`` holds what was reached.
+            `resume` is "never". ``error.result`` holds the result up to then.
         """
         budget = self.algorithm is not None and self.algorithm.total_epochs is not None
         return run(
@@ -362,7 +370,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             resume=resume,
         )
 
-    # What run asks besides ----------------------------------------------------------------------
+    # The interface of Managed -------------------------------------------------------------------
 
     def begin(
         self,
@@ -371,12 +379,13 @@ class Averaging(FedAvg, Managed[RoundLog]):
         num_rounds: int | None,
         save: Callable[[int], None],
     ) -> None:
-        """Begin a run in our own loop, and forget an earlier one."""
+        """Begin a run in `flwr_colearn.run`, and reset the state of an earlier one."""
+        # A timeout that is set marks a run in this package's loop, and not in Flower's.
         self._grid, self._timeout = grid, timeout
         self._clear()
 
     def end(self) -> None:
-        """End a run in our own loop."""
+        """End a run in `flwr_colearn.run`."""
         self._timeout = self._grid = None
 
     def check_reply(self, sent: Message, reply: Message) -> None:
@@ -385,13 +394,13 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self._mean.check(sent, reply)
 
     def close(self, arrays: ArrayRecord) -> None:
-        """Complete the record of the round under way, if any, which ended with these arrays."""
+        """Complete the record of the round under way, if any; `arrays` is the shared model."""
         if self.log.is_open:
             assert self._mean is not None
             self.log.close(self._shared.change(arrays, averaged=self._mean.count > 0))
 
     def configuration(self) -> dict[str, str]:
-        """Return what must be the same for a run to be resumed."""
+        """Return the settings that a resumed run must have in common with the saved one."""
         return {
             **({} if self.algorithm is None else self.algorithm.configuration()),
             "weighting": self.weighting,
@@ -401,7 +410,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         }
 
     def strategy_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what the strategy remembers between rounds: what JSON can hold, and arrays."""
+        """Return the strategy's state between rounds, in types of JSON, and no arrays."""
         state = {
             "progress": self.progress.to_json(),
             "random": self.random.getstate(),
@@ -411,7 +420,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         return state, {}
 
     def restore_strategy_state(self, state: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
-        """Go on with what `strategy_state` returned."""
+        """Restore the state that `strategy_state` returned."""
         self.progress = Progress(**state["progress"])
         self.last_nodes = [int(node) for node in state["nodes"]]
         version, numbers, gauss = state["random"]
@@ -424,7 +433,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
     def _begin_round(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord
     ) -> tuple[dict[str, Any], RoundRecord]:
-        """Return what the participants are told, and the round's record."""
+        """Return the round's entries of the train config, and the round's record."""
         if self.algorithm is None:
             epochs, rate = (
                 int(number_in(config, "local-epochs")),
@@ -434,6 +443,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             self.progress = Progress(server_round, epochs, done, self.progress.seconds_per_epoch)
             entries: dict[str, Any] = {"server-round": server_round}
         else:
+            # Without a mean this is the first round after a resume, whose change was restored.
             averaged = self._mean is None or self._mean.count > 0
             change = self._shared.change(arrays, averaged) if self.progress.round else None
             plan, self.progress = self.algorithm.next_plan(server_round, self.progress, change)
@@ -470,13 +480,14 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self._mean.renew(server_round, self._shared.arrays)
 
     def _account(self) -> None:
-        """Record what moved and happened in the round, and require as many as the policy does."""
+        """Record the round's traffic and events, and check that enough participants replied."""
         if self._grid is None:
             return
         assert self._mean is not None
         traffic = self._grid.take()
         self.log.note_traffic(traffic)
         self._mean.note(traffic.events)
+        # Missing nodes too, so that their participants take part again when they reconnect.
         self.last_nodes = self._grid.node_ids + self._missing
         if epochs := self.log.record.local_epochs:
             self.progress = self.progress.timed(traffic.seconds, epochs)
@@ -485,11 +496,13 @@ class Averaging(FedAvg, Managed[RoundLog]):
             self._mean.require(recovery.required(self.num_participants))
 
     def _in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
-        """Sort by participant where the sum's last bit depends on the order: float64 models."""
+        """Return replies sorted by participant if a sum's last bit depends on it (float64)."""
         assert self._mean is not None
+        # Otherwise replies are processed in the order of arrival, one model in memory at a time.
         if not self._mean.order_matters:
             return replies
-        if self._grid is not None:  # by name: a restart may change the node
+        # By name, since the node may change with a restart.
+        if self._grid is not None:
             return self._grid.in_order(replies)
         return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
 
@@ -500,7 +513,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         return RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
 
     def _clear(self) -> None:
-        """Forget an earlier run."""
+        """Reset the state of an earlier run."""
         self.progress, self._mean = Progress(), None
         self.last_nodes, self._missing = [], []
         self._shared.clear()

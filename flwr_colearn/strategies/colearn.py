@@ -16,12 +16,12 @@ from .averaging import Averaging
 
 
 class CoLearn(Averaging):
-    """Co-learning: a drop-in for FedAvg that trains in few, long rounds (Mi et al., 2020).
+    """Co-learning: a replacement for FedAvg with few, long rounds (Mi et al., 2020).
 
-    Every round all K participants start from the shared model and train T local epochs, at a
-    learning rate that decays within the round (eq. 3) and restarts with the next; the shared model
-    becomes the plain mean of theirs (eq. 2); T doubles whenever it moved by no more than epsilon
-    (eq. 4). The participants learn T and the rates from the train config::
+    In every round all K participants start from the shared model and train T local epochs, with a
+    learning rate that decays within the round (eq. 3) and restarts with the next. The new shared
+    model is the plain mean of theirs (eq. 2). T doubles if the relative change of the shared model
+    is at most epsilon (eq. 4). The participants read T and the rates from the train config::
 
         from flwr_colearn import LocalPlan
 
@@ -31,44 +31,45 @@ class CoLearn(Averaging):
             for epoch in LocalPlan.from_config(message.content["config"]):
                 train_one_epoch(model, data, lr=epoch.learning_rate)
 
-    What to do when you see it in the log:
+    Messages in the log, and what to do:
 
-    * *Recovery: restart of participant ...*: it failed or its reply was refused, for the reason
-      given, and trains again in the same round.
-    * *an attempt may take ... instead of timeout*: rounds have outgrown `timeout`; raise it, or
+    * *Recovery: restart of participant ...*: the participant failed or its reply was refused, for
+      the reason given, and its training is restarted in the same round. Nothing needs to be done.
+    * *an attempt may take ... instead of timeout*: rounds take longer than `timeout`. Raise it, or
       bound T with ``IncreasingEpochs(maximum=...)``.
-    * *Waiting for participants*: fewer than K nodes are connected; start the missing ones.
-    * The relative change, in every round's record, is what `IncreasingEpochs.epsilon` is compared
-      with: choose epsilon from it.
+    * *Waiting for participants*: fewer than K nodes are connected. Start the missing ones.
+    * *Relative change*: the value that is compared with `IncreasingEpochs.epsilon`. Choose epsilon
+      from it.
 
     Parameters
     ----------
     num_participants : int, optional
-        K. Sets FedAvg's `min_train_nodes`, `min_available_nodes` and `min_evaluate_nodes`; every
-        round has exactly K distinct participants. By default K is `min_train_nodes`.
+        K, the number of distinct participants of every round. It sets FedAvg's `min_train_nodes`,
+        `min_available_nodes` and `min_evaluate_nodes`. By default K is `min_train_nodes`.
     local_epochs : int or EpochRule
-        T: ``IncreasingEpochs`` (ILE), ``FixedEpochs``, or a number for the latter.
+        The rule for T: ``IncreasingEpochs`` (ILE), ``FixedEpochs``, or a number for the latter.
     learning_rate : float, LearningRate or callable
-        ``CyclicalRate`` (CLR), ``ExponentialRate`` (ELR), ``ConstantRate``, or a number for the
-        latter; ``CosineRate``, ``Warmup``, or any object with ``kind``, ``start`` and ``at`` (see
-        `flwr_colearn.LearningRate`). A plain function is given the progress of the run, epochs
-        done / `total_epochs`, which it needs.
+        The schedule: ``CyclicalRate`` (CLR), ``ExponentialRate`` (ELR), ``ConstantRate``, or a
+        number for the latter; ``CosineRate``, ``Warmup``, or any object with ``kind``, ``start``
+        and ``at`` (see `flwr_colearn.LearningRate`). A plain function receives the progress of the
+        run, epochs done / `total_epochs`, and so needs `total_epochs`.
     total_epochs : int, optional
-        Budget: the run ends when every participant has done so many local epochs, the last
-        round's T being cut to fit.
+        The budget: the run ends when every participant has trained so many local epochs. T of the
+        last round is limited to the rest.
     weighting : {"uniform", "weighted"}, default "uniform"
-        1/K each as in eq. 2, or by FedAvg's `weighted_by_key` (number of examples).
+        "uniform" for 1/K each as in eq. 2, "weighted" for FedAvg's `weighted_by_key` (number of
+        examples).
     roles, history, wait_for_participants, recovery, checkpoints, compression, normalization
         See `Averaging`.
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
-        stay 1: nobody is left out of a round.
+        stay 1, since all participants train in every round.
 
     Raises
     ------
     ColearnError
-        If an argument is not what it should be; during a run, if participants are missing or no
-        model arrived. Its `result` then holds what was reached.
+        If an argument is invalid; during a run, if participants are missing or no model arrived.
+        Its `result` then holds the result up to the last completed round.
 
     Examples
     --------

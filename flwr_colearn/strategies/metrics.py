@@ -31,12 +31,12 @@ def aggregated(
 ) -> MetricRecord | None:
     """Return the aggregated metrics; None if there are none, or if they do not fit together.
 
-    An error in them never costs the trained model.
+    An error in this does not end the round, since the model is valid.
     """
     if not contents:
         return None
     try:
         return aggregate(contents, weighted_by_key)
-    except Exception:  # a user's function over participants' input: anything may happen
+    except Exception:  # a user's function, and metrics that participants chose
         log(WARNING, "CoLearn: the metrics could not be aggregated", exc_info=True)
         return None

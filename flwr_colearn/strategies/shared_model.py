@@ -1,4 +1,4 @@
-"""SharedModel: the model that a round starts from, its roles, and how far it moved."""
+"""SharedModel: the model at the start of a round, its roles, and its relative change."""
 
 from collections.abc import Mapping
 
@@ -16,18 +16,18 @@ class SharedModel:
     Attributes
     ----------
     arrays : mapping of str to numpy.ndarray
-        What the round under way started from; empty before the first.
+        The model at the start of the round under way; empty before the first round.
     roles : dict
-        What the average does with every array; empty before the first round.
+        The role of every array in the average; empty before the first round.
     trained : list of str
-        Names of the arrays that participants train, those that stay with them included.
+        The names of the arrays that participants train, including local arrays.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Forget an earlier run."""
+        """Reset the state of an earlier run."""
         self.arrays: Arrays = {}
         self.roles: dict[str, Role] = {}
         self.trained: list[str] = []
@@ -36,20 +36,21 @@ class SharedModel:
         self._measured = False
 
     def send(self, record: ArrayRecord, transport: Transport) -> None:
-        """Begin a round from this model.
+        """Set the model at the start of a round.
 
         Parameters
         ----------
         record : ArrayRecord
             w^i.
         transport : Transport
-            Its roles and normalization scheme decide what the average does with every array.
+            The transport, whose `roles` and normalization scheme give the role of every array.
 
         Raises
         ------
         ColearnError
             In the first round, if roles or normalization scheme do not fit the model.
         """
+        # The relative change of the last round has been used for this round's plan by now.
         self.arrays, self._measured = view(record), False
         if not self.roles:
             roles = assign_roles(self.arrays, transport.roles)
@@ -63,17 +64,17 @@ class SharedModel:
         return [name for name, role in self.roles.items() if role in UNTRAINED]
 
     def change(self, record: ArrayRecord, averaged: bool = True) -> float | None:
-        """Return |w^{i+1} - w^i| / |w^i| for the model that a round ended with (eq. 4).
+        """Return |w^{i+1} - w^i| / |w^i| for the model at the end of a round (eq. 4).
 
-        It is measured once for the same arrays. Whatever a wrapper does to the average, such as
-        adding noise, makes others of them, and counts.
+        The change is computed once for the same arrays. A wrapper that changes the average, for
+        example by adding noise, makes other arrays, for which it is computed again.
 
         Parameters
         ----------
         record : ArrayRecord
             w^{i+1}.
         averaged : bool, default True
-            Whether the round brought an average; if not, there is nothing to compare: ``None``.
+            Whether the round had an average; without one the change is ``None``.
         """
         if self._measured and (self._known is None or is_unchanged(record, self._known)):
             return self._change
@@ -83,12 +84,14 @@ class SharedModel:
         return self._change
 
     def state(self) -> Mapping[str, str | None]:
-        """Return the last change, exactly, as JSON can hold it."""
+        """Return the last relative change in types of JSON, without rounding."""
+        # repr, since JSON has no infinity.
         known = self._measured and self._change is not None
         return {"relative-change": repr(self._change) if known else None}
 
     def restore(self, state: Mapping[str, str | None]) -> None:
-        """Go on with the change that `state` returned, whatever the arrays are next."""
+        """Restore the change that `state` returned, for any arrays that come next."""
         change = state["relative-change"]
         self._change = None if change is None else float(change)
+        # The model before the change is not in the checkpoint, so it cannot be computed again.
         self._known, self._measured = None, True

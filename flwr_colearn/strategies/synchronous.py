@@ -1,4 +1,4 @@
-"""SynchronousSGD: every step the participants' gradients are averaged and applied."""
+"""SynchronousSGD: a strategy that averages the participants' gradients in every step."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,35 +23,35 @@ GRADIENTS = "gradients"
 
 
 class SynchronousSGD(Averaging):
-    """Stochastic gradient descent over all participants' batches, one exchange a step.
+    """Stochastic gradient descent over all participants' batches, with one exchange per step.
 
-    g = sum_k B_k g_k / sum_k B_k, with B_k the examples of participant k's batch; then the server
-    takes a step with g and the next round begins from the new weights. Without normalization
-    layers this is SGD on the joint batch, to float precision; with `Synchronised` normalization it
-    is with them too. It is the reference that co-learning is compared with, and for participants
-    in one process or one machine room.
+    g = sum_k B_k g_k / sum_k B_k, with B_k the examples of participant k's batch. The server takes
+    a step with g, and the next round starts from the new weights. Without normalization layers, or
+    with `Synchronised` normalization, this is SGD on the joint batch, to float precision. The
+    strategy is the baseline for co-learning, and for participants in one process or machine room.
 
-    It is the wrong tool between data centers: a Flower deployment takes 12 to 16 s a message round
-    on two CPU cores, whatever the model's size, and every step moves the model down and a gradient
-    up. A hundred steps that co-learning does in one local epoch would take half an hour.
+    It is not suited to several data centers: a Flower deployment takes 12 to 16 s per round of
+    messages on two CPU cores, for a model of any size, and every step sends the model down and a
+    gradient up. A hundred steps, which co-learning does in one local epoch, would take half an
+    hour.
 
-    A train message is a step: its config has the plan of a round with one local epoch, and under
-    ``gradients`` the names of the arrays to differentiate by. The participant replies
-    with the model's names: gradients (mean over its batch) under those, and under the others, such
-    as running statistics, the values after its forward pass; ``num-examples`` is B_k. The
-    reference participant in ``clients`` does so.
+    A train message is a step. Its config has the plan of a round with one local epoch, and under
+    ``gradients`` the names of the arrays to differentiate by. The reply has all names of the model:
+    gradients (mean over the batch) under those in ``gradients``, and under the others, such as
+    running statistics, the values after the forward pass; ``num-examples`` is B_k. The reference
+    participant in ``clients`` implements this.
 
     Parameters
     ----------
     num_participants : int, optional
         K; see `Averaging`.
     learning_rate : float, LearningRate or callable
-        Of every step; ``ExponentialRate(initial, decay, total_epochs=steps)`` decays over the
-        steps, ``ConstantRate(function of the step)`` does what the function says.
+        The schedule over the steps: ``ExponentialRate(initial, decay, total_epochs=steps)`` decays
+        over all of them, ``ConstantRate(function of the step)`` uses any function.
     momentum, weight_decay : float, default 0
-        Of SGD, on the server. The velocity is part of a checkpoint.
+        The parameters of SGD on the server. The velocity is part of a checkpoint.
     total_steps : int, optional
-        The run ends after so many steps; `num_rounds` of `start` does the same.
+        The number of steps after which the run ends; `num_rounds` of `start` does the same.
     **kwargs
         Further arguments of `Averaging`: `normalization`, `roles`, `history`, `recovery`, ...;
         `fraction_evaluate` is 0 by default, since an evaluation by the participants after every
@@ -85,6 +85,7 @@ class SynchronousSGD(Averaging):
             algorithm=algorithm_of(1, learning_rate, total_steps),
             **kwargs,
         )
+        # Int8 encodes differences to the shared model, and a gradient is not near it.
         if self.transport.compression.up.differential:
             raise expected(
                 "compression of SynchronousSGD",
@@ -105,7 +106,7 @@ class SynchronousSGD(Averaging):
             return messages
         if server_round == 1:
             self._velocity = {}
-        # One record for all messages, made for this round.
+        # All messages share one record, which was created for this round, so one change is enough.
         train_config = config_of(messages[0].content)
         self._rate = next(iter(LocalPlan.from_config(train_config))).learning_rate
         train_config["sgd"] = [self._rate, self.sgd.momentum, self.sgd.weight_decay]
@@ -136,6 +137,7 @@ class SynchronousSGD(Averaging):
         average, metrics = super().aggregate_train(server_round, replies)
         if average is None:
             return average, metrics
+        # Trained arrays of the average are gradients; the others, such as statistics, are values.
         model = {name: np.array(array) for name, array in view(average).items()}
         shared = self._shared
         weights = {n: shared.arrays[n] for n in model if shared.roles[n] is Role.TRAINABLE}
@@ -143,15 +145,15 @@ class SynchronousSGD(Averaging):
         return to_record({**model, **new}), metrics
 
     def configuration(self) -> dict[str, str]:
-        """Return what must be the same for a run to be resumed."""
+        """Return the settings that a resumed run must have in common with the saved one."""
         return {**super().configuration(), "optimizer": str(self.sgd)}
 
     def strategy_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what the strategy remembers between rounds, and the velocity of every array."""
+        """Return the strategy's state in types of JSON, and the velocity of every array."""
         state, _ = super().strategy_state()
         return state, dict(self._velocity)
 
     def restore_strategy_state(self, state: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
-        """Go on with what `strategy_state` returned."""
+        """Restore the state that `strategy_state` returned."""
         super().restore_strategy_state(state, arrays)
         self._velocity = dict(arrays)

@@ -102,4 +102,5 @@ def test_the_runs_seed_and_keep_optimizer_reach_the_training():
     kept, carried, repeated = rounds(1, 2, 2, keep_optimizer=True)
     assert np.array_equal(first, kept)
     assert not np.array_equal(second, carried)
-    assert np.array_equal(second, again) and np.array_equal(carried, repeated)
+    assert np.array_equal(second, again)
+    assert np.array_equal(carried, repeated)

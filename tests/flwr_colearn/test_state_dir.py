@@ -47,7 +47,7 @@ def test_what_rounding_left_over_survives(tmp_path, flower_log):
     grid = Forgetful(participants(uneven), K, node_configs=nodes(tmp_path))
     found = run(grid, evaluate_fn=grid.forget)
     assert bits(found.arrays) == bits(whole.arrays)
-    assert "rounded away" not in flower_log.text
+    assert "residual" not in flower_log.text
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"partition-{k}.state" for k in range(K)
     ]
@@ -58,7 +58,7 @@ def test_without_it_the_loss_is_a_warning(flower_log):
     grid = Forgetful(participants(uneven), K)
     lost = run(grid, evaluate_fn=grid.forget)
     assert bits(lost.arrays) != bits(whole.arrays)
-    assert "what earlier rounds rounded away is not kept here" in flower_log.text
+    assert "this participant has no residual of earlier rounds" in flower_log.text
 
 
 def test_it_survives_a_server_that_is_run_again(tmp_path):

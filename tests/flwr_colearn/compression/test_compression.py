@@ -631,7 +631,7 @@ def test_a_participant_refuses_a_damaged_model():
 @pytest.mark.parametrize(
     ("said", "match"),
     [
-        (None, "arrays sent as int8 by flwr_colearn.participant_mod, found no word of it; add"),
+        (None, "arrays sent as int8 by flwr_colearn.participant_mod, found none; add"),
         ({}, "arrays sent as asked for"),
         ({"version": VERSION + 1}, r"asked for, \{'version': 3, 'up': 'int8', 'down': 'float32'"),
         ({"round": 2}, r"asked for, .*'round': 3.*\}, found .*'round': 2"),
@@ -932,9 +932,7 @@ def test_participants_evaluate_the_model_that_they_would_train():
 
 @pytest.mark.parametrize("recovery", [None, Recovery(max_restarts=0)])
 def test_a_participant_without_the_mod_is_refused_by_the_mods_name(recovery):
-    with pytest.raises(
-        ColearnError, match=r"by flwr_colearn\.participant_mod, found no word of it"
-    ):
+    with pytest.raises(ColearnError, match=r"by flwr_colearn\.participant_mod, found none"):
         run(Compression(Int8()), app=client_app(mods=[]), recovery=recovery)
 
 

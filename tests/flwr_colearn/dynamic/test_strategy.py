@@ -492,7 +492,7 @@ def test_a_learner_that_lost_its_state_says_so_and_gets_it_anew(flower_log):
     strategy.start(grid, zeros(), num_rounds=4, evaluate_fn=wipe)
     lost = [entry.lost for entry in strategy.history]
     assert lost == [[], [], [{"participant": "partition-2", "reason": "it has no state"}], []]
-    assert "learner partition-2 begins anew: it has no state" in flower_log.text
+    assert "learner partition-2 is reinitialised: it has no state" in flower_log.text
     assert strategy.history.records[2].moved["models_down"] == 1
     w = np.zeros(3, np.float32)  # from the reference, on the batches of rounds 3 and 4
     for index in (2, 3):
