@@ -29,7 +29,10 @@ def build(context: Context) -> Trainer:
 
 
 def _refuse_own_data(context: Context) -> None:
-    """Raise a ColearnError for a site's own data, of which it would train on a share only."""
+    """Raise a ColearnError if the node config names a data folder of the site's own.
+
+    A site with a ``partition-id`` would train on one shard of that folder only.
+    """
     if {"data-dir", "partition-id"} <= set(context.node_config):
         raise ColearnError(
             "node config: expected either 'data-dir' or 'partition-id', found both. A site with a "
@@ -42,17 +45,18 @@ def _refuse_own_data(context: Context) -> None:
 
 
 def _settings(context: Context) -> ParticipantSettings:
-    # What a site sets in its node config (devices, workers) goes before the run's.
+    # A site's node config (devices, workers) takes precedence over the run config, since only the
+    # site knows its hardware.
     return ParticipantSettings.from_config({**context.run_config, **context.node_config})
 
 
-# A process that serves many messages (simulation, in process) prepares each shard once. Trainers
-# start anew with every set_weights, so nothing leaks from one round to the next.
+# A process that handles many messages (simulation, in process) prepares each shard once. Every
+# `set_weights` reinitialises the trainer's optimizer, so no state leaks from one round to the next.
 _trainer = lru_cache(maxsize=64)(participant_trainer)
 
 
 def forget_trainers() -> None:
-    """Free the models and data that this process keeps for its participants."""
+    """Free the models and data that this process caches for its participants."""
     _trainer.cache_clear()
 
 

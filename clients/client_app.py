@@ -1,4 +1,4 @@
-"""One Message API ClientApp for every Trainer."""
+"""The Message API ClientApp that serves any Trainer."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -36,10 +36,12 @@ def make_client_app(
     seed : callable, optional
         ``Context -> int``: the run's seed; each participant's own is drawn from it.
     keep_optimizer : callable, optional
-        ``Context -> bool``: keep the optimizer's state on the participant between rounds.
+        ``Context -> bool``: whether the participant stores the optimizer's state between rounds.
     mods : sequence of Flower mods, optional
-        Further ones, which see the whole model.
+        Further mods, which run after decompression and receive the whole model.
     """
+    # Flower calls mods from first to last and passes replies from last to first. participant_mod
+    # comes first: it decompresses the message for the others and compresses the reply after them.
     app = ClientApp(mods=[participant_mod, *mods])
 
     @app.train()
@@ -48,6 +50,7 @@ def make_client_app(
         config = cast(ConfigRecord, message.content["config"])
         plan = LocalPlan.from_config(config)
         with normalising(trainer, config):
+            # Synchronous SGD asks for the gradients of one batch in place of local epochs.
             if GRADIENTS in config:
                 weights, metrics = step_of(trainer, plan, config, context, seed(context))
                 return _reply(weights, metrics, message)
@@ -84,20 +87,21 @@ def step_of(
     Raises
     ------
     ColearnError
-        If the trainer does not offer gradients.
+        If the trainer has no method ``gradients``.
     """
+    # The same seed as in `train_locally`: both draw a participant's seed from its partition.
     own_seed = derive_seed(seed, int(context.node_config.get("partition-id", 0)))
     arrays, result = _offered(trainer, "gradients")(config[GRADIENTS], plan.round, own_seed)
     return arrays, {"num-examples": result.num_examples, "train-loss": result.loss}
 
 
 def normalising(trainer: Trainer, config: ConfigRecord) -> AbstractContextManager[None]:
-    """Return a block in which the trainer's layers train as the server's scheme says.
+    """Return a context manager that applies the server's normalization scheme to the training.
 
     Raises
     ------
     ColearnError
-        If they would have to train otherwise than usual, and the trainer has no way to.
+        If the scheme changes how layers train, and the trainer has no method ``normalised``.
     """
     if config.get("normalization") == "synchronised" or config.get("normalization-frozen"):
         return _offered(trainer, "normalised")(config)  # type: ignore[no-any-return]
@@ -105,7 +109,7 @@ def normalising(trainer: Trainer, config: ConfigRecord) -> AbstractContextManage
 
 
 def _offered(trainer: Trainer, method: str) -> Any:
-    """Return a method that not every trainer has."""
+    """Return an optional method of a trainer, one beyond the protocol `Trainer`."""
     if not hasattr(trainer, method):
         raise ColearnError(
             f"trainer: expected one with {method}(), which the server's strategy and normalization "

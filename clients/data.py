@@ -1,4 +1,4 @@
-"""Examples in memory, and the order in which a local epoch sees them: numpy only."""
+"""Data sets in memory and the order of a local epoch's batches, in numpy only."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class Examples:
     inputs : array, [N, ...]
         Images are [N, height, width, channels].
     labels : array, [N] of int64 or [N, labels] of float32
-        Class of every example, or 0 or 1 for each of its labels.
+        The class of every example, or 0 or 1 for each of its labels.
     """
 
     inputs: NDArray
@@ -37,32 +37,33 @@ class Examples:
         return len(self.labels)
 
     def take(self, indices: NDArray) -> Self:
-        """Return the examples at these places, copied."""
+        """Return a copy of the examples at these indices."""
         return type(self)(self.inputs[indices], self.labels[indices])
 
     def chunks(self, size: int) -> Iterator[Self]:
         """Yield the examples in order, `size` at a time."""
+        # Slices are views: nothing is copied, in contrast to `take`.
         for start in range(0, len(self), size):
             yield type(self)(self.inputs[start : start + size], self.labels[start : start + size])
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned.
+    """A learning task: its data sets, its objective and the options of its models.
 
     Attributes
     ----------
     train_set : Examples
-        Dealt to the participants; in an order that is random, but always the same.
+        The examples that are partitioned over the participants, in a fixed random order.
     test_set : Examples
-        What the server evaluates on.
+        The examples that the server evaluates on.
     objective : Objective
-        How models are trained and judged.
+        The loss and the metrics of the models.
     model_options : mapping
-        Keyword arguments for the model: what it has to know of the data, such as ``num_classes``.
+        The model's keyword arguments that depend on the data, such as ``num_classes``.
     own_objective : Objective, optional
-        The objective of participants, who evaluate on their own shard, where `objective` judges
-        nothing but `test_set`; by default `objective`.
+        The objective with which participants evaluate on their own shard, for tasks whose
+        `objective` is defined on `test_set` only; by default `objective`.
     """
 
     train_set: Examples
@@ -75,8 +76,8 @@ class Task:
 def shuffled_batches(num_examples: int, batch_size: int, seed: int) -> list[NDArray]:
     """Return one epoch's batches of indices in a seeded random order.
 
-    The last batch may be smaller; a single left-over example, which batch norm cannot train on, is
-    left out.
+    The last batch may be smaller. A last batch of a single example is left out, because batch norm
+    cannot train on it.
 
     Examples
     --------
@@ -87,5 +88,6 @@ def shuffled_batches(num_examples: int, batch_size: int, seed: int) -> list[NDAr
     """
     order = np.random.default_rng(seed).permutation(num_examples)
     batches = np.split(order, range(batch_size, num_examples, batch_size))
+    # A data set of one example keeps its only batch, so that an epoch is never empty.
     one_left = num_examples > 1 and num_examples % batch_size == 1
     return batches[:-1] if one_left else batches

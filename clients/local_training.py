@@ -1,4 +1,4 @@
-"""A round of local training, with the state of the optimizer kept between rounds if asked for."""
+"""Local training of one round, and the optimizer's state that a participant stores in between."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from clients.trainer import NDArray, Trainer, derive_seed, follow
 from flwr_colearn import LocalPlan
 
 OPTIMIZER = "colearn.optimizer"
-"""Keys in ``context.state`` of the optimizer's state begin so."""
+"""The prefix of the optimizer state's keys in ``context.state``."""
 
 
 def train_locally(
@@ -23,24 +23,26 @@ def train_locally(
     keep_optimizer: bool,
     session: str = "",
 ) -> dict[str, float]:
-    """Follow the plan of a round.
+    """Train the local epochs of a round and return the reply's metrics.
 
     Parameters
     ----------
     trainer : Trainer
-        With the shared model's weights.
+        A trainer that has loaded the shared model.
     plan : LocalPlan
-        What the round asks for.
+        The local epochs of the round and their learning rates.
     context : Context
-        Its node config has the ``partition-id``; its state keeps the optimizer's.
+        The participant's context. Its node config has the ``partition-id``; its state stores the
+        optimizer's state.
     seed : int
-        The run's; the participant's own is drawn from it.
+        The run's seed; the participant's own is drawn from it.
     keep_optimizer : bool
-        Whether to keep the optimizer's state on the participant between rounds. A participant that
-        has lost it goes on with a new optimizer, and says so in its log.
+        Whether the participant stores the optimizer's state between rounds. If that state is
+        missing, training continues with a new optimizer and the log has a warning.
     session : str
-        The training that the message belongs to; what another one left is not used.
+        The name of the training that the message belongs to; the state of another one is ignored.
     """
+    # Participants draw different seeds: with a common one, all would shuffle and augment alike.
     own_seed = derive_seed(seed, int(context.node_config.get("partition-id", 0)))
     if not keep_optimizer:
         return follow(plan, trainer, own_seed)
@@ -48,17 +50,18 @@ def train_locally(
     if before:
         trainer.set_optimizer_state(before)
     elif plan.round > 1:
-        log(WARNING, "Optimizer: no state is kept here; round %s begins a new one", plan.round)
+        log(WARNING, "Optimizer: no state is stored; round %s starts with a new one", plan.round)
     metrics = follow(plan, trainer, own_seed)
+    # Stored last: if training fails, the state of the round before remains.
     OptimizerState(session, plan.round, before, trainer.get_optimizer_state()).keep_in(context)
     return metrics
 
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """An optimizer's state before and after the last round that was trained.
+    """The optimizer's state before and after the last round that was trained.
 
-    The former is for a round that is repeated, by a restart or by a server that resumed.
+    A round that is repeated, after a restart or by a server that resumed, starts from ``before``.
     """
 
     session: str
@@ -68,7 +71,7 @@ class OptimizerState:
 
     @classmethod
     def of(cls, context: Context) -> "OptimizerState":
-        """Return what a participant's context has kept; empty if that is nothing."""
+        """Return the state that a participant's context stores; an empty one if there is none."""
         if OPTIMIZER not in context.state:
             return cls("", 0, {}, {})
         kept = cast(ConfigRecord, context.state[OPTIMIZER])
@@ -83,13 +86,14 @@ class OptimizerState:
         )
 
     def at(self, session: str, server_round: int) -> Mapping[str, NDArray]:
-        """Return the state to begin a round with; empty if there is none of its training."""
+        """Return the state that a round starts from; empty if there is none of its session."""
+        # A state of a later round is of no use: the server has resumed from an older checkpoint.
         if self.session != session or self.round > server_round:
             return {}
         return self.before if self.round == server_round else self.after
 
     def keep_in(self, context: Context) -> None:
-        """Put the state into a participant's context."""
+        """Store the state in a participant's context."""
         context.state[OPTIMIZER] = ConfigRecord({"session": self.session, "round": self.round})
         for when, arrays in (("before", self.before), ("after", self.after)):
             record = ArrayRecord({name: Array(array) for name, array in arrays.items()})

@@ -10,15 +10,15 @@ from flwr_colearn import ColearnError
 
 
 def audio_tagging(outputs: NDArray, targets: NDArray) -> dict[str, float]:
-    """Return AudioSet's three metrics, of logits and 0 or 1 for every class, both [N, C].
+    """Return AudioSet's three metrics, from logits [N, C] and targets [N, C] of 0 or 1.
 
     Returns
     -------
     dict
         ``map``: mean over the classes with positives of the average precision. ``auc``: mean over
         the classes with positives and negatives of the area under the ROC curve. ``d-prime``:
-        ``sqrt(2)`` times the inverse normal distribution function at ``auc``. NaN where no class
-        has what its metric needs.
+        ``sqrt(2)`` times the inverse normal distribution function at ``auc``. A metric is NaN if
+        it is undefined for every class.
 
     Raises
     ------
@@ -28,6 +28,8 @@ def audio_tagging(outputs: NDArray, targets: NDArray) -> dict[str, float]:
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     _check_finite(outputs)
+    # Small evaluation sets lack some of the 527 classes. Average precision is undefined without
+    # positives, the ROC curve without positives or without negatives.
     positives = targets.sum(axis=0)
     some = positives > 0
     both = some & (positives < len(targets))
@@ -61,13 +63,13 @@ def mean_roc_auc(outputs: NDArray, targets: NDArray) -> dict[str, float]:
     outputs : array, [N, labels]
         Scores in any units that rise with the probability of a label.
     targets : array, [N, labels]
-        0 or 1.
+        The labels, 0 or 1.
 
     Returns
     -------
     dict
-        ``roc-auc``, and ``labels-judged``: of how many labels it is the mean. Those that all or
-        none of the examples have are left out; with none left, ``roc-auc`` is not a number.
+        ``roc-auc``, and ``labels-judged``: the number of labels in the mean. Labels that all or
+        none of the examples have are left out; with none left, ``roc-auc`` is NaN.
 
     Raises
     ------
@@ -91,9 +93,9 @@ def validation_and_test(
     Parameters
     ----------
     outputs, targets : array, [validation + test, classes] and [validation + test]
-        Logits and classes.
+        The logits and the classes.
     validation, test : int
-        Examples of each part.
+        The number of examples in each part.
 
     Returns
     -------
@@ -103,12 +105,12 @@ def validation_and_test(
     Raises
     ------
     ColearnError
-        If there are more or fewer examples than the two parts have.
+        If the number of examples is not the sum of the two parts.
     """
     if len(targets) != validation + test:
         raise ColearnError(
             f"metrics: expected {validation} validation and {test} test examples, found "
-            f"{len(targets)}; other data is judged by Task.own_objective"
+            f"{len(targets)}; other data is evaluated by Task.own_objective"
         )
     return {
         "accuracy": accuracy(outputs[validation:], targets[validation:]),

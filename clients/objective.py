@@ -1,4 +1,4 @@
-"""What a task's outputs mean: how they are trained, and by which metrics they are judged."""
+"""The objectives of tasks: which loss trains a model and which metrics evaluate it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,27 +8,27 @@ import numpy as np
 from clients.trainer import NDArray, accuracy
 
 Metrics = Callable[[NDArray, NDArray], dict[str, float]]
-"""``(outputs, targets) -> metrics`` over the whole evaluation set, targets in its order."""
+"""``(outputs, targets) -> metrics`` over the whole evaluation set, in its order."""
 
 
 def classification(outputs: NDArray, targets: NDArray) -> dict[str, float]:
-    """Return the ``accuracy``: the share of examples whose largest output is their class's."""
+    """Return ``accuracy``, the share of examples whose class has the largest output."""
     return {"accuracy": accuracy(outputs, targets)}
 
 
 @dataclass(frozen=True)
 class Objective:
-    """How a task's models are trained and judged; its default is one class for every example.
+    """The loss and the metrics of a task; the default is one class for every example.
 
     Attributes
     ----------
     metrics : callable
-        Outputs [N, C] (logits, float32) and targets to metrics by name.
+        The function from outputs [N, C] (logits, float32) and targets to metrics by name.
     headline : str
-        The metric that stands for the model, in tables and curves: the higher, the better.
+        The metric that tables and curves show; higher is better.
     multi_label : bool
-        False: targets are classes [N], trained with cross-entropy. True: targets are 0 or 1 for
-        every label [N, C], each trained with binary cross-entropy of its own output.
+        False: targets are classes [N], and the loss is cross-entropy. True: targets are 0 or 1 for
+        every label [N, C], and the loss is the binary cross-entropy of each label's output.
     """
 
     metrics: Metrics = classification
@@ -36,16 +36,18 @@ class Objective:
     multi_label: bool = False
 
     def probabilities(self, outputs: NDArray) -> NDArray:
-        """Return the probabilities that logits [N, C] stand for: what an ensemble averages.
+        """Return the probabilities [N, C] of logits [N, C], which an ensemble averages.
 
-        In float64, so that logits of different sizes stay different.
+        The result is float64, so that large logits of different size stay different.
         """
         outputs = outputs.astype(np.float64)
         if self.multi_label:
+            # The sigmoid, by its logarithm: exp(-outputs) itself would overflow.
             return np.exp(-np.logaddexp(0, -outputs))
+        # Softmax does not change if all logits are shifted; their maximum keeps exp from overflow.
         exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
         return exponentials / exponentials.sum(axis=1, keepdims=True)  # type: ignore[no-any-return]
 
 
 CLASSES = Objective()
-"""One class for every example, judged by accuracy."""
+"""The objective of tasks with one class for every example, evaluated by accuracy."""

@@ -1,4 +1,4 @@
-"""Which example belongs to which participant: seeded, disjoint, complete."""
+"""Seeded partitions of a data set into disjoint shards, one for each participant."""
 
 import numpy as np
 import numpy.typing as npt
@@ -10,29 +10,30 @@ Shards = list[npt.NDArray[np.int64]]
 
 
 def equal_shards(num_examples: int, num_partitions: int, seed: int) -> Shards:
-    """Deal examples at random into equal shards (IID, as in the paper); sizes differ by one."""
+    """Return equal random shards (IID, as in the paper); their sizes differ by at most one."""
     order = np.random.default_rng(seed).permutation(num_examples)
+    # The order within a shard has no effect, because every epoch shuffles it again.
     return _checked([np.sort(shard) for shard in np.array_split(order, num_partitions)])
 
 
 def dirichlet_shards(labels: Labels, num_partitions: int, alpha: float, seed: int) -> Shards:
-    """Deal each class by proportions drawn from Dirichlet(alpha) (arXiv 1909.06335).
+    """Split each class in proportions drawn from Dirichlet(alpha) (arXiv 1909.06335).
 
     Parameters
     ----------
     labels : array of int, [N]
-        Class of every example.
+        The class of every example.
     num_partitions : int
-        K.
+        K, the number of participants.
     alpha : float
-        Positive; small values give every class to few participants.
+        The concentration, above 0; small values give every class to few participants.
     seed : int
-        Of the draw.
+        The seed of the draw.
 
     Returns
     -------
     list of arrays
-        Indices of each participant's examples, ascending.
+        The indices of each participant's examples, ascending.
     """
     if not alpha > 0:
         raise ColearnError(f"alpha of the Dirichlet partition: expected above 0, found {alpha!r}")
@@ -41,6 +42,7 @@ def dirichlet_shards(labels: Labels, num_partitions: int, alpha: float, seed: in
     shards: list[list[npt.NDArray[np.int64]]] = [[] for _ in range(num_partitions)]
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
+        # Rounding the ends, not the sizes, assigns every example exactly once.
         ends = np.cumsum(rng.dirichlet([alpha] * num_partitions))[:-1] * len(members)
         for shard, part in zip(shards, np.split(members, ends.astype(int)), strict=True):
             shard.append(part)
@@ -48,16 +50,16 @@ def dirichlet_shards(labels: Labels, num_partitions: int, alpha: float, seed: in
 
 
 def class_shards(labels: Labels, num_partitions: int, classes_each: int, seed: int) -> Shards:
-    """Give every participant `classes_each` classes; a class's examples are shared equally.
+    """Assign `classes_each` classes to every participant and split each class equally.
 
-    Classes are dealt in a random order, round after round, so all are given out if
+    Classes are assigned in a random order that repeats, so every class is used if
     num_partitions * classes_each is at least their number.
 
     Raises
     ------
     ColearnError
-        If classes would be left over, a participant would get a class twice, or a class has
-        fewer examples than participants.
+        If a class would be unused, a participant would get a class twice, or a class has fewer
+        examples than participants.
     """
     rng = np.random.default_rng(seed)
     labels = np.asarray(labels)
@@ -68,6 +70,7 @@ def class_shards(labels: Labels, num_partitions: int, classes_each: int, seed: i
             f"{len(classes)} for {num_partitions} participants and {len(classes)} classes, found "
             f"{classes_each}"
         )
+    # resize repeats the shuffled classes: a row holds consecutive ones, so none of them twice.
     dealt = np.resize(classes, (num_partitions, classes_each))
     shards: list[list[npt.NDArray[np.int64]]] = [[] for _ in range(num_partitions)]
     for label in classes:
@@ -84,6 +87,7 @@ def class_shards(labels: Labels, num_partitions: int, classes_each: int, seed: i
 
 
 def _checked(shards: Shards) -> Shards:
+    # An empty shard would fail only later, in that participant's trainer.
     empty = [index for index, shard in enumerate(shards) if len(shard) == 0]
     if empty:
         raise ColearnError(

@@ -1,4 +1,4 @@
-"""What a run's config says to the participants, checked and typed."""
+"""The participants' settings, read from a run config with checks of their types."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,8 +27,10 @@ class FromConfig:
             if key not in config:
                 continue
             wanted, found = type(field.default), config[key]
+            # In TOML and on the command line 1 is an int, also where 1.0 is meant.
             if wanted is float and type(found) is int:
                 found = float(found)
+            # Exact types, not isinstance: True would pass as an int.
             if type(found) is not wanted:
                 raise ColearnError(
                     f"run config '{key}': expected {wanted.__name__}, found {config[key]!r}"
@@ -49,57 +51,58 @@ class ParticipantSettings(FromConfig):
     Attributes
     ----------
     framework : str
-        "torch", "keras" (Keras 3 on TensorFlow) or "slim" (TF-slim, in graph mode). All sites of a
-        run use the same one; only that one is imported.
+        The framework: "torch", "keras" (Keras 3 on TensorFlow) or "slim" (TF-slim, in graph mode).
+        All sites of a run use the same one; only that one is imported.
     task : str
-        "digits", "cifar10", or with PyTorch only "mnist", "imagefolder", "toxic", "speech",
-        "audioset".
+        The task: "digits", "cifar10", or with PyTorch only "mnist", "imagefolder", "toxic",
+        "speech", "audioset".
     model : str
         One of the models that the framework has for the task; empty for its default.
     data_dir : str
-        Where the data lies, for tasks that read it from disk; empty for ``data``.
+        The folder of the data, for tasks that read it from disk; empty for ``data``.
     split : str
-        Of task "speech": "official" for the data set's own training, validation and test parts,
-        or "speaker" for parts by another hash of the speaker, which fit subsets of the data.
+        The split of task "speech": "official" for the data set's own training, validation and test
+        parts, or "speaker" for parts by another hash of the speaker, which fit subsets of the data.
     examples : int
-        Use only so many training examples; 0 for all.
+        The number of training examples to use; 0 for all.
     partition : str
-        "iid", "dirichlet" or "classes"; "iid" where examples have several labels each.
+        The partition: "iid", "dirichlet" or "classes"; only "iid" for tasks with several labels for
+        each example.
     dirichlet_alpha : float
-        Concentration of the "dirichlet" partition.
+        The concentration of the "dirichlet" partition.
     classes_each : int
-        Classes of each participant in the "classes" partition.
+        The number of classes of each participant in the "classes" partition.
     vectors : str
-        Of tasks with text: a fastText ``.vec`` file, the same at every site, which gives the
-        vocabulary and the vectors; empty to learn them.
+        The fastText ``.vec`` file of tasks with text, the same at every site, which defines the
+        vocabulary and the word vectors; empty to learn them.
     vocabulary : int
-        Of tasks with text: how many words are known.
+        The number of words in the vocabulary of tasks with text.
     seed : int
-        Of the partition, the initial model, and the participants' training.
+        The seed of the partition, the initial model, and the participants' training.
     batch_size, momentum, weight_decay, clip_norm
-        Of SGD; `clip_norm` 0 clips nothing.
+        The parameters of SGD; `clip_norm` 0 switches clipping off.
     augment : bool
-        The task's standard augmentation.
+        Whether training uses the task's standard augmentation.
     keep_optimizer : bool
-        Keep the optimizer's state on the participant between rounds.
+        Whether participants store the optimizer's state between rounds.
     devices : str
-        A device in the framework's own words ("cuda:0", "GPU:0", "cpu"); empty for a GPU if there
-        is one. With torch also several, separated by commas, for data parallel training inside
-        the site.
+        The device by the framework's name ("cuda:0", "GPU:0", "cpu"); empty for a GPU if there is
+        one. With torch also several, separated by commas, for data parallel training inside the
+        site.
     precision : str
-        "float32", or with torch and keras "bfloat16" or "float16".
+        The precision: "float32", or with torch and keras "bfloat16" or "float16".
     jit_compile : bool
-        Compile the training step: with keras by XLA, with torch by ``torch.compile``.
+        Whether to compile the training step: with keras by XLA, with torch by ``torch.compile``.
     channels_last, workers
-        With torch: see `clients.torch.trainer.TorchTrainer`.
+        Options of torch: see `clients.torch.trainer.TorchTrainer`.
     image_size : int
-        Height and width in pixels to which the task "imagefolder" brings its images; 0 for 224.
+        The height and width in pixels to which the task "imagefolder" scales its images; 0 for 224.
     normalization : str
-        What becomes of batch norm, on both sides: "average", "pooled", "recalibrated",
+        The normalization scheme of both sides: "average", "pooled", "recalibrated",
         "local-statistics", "local-bn", "frozen", "group-norm", "layer-norm" or "batch-renorm", with
-        the parameters that these have by default; see `flwr_colearn.Normalization`.
+        the scheme's default parameters; see `flwr_colearn.Normalization`.
     frozen_after : int
-        Of "frozen": the last round in which statistics move.
+        The last round in which the scheme "frozen" updates statistics.
     """
 
     framework: str = "torch"
@@ -131,7 +134,7 @@ class ParticipantSettings(FromConfig):
 
     @property
     def scheme(self) -> Normalization:
-        """What `normalization` names.
+        """The scheme that `normalization` names.
 
         Raises
         ------
@@ -143,6 +146,7 @@ class ParticipantSettings(FromConfig):
 
     def refuse(self, *names: str) -> None:
         """Raise a ColearnError if one of these settings, which the framework lacks, is set."""
+        # An ignored setting would train another model than the run config describes.
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in names and value != field.default:

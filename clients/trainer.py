@@ -1,4 +1,4 @@
-"""The Trainer protocol, and following a plan with one: no framework in sight."""
+"""The Trainer protocol and the training of a LocalPlan, independent of any framework."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ NDArray = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one local epoch gave: mean training loss, and the number of examples seen."""
+    """The result of one local epoch: mean training loss, and the number of examples seen."""
 
     loss: float
     num_examples: int
 
 
 class Trainer(Protocol):
-    """A model with its participant's data: all that a framework has to offer to take part."""
+    """A model with its participant's data: the interface that every framework implements."""
 
     def get_weights(self) -> dict[str, NDArray]:
         """Return the model's arrays by name, statistics and counters included."""
 
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
-        """Start again from these arrays, which may be read-only, with a new optimizer."""
+        """Load these arrays, which may be read-only, and start with a new optimizer."""
 
     def roles(self) -> dict[str, Role]:
-        """Return the role of every array, as the model's layers know it: ``CoLearn(roles=...)``."""
+        """Return the role of every array by the type of its layer, for ``CoLearn(roles=...)``."""
 
     def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
         """Train one full pass over the local data.
@@ -38,23 +38,23 @@ class Trainer(Protocol):
         Parameters
         ----------
         learning_rate : float
-            For every step of the epoch.
+            The learning rate of every step of the epoch.
         seed : int
-            Decides the order of the data, augmentation and dropout: the same seed from the same
-            weights gives the same weights.
+            The seed of the order of the data, augmentation and dropout: the same seed and the same
+            initial weights give the same trained weights.
         """
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate on the evaluation data: ``num-examples``, ``loss`` and the task's metrics."""
+        """Return ``num-examples``, ``loss`` and the task's metrics on the evaluation data."""
 
     def predict(self) -> tuple[NDArray, NDArray]:
         """Return the model's outputs (float32) and the targets on the evaluation data, in order."""
 
     def get_optimizer_state(self) -> dict[str, NDArray]:
-        """Return the optimizer's state as arrays, for participants that keep it between rounds."""
+        """Return the optimizer's state as arrays, for participants that store it."""
 
     def set_optimizer_state(self, state: Mapping[str, NDArray]) -> None:
-        """Go on with an optimizer state returned earlier; call it after `set_weights`."""
+        """Load an optimizer state that was returned earlier; call it after `set_weights`."""
 
 
 def follow(plan: LocalPlan, trainer: Trainer, seed: int) -> dict[str, float]:
@@ -63,18 +63,19 @@ def follow(plan: LocalPlan, trainer: Trainer, seed: int) -> dict[str, float]:
     Parameters
     ----------
     plan : LocalPlan
-        What the round asks for.
+        The local epochs of the round and their learning rates.
     trainer : Trainer
-        Its weights are trained in place.
+        The trainer, whose weights are trained in place.
     seed : int
-        The participant's. Every epoch of the run has a seed of its own, drawn from this one and
-        the epoch's number in the run, so a restarted round repeats itself exactly.
+        The participant's seed. Every epoch of the run has a seed of its own, drawn from this one
+        and the epoch's number in the run, so a repeated round gives exactly the same weights.
 
     Returns
     -------
     dict
         ``num-examples`` of an epoch, and the last epoch's ``train-loss`` and ``learning-rate``.
     """
+    # LocalPlan has at least one epoch, so that `result` and `epoch` are defined after the loop.
     for epoch in plan:
         epoch_seed = derive_seed(seed, plan.epochs_done + epoch.index)
         result = trainer.train_epoch(epoch.learning_rate, epoch_seed)
@@ -86,17 +87,18 @@ def follow(plan: LocalPlan, trainer: Trainer, seed: int) -> dict[str, float]:
 
 
 def check_weights(weights: Mapping[str, NDArray], own: Mapping[str, NDArray], model: str) -> None:
-    """Raise a ColearnError that says what differs unless `weights` fit a participant's `own`.
+    """Raise a ColearnError unless `weights` have the names, types and shapes of `own`.
 
     Parameters
     ----------
     weights : mapping
-        What was received.
+        The arrays that were received, by name.
     own : mapping
-        Arrays (or anything with a shape and a dtype) of the participant's model, by name.
+        The arrays (or objects with a shape and a dtype) of the participant's model, by name.
     model : str
-        What to call that model.
+        The name of that model in the error message.
     """
+    # Types are compared too: an assignment would convert them and lose precision unnoticed.
     missing = [name for name in own if name not in weights]
     unknown = [name for name in weights if name not in own]
     differing = [
@@ -114,15 +116,16 @@ def check_weights(weights: Mapping[str, NDArray], own: Mapping[str, NDArray], mo
 
 
 def _kind(array: Any) -> str:
-    # The type's name: numpy's and TensorFlow's types have one, Keras's are one.
+    # numpy's and TensorFlow's types have an attribute `name`; Keras's types are plain strings.
     return f"{getattr(array.dtype, 'name', array.dtype)} {tuple(array.shape)}"
 
 
 def accuracy(outputs: NDArray, targets: NDArray) -> float:
-    """Return the share of examples whose largest output [N, classes] is the target's [N]."""
+    """Return the share of examples [N] whose target has the largest output [N, classes]."""
     return float((outputs.argmax(1) == targets).mean())
 
 
 def derive_seed(*numbers: int) -> int:
     """Return a 32-bit seed drawn from whole numbers of at least 0."""
+    # SeedSequence hashes its numbers: sums such as seed + index would collide between runs.
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,1 +1,1 @@
-"""ServerApps, run configurations, the study and the demo."""
+"""The server of the Flower app, run configs, the demo, the studies and the benchmarks."""

@@ -1,4 +1,4 @@
-"""The arms of the paper's study as pairs of a learning rate and an epoch rule."""
+"""The arms of the paper's study: pairs of a learning-rate schedule and an epoch rule."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,21 +16,21 @@ from simulations.settings import RunSettings
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training.
+    """An arm of the study.
 
     Attributes
     ----------
     title : str
-        For tables and legends.
+        The name in tables and legends.
     cyclical : bool
-        CLR, else ELR.
+        Whether the learning rate is cyclical (CLR) rather than exponential (ELR).
     increasing : bool
-        ILE, else FLE.
+        Whether the local epochs increase (ILE) rather than stay fixed (FLE).
     pooled_data : bool
-        Vanilla: all data at one site.
+        Whether one site has all the data (vanilla learning).
     alone : bool
-        Every participant trains by itself, models are never averaged: the ensemble, and vanilla
-        learning with its exponential rate.
+        Whether every participant trains separately and models are never averaged: the ensemble,
+        and vanilla learning with the exponential rate.
     """
 
     title: str
@@ -67,10 +67,12 @@ def arm_named(name: str) -> Arm:
 def at_one_site(
     participants: ParticipantSettings, settings: RunSettings
 ) -> tuple[ParticipantSettings, RunSettings]:
-    """Return the settings of one participant with all the data, whose model travels nowhere."""
+    """Return the settings of vanilla learning: one participant with all the data."""
+    # No compression, since no model is exchanged; it would only add rounding errors.
     alone = replace(
         settings, num_participants=1, compression_up="float32", compression_down="float32"
     )
+    # Partitions by class need several participants; for one, "iid" is the whole data set.
     return replace(participants, partition="iid"), alone
 
 
@@ -80,13 +82,14 @@ def schedules(arm: Arm, settings: RunSettings) -> dict[str, Any]:
     Raises
     ------
     ColearnError
-        If an exponential rate has no planned total.
+        If the rate is exponential and no total of local epochs is planned.
     """
     if not arm.cyclical and not settings.total_epochs:
         raise ColearnError(
             "run config 'total-epochs': expected the planned local epochs, since an exponential "
             "rate decays over them, found 0"
         )
+    # In a run config 0 stands for "no limit", which CoLearn and the schedules call None.
     return {
         "learning_rate": CyclicalRate(settings.learning_rate, settings.decay)
         if arm.cyclical

@@ -1,4 +1,4 @@
-"""``make demo``: co-learning with five participants on real images, through ``flwr run``."""
+"""The demo (``make demo``): co-learning of five participants on digits, with ``flwr run``."""
 
 import argparse
 import json
@@ -13,26 +13,28 @@ PARTICIPANTS = 5
 
 
 def main() -> int:
-    """Run the demo; return 0 if it reached its end."""
+    """Run the demo; return 0 if it finished."""
     parser = argparse.ArgumentParser(prog="python -m simulations.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "demo")
     parser.add_argument("--timeout", type=float, default=900, help="seconds (default 900)")
     options = parser.parse_args()
     output = options.output.absolute()
     summary_path = output / "summary.json"
+    # The summary of an earlier run would hide that this one failed.
     summary_path.unlink(missing_ok=True)
     started = time.monotonic()
     run_app(ROOT, PARTICIPANTS, {"output-dir": str(output)}, output / "flwr-home", options.timeout)
-    # Flower's exit code is 0 for failed runs too; the summary is written at the very end.
+    # Flower's exit code is 0 for failed runs too. The summary is written last, so it shows whether
+    # the run has finished.
     if not summary_path.exists():
-        print("\nThe run did not reach its end; the reason is in the log above.", file=sys.stderr)
+        print("\nThe run did not finish; the reason is in the log above.", file=sys.stderr)
         return 1
     report(json.loads(summary_path.read_text()), output, time.monotonic() - started)
     return 0
 
 
 def report(summary: dict, output: Path, seconds: float) -> None:  # type: ignore[type-arg]
-    """Print what was reached."""
+    """Print the results of the run."""
     path = ", ".join(str(epochs) for epochs in summary["epochs-path"])
     saved = 1 - summary["bytes"] / summary["fedavg-bytes"]
     print(f"""

@@ -26,7 +26,9 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Train with co-learning; leave history, model, figure and summary in the output folder."""
+    """Train with co-learning; write history, model, figure and summary to the output folder."""
+    # Flower merges the app's defaults and the user's overrides into one run config, from which each
+    # side reads its own keys.
     participants = ParticipantSettings.from_config(context.run_config)
     settings = RunSettings.from_config(context.run_config)
     output = Path(settings.output_dir or time.strftime("outputs/run-%Y%m%d-%H%M%S")).absolute()
@@ -39,10 +41,12 @@ def main(grid: Grid, context: Context) -> None:
             grid,
             to_record(trainer),
             num_rounds=settings.num_server_rounds or None,
+            # Flower's default, one hour a round, is too short for rounds of many epochs.
             timeout=float("inf"),
             evaluate_fn=evaluate_with(trainer),
         )
     except ColearnError as error:
+        # A run that fails in a later round has a usable model of the round before.
         if error.result is not None and len(strategy.history):
             save_model(error.result, output)
             log(INFO, "The model of the last completed round is in %s", output)
@@ -61,7 +65,8 @@ def make_strategy(
 ) -> CoLearn:
     """Return the strategy of the arm that the settings name.
 
-    The normalization is that of the participants' settings, who convert their models to it.
+    The normalization scheme must be that of the participants' settings, because participants
+    convert their models to it.
     """
     arm = arm_named(settings.arm)
     if arm.alone:
@@ -86,7 +91,7 @@ def make_strategy(
 
 
 def to_record(trainer: Trainer) -> ArrayRecord:
-    """Return a trainer's weights as Flower sends them."""
+    """Return a trainer's weights as an ArrayRecord."""
     return ArrayRecord({name: Array(array) for name, array in trainer.get_weights().items()})
 
 
@@ -110,7 +115,7 @@ def save_model(result: Result, output: Path) -> None:
 def summarise(
     result: Result, history: History, settings: RunSettings, output: Path, headline: str
 ) -> None:
-    """Write ``summary.json`` and a picture of the headline metric, and log what was reached."""
+    """Write ``summary.json`` and a figure of the headline metric, and log the summary."""
     last = history.records[-1]
     summary = {
         headline: last.server_metrics[headline],
@@ -118,7 +123,8 @@ def summarise(
         "local-epochs": last.epochs_done,
         "epochs-path": history.epochs_path,
         "bytes": history.bytes_total,
-        # What federated averaging moves for the same local epochs: a round every T0 of them.
+        # For comparison: federated averaging has a round every T0 local epochs (rounded up), each
+        # with as many bytes as a round of this run.
         "fedavg-rounds": -(-last.epochs_done // settings.initial_epochs),
     }
     summary["fedavg-bytes"] = summary["fedavg-rounds"] * summary["bytes"] // summary["rounds"]
@@ -128,8 +134,9 @@ def summarise(
     for key, value in summary.items():
         log(INFO, "%s: %s", key, value)
     title = arm_named(settings.arm).title
+    # matplotlib is optional (extra "report"): without it a finished run must not fail.
     try:
         save_figure([curve(history, title, headline)], output / f"{headline}.png", title, headline)
     except ColearnError as error:
-        log(INFO, "No picture: %s", error)
+        log(INFO, "No figure: %s", error)
     log(INFO, "History, model and summary are in %s", output)

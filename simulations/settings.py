@@ -1,4 +1,4 @@
-"""What a run's config says to the server, and reading config files."""
+"""The server's settings, read from a run config, and the reader of config files."""
 
 import tomllib
 from collections.abc import Mapping
@@ -10,44 +10,44 @@ from clients.settings import FromConfig, ParticipantSettings
 from flwr_colearn import ColearnError
 
 CONF = Path(__file__).parent / "conf"
-"""Folder of the run configs."""
+"""The folder of the run configs."""
 
 
 @dataclass(frozen=True)
 class RunSettings(FromConfig):
-    """The server's side of a run; each field is a run-config key.
+    """The server's settings; each field is a run-config key.
 
     Attributes
     ----------
     arm : str
-        "clr-ile" (co-learning), "clr-fle", "elr-ile" or "elr-fle" (federated averaging).
+        The arm: "clr-ile" (co-learning), "clr-fle", "elr-ile" or "elr-fle" (federated averaging).
     num_participants : int
-        K.
+        K, the number of participants.
     num_server_rounds : int
-        Most rounds to run; 0 for as many as `total_epochs` allows.
+        The largest number of rounds; 0 for as many as `total_epochs` allows.
     total_epochs : int
-        Budget of local epochs per participant, and E of the exponential rate; 0 for none.
+        The budget of local epochs per participant, and E of the exponential rate; 0 for none.
     initial_epochs : int
-        T0 (the fixed T of the "fle" arms).
+        T0, the local epochs of the first round (of all rounds in the "fle" arms).
     epsilon : float
-        Of eq. 4.
+        The threshold of eq. 4 on the relative change.
     max_local_epochs : int
-        T never grows beyond it; 0 for no limit.
+        The largest T; 0 for no limit.
     learning_rate, decay : float
-        eta and r.
+        eta and r, the initial learning rate and its decay.
     weighting : str
-        "uniform" or "weighted".
+        The weights of the average: "uniform" or "weighted" (by the number of examples).
     compression_up, compression_down : str
-        How models travel from and to the participants: "float32" (as they are), "float16",
+        The codecs of models from and to the participants: "float32" (unchanged), "float16",
         "bfloat16"; up also "int8", with a scale for each array, "int8-first-axis" or
         "int8-last-axis", with one for each channel.
     fraction_evaluate : float
-        Share of participants that evaluate the shared model on their own data after each round;
-        the server evaluates on the common test set in any case.
+        The share of participants that evaluate the shared model on their own data after each
+        round; the server evaluates on the common test set in any case.
     wait_for_participants : float
-        Seconds to wait for K participants to connect.
+        The seconds to wait for K participants to connect.
     output_dir : str
-        Where history, model, figure and summary go; empty for a new folder under ``outputs``.
+        The folder for history, model, figure and summary; empty for a new one in ``outputs``.
     """
 
     arm: str = "clr-ile"
@@ -73,7 +73,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises
     ------
     ColearnError
-        If the file is missing or has a key that no setting knows.
+        If the file is missing or has a key that is no setting.
     """
     try:
         config = tomllib.loads(Path(path).read_text())
@@ -84,7 +84,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def check_keys(config: Mapping[str, Any], where: str) -> None:
-    """Raise a ColearnError if `config` has a key that no setting knows."""
+    """Raise a ColearnError if `config` has a key that is no setting."""
+    # A misspelt key would otherwise be ignored and its default used.
     known = {**ParticipantSettings().to_config(), **RunSettings().to_config()}
     for key in config:
         if key not in known:

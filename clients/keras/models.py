@@ -1,4 +1,4 @@
-"""Keras networks for the tasks: `clients.torch.models.small`, layer by layer, and Keras's own."""
+"""Keras networks: those of `clients.torch.models.small`, layer by layer, and Keras's own."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,8 @@ from clients.tensorflow.setup import keras
 
 layers = keras.layers
 
-# PyTorch's defaults. Keras's momentum of 0.99 would be too slow for rounds of few steps.
+# PyTorch's defaults. With Keras's momentum of 0.99 the moving statistics would follow too slowly in
+# rounds of few steps.
 _NORM = {"momentum": 0.9, "epsilon": 1e-5}
 
 
@@ -56,10 +57,10 @@ def densenet40(num_classes: int = 10, growth: int = 12) -> keras.Model:
 def vgg19(num_classes: int = 10) -> keras.Model:
     """Return Keras's VGG-19 for 32x32 images: its convolutions and one dense layer.
 
-    20,029,514 parameters for 10 classes; PyTorch's namesake has 20,040,522, the 11,008 more in
-    batch norm, which Keras's does not have. Its kernels start as He et al. (2015) have them: from
-    Keras's own, Glorot's, outputs are 0.0004 in size, and SGD at the paper's rate would stand
-    still.
+    It has 20,029,514 parameters for 10 classes. The PyTorch model of this name has 20,040,522; the
+    other 11,008 are in batch norm, which Keras's VGG-19 does not have. Kernels are initialised as
+    in He et al. (2015): with Keras's default (Glorot), outputs are of size 0.0004 and SGD at the
+    paper's learning rate makes no progress.
     """
 
     def adapted(layer: keras.layers.Layer) -> keras.layers.Layer:
@@ -74,10 +75,10 @@ def vgg19(num_classes: int = 10) -> keras.Model:
 def resnet152(num_classes: int = 10) -> keras.Model:
     """Return Keras's ResNet-152 for 32x32 images (58,164,298 parameters for 10 classes).
 
-    As many as PyTorch's namesake has, for the biases of Keras's convolutions (another 75,712),
-    which batch norm takes away again, are left out. As there the first convolution has stride 1
-    and no pooling follows. The other strides are in a block's first convolution, as He et al.
-    (2016) have them; torchvision has them in the second.
+    The PyTorch model of this name has the same number: the 75,712 biases of Keras's convolutions,
+    which batch norm cancels, are left out. As in PyTorch, the first convolution has stride 1 and
+    no pooling follows. The other strides are in a block's first convolution, as in He et al.
+    (2016); in torchvision they are in the second.
     """
 
     def adapted(layer: keras.layers.Layer) -> keras.layers.Layer:
@@ -100,7 +101,8 @@ def _classifier(
     num_classes: int,
     adapted: Callable[[keras.layers.Layer], keras.layers.Layer],
 ) -> keras.Model:
-    """Return an application for 32x32 images under one dense layer, its layers adapted."""
+    """Return an application for 32x32 images with adapted layers and one dense layer on top."""
+    # clone_model builds every layer again from what `adapted` returns, with new weights.
     features = build(weights=None, include_top=False, input_shape=(32, 32, 3), pooling="avg")
     features = keras.models.clone_model(features, clone_function=adapted)
     return keras.Model(features.input, layers.Dense(num_classes)(features.output))

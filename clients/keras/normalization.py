@@ -1,7 +1,7 @@
-"""Keras's half of the normalization schemes; layers are found by type, never by name.
+"""The normalization schemes in Keras; layers are found by type, never by name.
 
-Layers are converted in place, so that models of any make (functional, subclassed, with blocks of
-their own) can be, and arrays that stay keep their values.
+Layers are converted in place. This works for models of any kind (functional, subclassed, with
+custom blocks), and the remaining arrays keep their values.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,14 +28,15 @@ BatchNorm: TypeAlias = keras.layers.BatchNormalization
 
 
 class FreezableBatchNormalization(BatchNorm):
-    """Batch norm that can be told to train with its moving statistics, in a compiled step too."""
+    """Batch norm with a switch to train with its moving statistics, also in a compiled step."""
 
     frozen: tf.Variable
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        """Normalise; a frozen layer as in evaluation, with gradients for gamma and beta."""
+        """Normalise; a frozen layer does so as in evaluation, with gradients for gamma and beta."""
         if not training or not self.trainable:
             return super().call(inputs, training=training, mask=mask)
+        # tf.cond on a variable, because a compiled step would keep the value of a Python attribute.
         return tf.cond(
             self.frozen,
             lambda: BatchNorm.call(self, inputs, training=False, mask=mask),
@@ -55,6 +56,8 @@ class BatchRenormalization(BatchNorm):
             return super().call(inputs, training=training, mask=mask)
         if mask is not None:
             raise ColearnError("BatchRenormalization: expected inputs without a mask, found one")
+        # Ioffe (2017), algorithm 1: r and d are constants in the backward pass, and use the moving
+        # statistics from before this batch.
         inputs = _wide(inputs)
         axes, shape = _axes(self, inputs)
         mean, variance = ops.moments(inputs, axes)
@@ -69,7 +72,8 @@ class BatchRenormalization(BatchNorm):
         return _affine(self, normal * ops.reshape(r, shape) + ops.reshape(d, shape), shape)
 
     def _limits(self, dtype: Any) -> tuple[Any, Any]:
-        """Return r_max and d_max after the batches seen; the same as the scheme's `limits`."""
+        """Return r_max and d_max after the batches so far, as the scheme's `limits` does."""
+        # As tensors, since the number of steps is a variable of the compiled step.
         scheme = self.scheme
         opened = ops.cast(ops.ones(()), dtype)
         if scheme.warmup:
@@ -79,7 +83,7 @@ class BatchRenormalization(BatchNorm):
 
 
 class SampleNormalization(BatchNorm):
-    """Group norm in place of a batch norm, with its gamma and beta; layer norm is one group."""
+    """Group norm that replaces a batch norm and has its gamma and beta; layer norm is one group."""
 
     groups: int
 
@@ -97,19 +101,19 @@ class SampleNormalization(BatchNorm):
 
 
 def convert(model: keras.Model, scheme: Normalization) -> keras.Model:
-    """Convert a built model's batch-norm layers to what the scheme has, in place; return it.
+    """Convert a built model's batch-norm layers to the scheme's layers in place; return the model.
 
     `GroupNorm` and `LayerNorm` keep gamma and beta and drop the moving statistics; `BatchRenorm`
-    keeps all and adds a counter of steps. `Frozen` needs layers that can be told to freeze, which
-    have the same arrays. Other schemes change no layer. Convert a model before it is compiled,
-    traced or given to a `KerasTrainer`; there the arrays that remain keep their names.
+    keeps all arrays and adds a counter of steps; `Frozen` adds a switch and changes no array. Other
+    schemes change no layer. Convert a model before it is compiled, traced or given to a
+    `KerasTrainer`, in which the remaining arrays keep their names.
 
     Parameters
     ----------
     model : keras.Model
-        Built.
+        A built model.
     scheme : Normalization
-        The one that the server's strategy has.
+        The scheme of the server's strategy.
 
     Raises
     ------
@@ -119,15 +123,18 @@ def convert(model: keras.Model, scheme: Normalization) -> keras.Model:
     for layer in batch_norms(model):
         if isinstance(scheme, GroupNorm | LayerNorm | BatchRenorm | Frozen):
             _check_plain(layer)
+            # `named_variables` names the arrays after this type, not after the new one.
             layer.converted_from = getattr(layer, "converted_from", type(layer))
         if isinstance(scheme, GroupNorm | LayerNorm):
             channels = layer.moving_mean.shape[0]
+            # Changing the class keeps the layer's place in the model's graph and its variables.
             layer.__class__ = SampleNormalization
             layer.groups = scheme.groups_of(channels) if isinstance(scheme, GroupNorm) else 1
             for variable in (layer.moving_mean, layer.moving_variance):
                 layer._untrack_variable(variable)
             layer.moving_mean = layer.moving_variance = None
         elif isinstance(scheme, BatchRenorm):
+            # Keras locks a built layer against new variables.
             layer._tracker.unlock()
             layer.steps = layer.add_weight(
                 shape=(), initializer="zeros", dtype="int32", trainable=False, name="steps"
@@ -136,21 +143,22 @@ def convert(model: keras.Model, scheme: Normalization) -> keras.Model:
             layer.__class__, layer.scheme = BatchRenormalization, scheme
         elif isinstance(scheme, Frozen):
             layer.__class__ = FreezableBatchNormalization
+            # A tf.Variable, which Keras does not track: the switch is none of the model's arrays.
             layer.frozen = tf.Variable(False, trainable=False)
     return model
 
 
 @contextmanager
 def normalised(model: keras.Model, config: Mapping[str, Any]) -> Iterator[None]:
-    """Let a model's batch-norm layers train as the server's scheme says, within the block.
+    """Apply the server's normalization scheme to a model's batch-norm layers, within the block.
 
-    As `clients.torch.normalization.normalised`; for `Frozen` the model has been converted, and for
-    `Synchronised` gradients are computed eagerly, with no ``tf.function`` around the model.
+    See `clients.torch.normalization.normalised`. For `Frozen` the model must be converted. For
+    `Synchronised` gradients must be computed eagerly, with no ``tf.function`` around the model.
 
     Raises
     ------
     ColearnError
-        If the scheme cannot be had here; the message says why.
+        If the scheme is not possible with this model; the message has the reason.
     """
     if config.get("normalization") == "synchronised":
         with _synchronised(list(batch_norms(model)), config):
@@ -181,17 +189,17 @@ def recalibrated(
 ) -> dict[str, NDArray]:
     """Return the statistics of all data under the model's weights.
 
-    As `clients.torch.normalization.recalibrated`: every layer normalises with its batch, and mean
-    and variance are taken over all batches together.
+    As in `clients.torch.normalization.recalibrated`, every layer normalises with its batch, and the
+    mean and the variance are taken over all batches together.
 
     Parameters
     ----------
     model : keras.Model
-        Left as it is.
+        The model, which is not changed.
     batches : iterable of arrays
-        Inputs.
+        The inputs.
     name_of : callable, optional
-        ``variable -> name`` of its array; by default Keras's path.
+        The function from a variable to its array's name; by default Keras's path.
     """
     layers = list(batch_norms(model))
     moments = [_Moments() for _ in layers]
@@ -199,7 +207,7 @@ def recalibrated(
         layer.call = _watched(layer, seen)
     try:
         for inputs in batches:
-            model(inputs, training=False)  # dropout is no part of the statistics
+            model(inputs, training=False)  # without dropout, which would change the statistics
     finally:
         for layer in layers:
             del layer.call
@@ -219,7 +227,10 @@ def _check_plain(
     layer: Any,
     known: tuple[Any, ...] = (BatchNorm, FreezableBatchNormalization, BatchRenormalization),
 ) -> None:
-    """Raise a ColearnError for a layer that does more than batch norm, which would be lost."""
+    """Raise a ColearnError for a layer that computes more than batch norm.
+
+    A conversion would leave the rest out.
+    """
     if type(layer).call not in [each.call for each in known] or getattr(layer, "renorm", False):
         raise ColearnError(
             "normalization: expected Keras's own batch-norm layers without renorm, found "
@@ -237,8 +248,9 @@ def batch_norms(model: keras.Model) -> Iterator[Any]:
 
 @contextmanager
 def _synchronised(layers: list[Any], config: Mapping[str, Any]) -> Iterator[None]:
-    """Let layers normalise with the batches of all participants, within the block."""
+    """Make layers normalise with the batches of all participants, within the block."""
     joint = _JointBatch(*group_of(config))
+    # All layers are checked before the first is changed.
     for layer in layers:
         _check_plain(layer, (BatchNorm, FreezableBatchNormalization))
     for layer in layers:
@@ -252,25 +264,26 @@ def _synchronised(layers: list[Any], config: Mapping[str, Any]) -> Iterator[None
         raise ColearnError(
             "synchronised normalization: expected gradients to be computed eagerly in the block, "
             "found that no layer was called there; a step compiled before it (tf.function, "
-            "model.fit) knows nothing of it"
+            "model.fit) does not call them"
         )
 
 
 class _JointBatch:
-    """Batch norm over the batches of all participants in a group, for one of them.
+    """One participant's batch norm over the batches of all participants in a group.
 
     Parameters
     ----------
     group : AllReduceGroup
-        Of the participants, who call the same layers in the same order.
+        The group of participants, which call the same layers in the same order.
     rank : int
-        The participant's.
+        The participant's rank in the group.
 
     Notes
     -----
-    TensorFlow promises no order for the backward pass, but sums must be those of the same layer
-    everywhere. So every layer hands a number on to the next, its turn: its own gradient depends on
-    the number's, which comes back only when the next one has had its turn.
+    TensorFlow guarantees no order of the backward pass, but all participants must exchange the sums
+    of the same layer at a time. Therefore every layer passes a number, its turn, to the next layer:
+    the gradient of the layer depends on the gradient of that number, which exists only after the
+    next layer's gradient.
     """
 
     def __init__(self, group: AllReduceGroup, rank: int) -> None:
@@ -279,7 +292,7 @@ class _JointBatch:
         self._turn = tf.zeros(())
 
     def call(self, layer: Any, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        """Take the place of a layer's ``call``."""
+        """Replace a layer's ``call``."""
         if not training or not layer.trainable:
             return type(layer).call(layer, inputs, training=training, mask=mask)
         if mask is not None:
@@ -289,7 +302,7 @@ class _JointBatch:
         if not tf.executing_eagerly():
             raise ColearnError(
                 "synchronised normalization: expected gradients computed eagerly, since layers "
-                "that wait for other participants would hold up TensorFlow's threads, found a "
+                "that wait for other participants would block TensorFlow's threads, found a "
                 "compiled step (tf.function, model.fit)"
             )
         self.used = True
@@ -298,12 +311,13 @@ class _JointBatch:
         return _affine(layer, normal, _axes(layer, inputs)[1])
 
     def _normalise(self, layer: Any, inputs: Any) -> Any:
-        """Return the normal inputs, and the next layer's turn."""
+        """Return the normalised inputs and the next layer's turn."""
 
         @tf.custom_gradient
         def normalise(inputs: Any, turn: Any) -> Any:
             normal, *saved = self._forward(layer, inputs)
 
+            # `next_turn`, the gradient of the turn, orders the layers; its value is not used.
             def backward(gradient: Any, next_turn: Any) -> Any:
                 return self._backward(layer, gradient, normal, *saved), next_turn
 
@@ -312,7 +326,9 @@ class _JointBatch:
         return normalise(inputs, self._turn)
 
     def _forward(self, layer: Any, inputs: Any) -> tuple[Any, Any, float, float]:
-        """Return inputs (normal), sigma, the joint number of values, the share of the examples."""
+        """Return normalised inputs, sigma, the joint number of values, the share of examples."""
+        # Two exchanges: the mean first, then the squared deviations from it. One exchange of sums
+        # and sums of squares would lose digits.
         axes, shape = _axes(layer, inputs)
         wide = ops.cast(inputs, "float64")
         numbers = np.prod([inputs.shape[axis] for axis in axes]), inputs.shape[0]
@@ -322,7 +338,7 @@ class _JointBatch:
         centered = wide - ops.reshape(mean, shape)
         squares = ops.sum(ops.square(centered), axes).numpy()
         variance = self._group.sum(self._rank, squares) / total
-        _track(layer, mean, variance)  # biased, as Keras has it
+        _track(layer, mean, variance)  # biased, as in Keras
         sigma = ops.reshape(np.sqrt(variance + layer.epsilon), shape)
         return centered / sigma, sigma, total, inputs.shape[0] / examples
 
@@ -332,8 +348,8 @@ class _JointBatch:
         """Return the gradient by the inputs."""
         axes, shape = _axes(layer, gradient)
         wide = ops.cast(gradient, "float64")
-        # Everyone differentiates the mean loss of its own batch; the joint loss is the mean with
-        # the shares as weights, with which the server will average the gradients.
+        # Every participant differentiates the mean loss of its own batch. The joint loss is their
+        # mean weighted by the shares of examples, by which the server averages the gradients.
         own = np.stack([ops.sum(wide, axes).numpy(), ops.sum(wide * normal, axes).numpy()]) * share
         sums = self._group.sum(self._rank, own) / (total * share)
         through = ops.reshape(sums[0], shape) + normal * ops.reshape(sums[1], shape)
@@ -341,7 +357,11 @@ class _JointBatch:
 
 
 class _Moments:
-    """Count, mean and variance by channel, merged batch by batch in float64."""
+    """Count, mean and variance by channel, merged batch by batch in float64.
+
+    The merge is that of Chan, Golub and LeVeque (1979); a mean of squares minus the squared mean
+    would cancel.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -360,7 +380,7 @@ class _Moments:
 
 
 def _watched(layer: Any, seen: _Moments) -> Callable[..., Any]:
-    """Return a ``call`` for a layer that normalises with the batch, and remembers its moments."""
+    """Return a ``call`` for a layer that normalises with the batch and records its moments."""
 
     def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         inputs = _wide(inputs)
@@ -377,7 +397,7 @@ def _watched(layer: Any, seen: _Moments) -> Callable[..., Any]:
 
 
 def _axes(layer: Any, inputs: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the axes to normalise over, and the shape in which a channel's number broadcasts."""
+    """Return the axes to normalise over, and the shape in which a vector by channel broadcasts."""
     dims = len(inputs.shape)
     own = layer.axis % dims
     shape = [1] * dims
@@ -386,19 +406,19 @@ def _axes(layer: Any, inputs: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _wide(inputs: Any) -> Any:
-    """Return inputs of mixed precision as float32, in which statistics are taken."""
+    """Return inputs of half precision as float32, since statistics need it."""
     return ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
 
 
 def _track(layer: Any, mean: Any, variance: Any) -> None:
-    """Move a layer's statistics towards those of a batch."""
+    """Update a layer's moving statistics with those of a batch."""
     for moving, batch in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
         batch = ops.cast(batch, moving.dtype)
         moving.assign(moving * layer.momentum + batch * (1.0 - layer.momentum))
 
 
 def _affine(layer: Any, normal: Any, shape: tuple[int, ...]) -> Any:
-    """Apply gamma and beta where the layer has them; return what the next layer computes with."""
+    """Apply gamma and beta, if the layer has them; return the layer's type of outputs."""
     if layer.scale:
         normal = normal * ops.reshape(ops.cast(layer.gamma, normal.dtype), shape)
     if layer.center:

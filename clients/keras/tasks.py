@@ -1,4 +1,4 @@
-"""The tasks with Keras on TensorFlow: models and trainers."""
+"""The models and trainers of the tasks in Keras on TensorFlow."""
 
 from clients.data import Task
 from clients.keras.models import densenet40, resnet8, resnet152, small_cnn, vgg19
@@ -20,7 +20,7 @@ KITS = {
 
 
 def build_model(settings: ParticipantSettings, task: Task) -> keras.Model:
-    """Return the model, freshly initialised from the settings' seed, normalised as they say.
+    """Return the model, initialised from the settings' seed and converted to their scheme.
 
     Raises
     ------
@@ -28,17 +28,18 @@ def build_model(settings: ParticipantSettings, task: Task) -> keras.Model:
         If the task has no such model.
     """
     build = kit_for(KITS, settings).model(settings)
+    # Seeded, so that the initial weights do not depend on what the process drew before.
     keras.utils.set_random_seed(settings.seed)
     return convert(build(**task.model_options), settings.scheme)
 
 
 def participant_trainer(settings: ParticipantSettings, task: Task) -> KerasTrainer:
-    """Return a participant's trainer, on the device that it names."""
+    """Return a participant's trainer, on the device of its settings."""
     return _trainer(settings, task, device=settings.devices or None)
 
 
 def server_trainer(settings: ParticipantSettings, task: Task) -> KerasTrainer:
-    """Return the server's trainer, on a device of its own choice."""
+    """Return the server's trainer, on the default device: `devices` is for participants."""
     return _trainer(settings, task)
 
 

@@ -1,4 +1,4 @@
-"""KerasTrainer: any Keras 3 model on TensorFlow as a participant."""
+"""KerasTrainer, the trainer of any Keras 3 model on TensorFlow."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,49 +21,48 @@ FIRST_LOSS_SCALE = 2.0**15
 
 
 class KerasTrainer:
-    """Trains a ``keras.Model`` on one participant's data with SGD, as a plan asks.
+    """The trainer of a ``keras.Model`` on one participant's data, with SGD.
 
     The step is PyTorch's, not that of ``keras.optimizers.SGD``: ``g += weight_decay * w``,
-    ``v = momentum * v + g``, ``w -= rate * v``. Keras multiplies by the rate before it adds up
-    momentum, so that a rate which changes from epoch to epoch would act on later epochs too, and
-    applies weight decay outside of momentum.
+    ``v = momentum * v + g``, ``w -= rate * v``. Keras multiplies by the learning rate before it
+    adds the gradient to the momentum, so that a rate which changes from epoch to epoch would also
+    affect later epochs, and it applies weight decay outside of momentum.
 
     Parameters
     ----------
     model : keras.Model
-        Built (with a ``keras.Input``); maps a batch of inputs to outputs for `loss`.
+        A built model (with a ``keras.Input``) that maps a batch of inputs to outputs for `loss`.
     train_set : Examples
-        Inputs and labels as arrays.
+        The training inputs and labels.
     test_set : Examples, optional
-        What `evaluate` uses.
+        The examples of `evaluate` and `predict`.
     batch_size : int, default 32
-        The last batch of an epoch may be smaller; a single left-over example, which batch norm
-        cannot train on, is left out of that epoch.
+        The batch size. The last batch of an epoch may be smaller; a last batch of a single example
+        is left out of that epoch, because batch norm cannot train on it.
     momentum, weight_decay : float, default 0.9 and 0
-        Of SGD.
+        The parameters of SGD.
     objective : Objective, default one class for every example
-        Says which loss and which metrics there are.
+        The loss and the metrics.
     loss : callable, optional
         ``(targets, outputs) -> scalar`` mean loss, such as a ``keras.losses.Loss``; by default
-        the objective's. The model's own losses (regularizers) are added in
-        training.
+        the objective's. The model's own losses (regularizers) are added in training.
     transform : callable, optional
         ``(inputs, training, seed) -> inputs`` in TensorFlow: normalisation, augmentation. See
         `clients.tensorflow.transforms`.
     device : str, optional
-        Such as ``"cpu"`` or ``"GPU:0"``; by default a GPU if there is one.
+        The device, for example ``"cpu"`` or ``"GPU:0"``; by default a GPU if there is one.
     precision : {"float32", "bfloat16", "float16"}, default "float32"
-        The latter two give every layer Keras's mixed precision policy; weights stay float32, and
-        float16 comes with loss scaling.
+        The precision; the latter two give every layer Keras's mixed precision policy, with float32
+        weights, and float16 has loss scaling.
     jit_compile : bool, default False
-        Compile the training step with XLA: once for each size of batch.
+        Whether to compile the training step with XLA, once for each batch size.
     clip_norm : float, optional
-        Clip the gradient to this L2 norm.
+        The L2 norm to which the gradient is clipped.
 
     Notes
     -----
-    Random layers (dropout) must draw from a ``keras.random.SeedGenerator`` that they hold, as
-    Keras's own do. Its state is set anew for every epoch, and is not one of the model's arrays.
+    Random layers (dropout) must draw from a ``keras.random.SeedGenerator`` of their own, as Keras's
+    layers do. The trainer sets its state for every epoch; the state is no array of the model.
 
     Raises
     ------
@@ -110,6 +109,8 @@ class KerasTrainer:
         self.transform = transform
         self.device = check_device(device) if device else None
         self.precision = precision
+        # Each layer's policy, since the model is already built; Keras's global policy applies to
+        # layers made later.
         if precision != "float32":
             for layer in model._flatten_layers():
                 layer.dtype_policy = f"mixed_{precision}"
@@ -118,6 +119,7 @@ class KerasTrainer:
             raise ColearnError(
                 "model: expected a built one with weights, found none; start it with keras.Input"
             )
+        # By identity, because Keras's variables overload == and have no hash.
         trained = {id(variable) for variable in model.trainable_variables}
         self._trained = {n: v for n, v in self._variables.items() if id(v) in trained}
         self._seeds = [g for layer in model._flatten_layers() for g in layer._seed_generators]
@@ -128,6 +130,7 @@ class KerasTrainer:
                 if momentum
             }
             self._loss_scale = tf.Variable(1.0, trainable=False)
+        # With an open batch size a smaller last batch does not trace the step again.
         batch = tf.TensorSpec((None, *train_set.inputs.shape[1:]), train_set.inputs.dtype)
         labels = tf.TensorSpec((None, *train_set.labels.shape[1:]), train_set.labels.dtype)
         rate, seed = tf.TensorSpec((), tf.float32), tf.TensorSpec((2,), tf.int64)
@@ -144,12 +147,12 @@ class KerasTrainer:
         return {name: np.array(variable.numpy()) for name, variable in self._variables.items()}
 
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
-        """Load the arrays and start with a new optimizer.
+        """Load the arrays and reinitialise the optimizer.
 
         Raises
         ------
         ColearnError
-            If names, shapes or types are not the model's.
+            If names, shapes or types differ from the model's.
         """
         check_weights(weights, self._variables, f"Keras model '{self.model.name}'")
         for name, variable in self._variables.items():
@@ -168,7 +171,7 @@ class KerasTrainer:
         total, count = 0.0, 0
         batches = shuffled_batches(len(self.train_set), self.batch_size, seed)
         with self._on_device():
-            # disable=None: no bar where no terminal watches.
+            # disable=None: tqdm shows no bar unless stderr is a terminal.
             for number, indices in enumerate(
                 tqdm(batches, desc="local epoch", disable=None, leave=False)
             ):
@@ -189,19 +192,19 @@ class KerasTrainer:
         Parameters
         ----------
         names : sequence of str
-            The arrays to differentiate by; those that take no part have gradient zero.
+            The names of the arrays to differentiate by; an unused one has gradient zero.
         step : int
-            From 1. The batches of a pass are taken in turn; every pass has an order of its own.
+            The number of the step, from 1. A pass takes its batches in turn, in its own order.
         seed : int
-            The participant's.
+            The participant's seed.
 
         Returns
         -------
         arrays : dict
-            The model's arrays after the forward pass (moving statistics move), with gradients in
-            the places of `names`.
+            The model's arrays after the forward pass (which updates moving statistics), with the
+            gradients under `names`.
         result : EpochResult
-            Loss and size of the batch.
+            The loss and the size of the batch.
         """
         batch, own_seed = self._batch(step, seed), derive_seed(seed, 0, step)
         self._seed_layers(own_seed)
@@ -209,6 +212,8 @@ class KerasTrainer:
         with self._on_device():
             step_seed = np.array([derive_seed(own_seed, 0), 0])
             given = (batch.inputs, batch.labels, step_seed)
+            # Tensors, because under `Synchronised` the function runs eagerly, without the signature
+            # that converts arrays.
             loss, found = self._gradients(*(tf.constant(each) for each in given))
         arrays = self.get_weights()
         for name in names:
@@ -224,9 +229,9 @@ class KerasTrainer:
         Returns
         -------
         arrays : dict
-            Moving means and variances by name; see `clients.keras.normalization.recalibrated`.
+            The moving means and variances by name, see `clients.keras.normalization.recalibrated`.
         examples : int
-            How many they are of: a single left-over example is left out, as in training.
+            The number of examples; a last batch of a single one is left out, as in training.
         """
         names = {id(variable): name for name, variable in self._variables.items()}
         size, count = max(self.batch_size, 256), len(self.train_set)
@@ -240,9 +245,9 @@ class KerasTrainer:
 
     @contextmanager
     def normalised(self, config: Mapping[str, Any]) -> Iterator[None]:
-        """Return a block in which batch norm trains as the server's scheme says.
+        """Apply the server's normalization scheme within the block.
 
-        Under `Synchronised`, `gradients` computes eagerly there: see
+        Under `Synchronised`, `gradients` computes eagerly in it, see
         `clients.keras.normalization.normalised`.
         """
         compiled = self._gradients
@@ -273,11 +278,11 @@ class KerasTrainer:
         return np.concatenate(outputs), self.test_set.labels
 
     def get_optimizer_state(self) -> dict[str, NDArray]:
-        """Return momentum by the name of the array that it moves."""
+        """Return the momentum of every trained array by the array's name."""
         return {name: velocity.numpy().copy() for name, velocity in self._velocities.items()}
 
     def set_optimizer_state(self, state: Mapping[str, NDArray]) -> None:
-        """Go on with momentum that `get_optimizer_state` returned."""
+        """Load momentum that `get_optimizer_state` returned."""
         check_weights(state, self._velocities, f"momentum of Keras model '{self.model.name}'")
         for name, velocity in self._velocities.items():
             velocity.assign(state[name])
@@ -287,6 +292,7 @@ class KerasTrainer:
     ) -> tf.Tensor:
         """Make one step of SGD; return the loss."""
         loss, gradients = self._loss_and_gradients(inputs, targets, seed)
+        # Loss scaling: a step whose gradients overflow float16 is skipped and the scale halved.
         if self.precision == "float16":
             finite = tf.reduce_all(
                 [tf.reduce_all(tf.math.is_finite(g)) for g in gradients.values()]
@@ -310,7 +316,7 @@ class KerasTrainer:
         return loss, {
             name: tf.convert_to_tensor(gradient) / tf.cast(self._loss_scale, gradient.dtype)
             for name, gradient in zip(names, found, strict=True)
-            if gradient is not None  # of weights that the loss does not depend on
+            if gradient is not None  # the loss does not depend on these weights
         }
 
     def _apply(self, gradients: dict[str, tf.Tensor], rate: tf.Tensor) -> None:
@@ -336,14 +342,14 @@ class KerasTrainer:
         return tf.cast(outputs, tf.float32)
 
     def _batch(self, step: int, seed: int) -> Examples:
-        """Return the batch of a step: the same order within a pass as `train_epoch` has it."""
+        """Return the batch of a step, in the order that `train_epoch` has within a pass."""
         count = len(self.train_set)
         done, place = divmod(step - 1, len(shuffled_batches(count, self.batch_size, 0)))
         batches = shuffled_batches(count, self.batch_size, derive_seed(seed, done + 1))
         return self.train_set.take(batches[place])
 
     def _seed_layers(self, seed: int) -> None:
-        """Let random layers (dropout) draw from a seed."""
+        """Set the state of random layers (dropout) from a seed."""
         for index, generator in enumerate(self._seeds):
             generator.state.assign([derive_seed(seed, 1, index), 0])
 
@@ -354,9 +360,9 @@ class KerasTrainer:
 def named_variables(model: keras.Model) -> Iterator[tuple[str, Any, keras.Layer]]:
     """Yield the name, variable and layer of each of a model's arrays.
 
-    Names are made of the layers' types and their order, ``resnet_block_1/conv2d/kernel``. Keras's
-    own names count all layers that a process ever made (``dense_7``), so they would differ between
-    participants. The states of random layers are left out: they are no weights.
+    A name consists of the layers' types and their order, ``resnet_block_1/conv2d/kernel``. Keras's
+    own names count all layers that a process has made (``dense_7``), so they would differ between
+    participants. The states of random layers are left out, since they are no weights.
     """
     yield from _walk(model, "", set())
 
@@ -364,9 +370,9 @@ def named_variables(model: keras.Model) -> Iterator[tuple[str, Any, keras.Layer]
 def roles_of(model: keras.Model) -> dict[str, Role]:
     """Return the role of every array of a model, by layer type, never by name.
 
-    Variables that are trained are ``trainable``; moving means and variances of
-    ``keras.layers.BatchNormalization`` get their roles; integers are ``counter``; frozen variables
-    and the rest (spectral norm's vectors, say) are ``buffer``.
+    Trained variables are ``trainable``. Moving means and variances of
+    ``keras.layers.BatchNormalization`` have the roles of these names. Integers are ``counter``.
+    Frozen variables and all others (for example spectral norm's vectors) are ``buffer``.
     """
     trained = {id(variable) for variable in model.trainable_variables}
     roles = {}
@@ -394,24 +400,27 @@ def _loss_of(objective: Objective) -> keras.losses.Loss:
 def _walk(
     layer: keras.Layer, prefix: str, seen: set[int]
 ) -> Iterator[tuple[str, Any, keras.Layer]]:
+    # A layer's `weights` include its children's, which are named after the child; `seen` has those
+    # of layers that occur twice in a model.
     children = layer._flatten_layers(include_self=False, recursive=False)
     of_children = {id(variable) for child in children for variable in child.weights}
     taken: set[str] = set()
     for variable in layer.weights:
         if id(variable) not in of_children | seen:
             seen.add(id(variable))
-            # Unnamed variables are numbered through the process as well.
+            # Keras numbers unnamed variables through the whole process, as it does with layers.
             name = re.sub(r"^variable_\d+$", "variable", variable.name)
             yield prefix + _unique(name, taken), variable, layer
     for child in children:
-        # A layer that a normalization scheme converted is named as what it was.
+        # A layer that a normalization scheme converted keeps the name of its original type, so that
+        # converted and plain models exchange arrays.
         kind = getattr(child, "converted_from", type(child)).__name__
         label = _unique(_snake_case(kind), taken)
         yield from _walk(child, f"{prefix}{label}/", seen)
 
 
 def _unique(name: str, taken: set[str]) -> str:
-    """Return `name`, or `name` with the first number that makes it new; remember it."""
+    """Return `name`, or `name` with the first number that is not taken, and add it to `taken`."""
     free, number = name, 0
     while free in taken:
         number += 1
@@ -421,6 +430,6 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def _snake_case(name: str) -> str:
-    """Return a class name as Keras writes it: ``Conv2D`` is conv2d, ``LSTMCell`` lstm_cell."""
+    """Return a class name in Keras's snake case: ``Conv2D`` is conv2d, ``LSTMCell`` lstm_cell."""
     name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()

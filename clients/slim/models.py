@@ -1,4 +1,4 @@
-"""TF-slim networks for the tasks: functions ``(inputs, is_training) -> logits``."""
+"""TF-slim networks for the tasks, as functions ``(inputs, is_training) -> logits``."""
 
 from typing import Any
 
@@ -30,7 +30,8 @@ def resnet8(inputs: tf.Tensor, is_training: bool) -> tf.Tensor:
 
 def vgg_19(inputs: tf.Tensor, is_training: bool) -> tf.Tensor:
     """Build ``tf_slim.nets``'s VGG-19 for ten classes, on images scaled up to its 224x224."""
-    with slim.arg_scope(nets.vgg.vgg_arg_scope(weight_decay=0.0)):  # the trainer's is for all
+    # No weight decay by the network: the trainer applies that of the settings to all its variables.
+    with slim.arg_scope(nets.vgg.vgg_arg_scope(weight_decay=0.0)):
         logits, _ = nets.vgg.vgg_19(tf.image.resize(inputs, [224, 224]), 10, is_training)
     return logits
 
@@ -43,7 +44,8 @@ def resnet_152(inputs: tf.Tensor, is_training: bool) -> tf.Tensor:
 
 
 def _convolutions(is_training: bool) -> Any:
-    """Enter an arg_scope of convolutions with batch norm."""
-    # PyTorch's defaults. Slim's decay of 0.999 would be too slow for rounds of few steps.
+    """Return an arg_scope of convolutions with batch norm."""
+    # PyTorch's defaults. With slim's decay of 0.999 the moving statistics would follow too slowly
+    # in rounds of few steps.
     norm = {"is_training": is_training, "decay": 0.9, "epsilon": 1e-5, "scale": True}
     return slim.arg_scope([slim.conv2d], normalizer_fn=slim.batch_norm, normalizer_params=norm)

@@ -1,4 +1,4 @@
-"""The tasks with TF-slim: models and trainers."""
+"""The models and trainers of the tasks in TF-slim."""
 
 from clients.data import Task
 from clients.settings import ParticipantSettings
@@ -17,12 +17,12 @@ KITS = {
 
 
 def participant_trainer(settings: ParticipantSettings, task: Task) -> SlimTrainer:
-    """Return a participant's trainer, on the device that it names."""
+    """Return a participant's trainer, on the device of its settings."""
     return _trainer(settings, task, device=settings.devices or None)
 
 
 def server_trainer(settings: ParticipantSettings, task: Task) -> SlimTrainer:
-    """Return the server's trainer, on a device of its own choice."""
+    """Return the server's trainer, on the default device: `devices` is for participants."""
     return _trainer(settings, task)
 
 
@@ -41,11 +41,11 @@ def _trainer(settings: ParticipantSettings, task: Task, device: str | None = Non
 
 
 def _check_scheme(settings: ParticipantSettings) -> None:
-    """Raise a ColearnError if a scheme changes how layers compute, which a graph fixes."""
+    """Raise a ColearnError if the scheme changes how layers compute, which a graph fixes."""
     possible = (Average, Pooled, LocalStatistics, LocalBN)
     if not isinstance(settings.scheme, possible):
         raise ColearnError(
             f"run config 'normalization': expected {', '.join(each.name for each in possible)} "
-            f"with framework 'slim', whose layers are as its models have them, found "
+            f"with framework 'slim', whose layers cannot be converted, found "
             f"{settings.normalization!r}"
         )

@@ -1,4 +1,4 @@
-"""SlimTrainer: a TF-slim model function, in graph mode with a session, as a participant."""
+"""SlimTrainer, the trainer of a TF-slim model function, in graph mode with a session."""
 
 from collections.abc import Callable, Iterable, Mapping
 from logging import WARNING
@@ -20,7 +20,7 @@ from flwr_colearn.errors import whole_number
 tf1 = tf.compat.v1
 
 ModelFunction = Callable[[tf.Tensor, bool], tf.Tensor]
-"""``(inputs, is_training) -> outputs``, built of slim's layers under its own arg_scopes."""
+"""``(inputs, is_training) -> outputs``, which calls slim's layers under its own arg_scopes."""
 
 _STATELESS = {
     "RandomUniform": tf.random.stateless_uniform,
@@ -32,7 +32,7 @@ _STATISTICS = {"moving_mean": Role.MEAN, "moving_variance": Role.VARIANCE}
 
 
 class SlimTrainer:
-    """Trains what a TF-slim model function describes on one participant's data, as a plan asks.
+    """The trainer of a TF-slim model function on one participant's data, with SGD.
 
     The function is called twice in a graph of the trainer's own: for training, and, with the same
     variables, for evaluation. The step is ``slim``'s ``create_train_op`` with TensorFlow's momentum
@@ -43,18 +43,18 @@ class SlimTrainer:
     model : callable
         ``(inputs, is_training) -> outputs`` for `loss`.
     train_set : Examples
-        Inputs and labels as arrays.
+        The training inputs and labels.
     test_set : Examples, optional
-        What `evaluate` uses.
+        The examples of `evaluate` and `predict`.
     seed : int, default 0
-        Of the initial weights.
+        The seed of the initial weights.
     batch_size : int, default 32
-        The last batch of an epoch may be smaller; a single left-over example, which batch norm
-        cannot train on, is left out of that epoch.
+        The batch size. The last batch of an epoch may be smaller; a last batch of a single example
+        is left out of that epoch, because batch norm cannot train on it.
     momentum, weight_decay : float, default 0.9 and 0
-        Of SGD. Regularizers of the model's arg_scopes come on top.
+        The parameters of SGD. Regularizers of the model's arg_scopes are added to weight decay.
     objective : Objective, default one class for every example
-        Says which loss and which metrics there are.
+        The loss and the metrics.
     loss : callable, optional
         ``(targets, outputs) -> scalar`` mean loss in TensorFlow; by default the objective's. The
         regularization losses are added in training.
@@ -62,14 +62,14 @@ class SlimTrainer:
         ``(inputs, training, seed) -> inputs`` in TensorFlow: normalisation, augmentation. See
         `clients.tensorflow.transforms`.
     device : str, optional
-        Such as ``"cpu"`` or ``"GPU:0"``; by default a GPU if there is one.
+        The device, for example ``"cpu"`` or ``"GPU:0"``; by default a GPU if there is one.
     clip_norm : float, optional
-        Clip the gradient to this L2 norm.
+        The L2 norm to which the gradient is clipped.
 
     Notes
     -----
-    A graph fixes the seeds of its random operations when it is built. Those that dropout and noise
-    are made of are therefore replaced by stateless ones, which draw from each epoch's seed.
+    A graph fixes the seeds of its random operations when it is built. The operations of dropout and
+    noise are therefore replaced by stateless ones, which draw from each epoch's seed.
 
     Raises
     ------
@@ -108,6 +108,7 @@ class SlimTrainer:
             initialize = tf1.global_variables_initializer()
             self._forget = tf1.variables_initializer(self._optimizer.variables())
         options = tf1.ConfigProto(allow_soft_placement=True)  # some operations are for CPUs only
+        # By default a session takes nearly all of a GPU's memory; participants may share one.
         options.gpu_options.allow_growth = True
         self._session = tf1.Session(graph=self.graph, config=options)
         self._session.run(initialize)
@@ -117,12 +118,12 @@ class SlimTrainer:
         return self._session.run(self._variables)  # type: ignore[no-any-return]
 
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
-        """Load the variables and start with a new optimizer.
+        """Load the variables and reinitialise the optimizer.
 
         Raises
         ------
         ColearnError
-            If names, shapes or types are not the model's.
+            If names, shapes or types differ from the model's.
         """
         self._load(self._variables, weights, f"TF-slim model '{self.name}'")
         self._session.run(self._forget)
@@ -130,9 +131,9 @@ class SlimTrainer:
     def roles(self) -> dict[str, Role]:
         """Return the role of every variable.
 
-        Slim's layers leave no objects whose type could be asked, but its batch norm always calls
-        its untrained moving averages ``moving_mean`` and ``moving_variance``: those are statistics;
-        other untrained variables are ``buffer``, or ``counter`` if they are integers.
+        Slim's layers are functions, so a variable has no layer type. But its batch norm always
+        names its untrained moving averages ``moving_mean`` and ``moving_variance``: those are
+        statistics. Other untrained variables are ``buffer``, or ``counter`` if they are integers.
         """
         return {name: self._role(name, variable) for name, variable in self._variables.items()}
 
@@ -140,7 +141,7 @@ class SlimTrainer:
         """Train one full pass over the local data; see `Trainer.train_epoch`."""
         total, count = 0.0, 0
         batches = shuffled_batches(len(self.train_set), self.batch_size, seed)
-        # disable=None: no bar where no terminal watches.
+        # disable=None: tqdm shows no bar unless stderr is a terminal.
         for number, indices in enumerate(
             tqdm(batches, desc="local epoch", disable=None, leave=False)
         ):
@@ -176,11 +177,11 @@ class SlimTrainer:
         return np.concatenate(outputs), self.test_set.labels
 
     def get_optimizer_state(self) -> dict[str, NDArray]:
-        """Return momentum by the name of the variable that it moves."""
+        """Return the momentum of every trained variable by the variable's name."""
         return self._session.run(self._velocities)  # type: ignore[no-any-return]
 
     def set_optimizer_state(self, state: Mapping[str, NDArray]) -> None:
-        """Go on with momentum that `get_optimizer_state` returned."""
+        """Load momentum that `get_optimizer_state` returned."""
         self._load(self._velocities, state, f"momentum of TF-slim model '{self.name}'")
 
     def _build(
@@ -195,7 +196,8 @@ class SlimTrainer:
         self._targets = tf1.placeholder(labels.dtype, (None, *labels.shape[1:]))
         self._rate = tf1.placeholder(tf.float32, ())
         self._seed = tf1.placeholder(tf.int64, (2,))
-        # Entering the scope anew, by itself, is what gives unnamed layers the same names again.
+        # Slim numbers unnamed layers within a variable scope. Entering the scope starts the numbers
+        # again, so the second call finds the variables of the first by the same names.
         with tf1.variable_scope(tf1.get_variable_scope()):
             trained = model(transform(self._inputs, True, self._seed), True)
         _draw_from(self._seed, trained)
@@ -216,7 +218,7 @@ class SlimTrainer:
             self._optimizer,
             global_step=None,
             transform_grads_fn=self._clip_and_decay,
-            check_numerics=False,  # the server refuses NaN, and says whose it is
+            check_numerics=False,  # the server refuses models with NaN and names the participant
         )
         slots = {
             name: self._optimizer.get_slot(variable, "momentum")
@@ -227,7 +229,7 @@ class SlimTrainer:
     def _clip_and_decay(
         self, pairs: Iterable[tuple[tf.Tensor, tf.Variable]]
     ) -> list[tuple[tf.Tensor, tf.Variable]]:
-        """Return (gradient, variable) pairs as PyTorch's SGD would use them."""
+        """Return (gradient, variable) pairs with clipping before weight decay, as in PyTorch."""
         gradients, variables = zip(*pairs, strict=True)
         if self.clip_norm is not None:
             gradients, _ = tf.clip_by_global_norm(gradients, self.clip_norm)
@@ -240,7 +242,8 @@ class SlimTrainer:
         self, variables: Mapping[str, tf.Variable], arrays: Mapping[str, NDArray], what: str
     ) -> None:
         check_weights(arrays, variables, what)
-        # A variable takes what its initializer is fed: the graph stays as it is.
+        # The arrays are fed as the initial values: assignments would add operations to the graph
+        # in every round.
         feed = {v.initializer.inputs[1]: arrays[name] for name, v in variables.items()}
         self._session.run([v.initializer for v in variables.values()], feed)
 
@@ -271,14 +274,14 @@ def _cross_entropy(targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
 
 
 def _draw_from(seed: tf.Tensor, outputs: tf.Tensor) -> None:
-    """Let the random operations that `outputs` depend on draw from `seed`."""
+    """Make the random operations that `outputs` depend on draw from `seed`."""
     for number, operation in enumerate(_ancestors(outputs)):
         if operation.type not in _STATELESS:
             if operation.type.startswith("Random"):
                 log(
                     WARNING,
                     "'%s' draws with %s, which cannot follow the seed of an epoch: a restarted "
-                    "round will not repeat itself exactly.",
+                    "round will not give the same weights.",
                     operation.name,
                     operation.type,
                 )
@@ -287,6 +290,7 @@ def _draw_from(seed: tf.Tensor, outputs: tf.Tensor) -> None:
         replacement = _STATELESS[operation.type](
             operation.inputs[0], tf.random.fold_in(seed, number), dtype=drawn.dtype
         )
+        # Rewires the graph: TensorFlow has no public function for it.
         for consumer in drawn.consumers():
             for index, tensor in enumerate(consumer.inputs):
                 if tensor is drawn:
@@ -294,7 +298,8 @@ def _draw_from(seed: tf.Tensor, outputs: tf.Tensor) -> None:
 
 
 def _ancestors(tensor: tf.Tensor) -> list[Any]:
-    """Return the operations that a tensor depends on, in an order that its graph alone decides."""
+    """Return the operations that a tensor depends on, in an order that only the graph decides."""
+    # A dict, not a set, keeps the order of insertion: an operation's number is part of its seed.
     found: dict[Any, None] = {}
     ahead = [tensor.op]
     while ahead:

@@ -1,1 +1,1 @@
-"""The tasks: real data, its partition over participants, and the models that learn it."""
+"""The tasks: their data sets, and the registry from settings to shards and trainers."""

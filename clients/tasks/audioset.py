@@ -1,12 +1,13 @@
-"""AudioSet: ten-second clips with any of 527 tags, as log-mel features prepared beforehand.
+"""The task AudioSet: ten-second clips with any of 527 tags, as log-mel features.
 
-The folder holds ``train.h5`` and ``eval.h5``, or ``train.npz`` and ``eval.npz``, each with
+The features are prepared beforehand: the folder holds ``train.h5`` and ``eval.h5``, or
+``train.npz`` and ``eval.npz``, each with
 
 * ``x`` [N, 240, 64], float16 or float32: log-mel features, frames x mel bins;
 * ``y`` [N, classes], bool or integers 0 and 1: the tags.
 
-Other names, as ``video_id_list``, are ignored. The names are those of the files of Kong et al.
-(2018), whose ``x``, though, are embeddings [N, 10, 128], which these networks do not take.
+Other arrays, such as ``video_id_list``, are ignored. The names are those of the files of Kong et
+al. (2018); the ``x`` of those files are embeddings [N, 10, 128], which these networks do not take.
 """
 
 from collections.abc import Mapping
@@ -28,21 +29,21 @@ from clients.trainer import NDArray
 from flwr_colearn import ColearnError
 
 SHAPE = (240, 64)
-"""Frames and mel bins."""
+"""The shape of a clip: frames and mel bins."""
 ROWS = 1024
-"""Read at a time."""
+"""The number of rows that are read at a time."""
 
 
 @cache
 def load(data_dir: str) -> Task:
     """Return the task, inputs as float32 [240, 64], 60 KiB a clip in memory.
 
-    Clips whose features are not finite are named in the log and left out.
+    Clips whose features are not finite are left out; the log lists them.
 
     Parameters
     ----------
     data_dir : str
-        Holds the two files that the module describes.
+        The folder of the two files that the module describes.
 
     Raises
     ------
@@ -61,6 +62,7 @@ def load(data_dir: str) -> Task:
             f"run config 'data-dir': expected tags in y of the eval file of {data_dir!r}, found "
             "none: no metric can be computed"
         )
+    # A fixed order, so that the first N examples are the same random subset at every site.
     order = np.random.default_rng(0).permutation(len(train))
     objective = Objective(audio_tagging, headline="map", multi_label=True)
     return Task(train.take(order), test, objective, {"num_classes": classes})
@@ -78,7 +80,7 @@ def _path(folder: Path, part: str) -> Path:
 
 
 def _read(path: Path) -> Examples:
-    """Return a file's clips, those with features that are not finite left out."""
+    """Return a file's clips without those whose features are not finite."""
     try:
         with _opened(path) as arrays:
             missing = [name for name in ("x", "y") if name not in arrays]
@@ -106,7 +108,7 @@ def _opened(path: Path) -> AbstractContextManager[Mapping[str, Any]]:
 
 
 def _checked(path: Path, x: Any, y: NDArray) -> Examples:
-    """Return features, an array or an HDF5 data set, and tags as examples."""
+    """Return examples of features `x`, an array or an HDF5 data set, and tags `y`."""
     if x.dtype not in (np.float16, np.float32) or tuple(x.shape[1:]) != SHAPE or not len(x):
         raise ColearnError(
             f"{path}: expected x [N, 240, 64] of float16 or float32, found "
@@ -117,8 +119,9 @@ def _checked(path: Path, x: Any, y: NDArray) -> Examples:
             f"{path}: expected y [{len(x)}, classes] of 0 and 1, found {list(y.shape)} of "
             f"{y.dtype}, values {np.unique(y)[:5].tolist()}"
         )
+    # By parts: reading an HDF5 data set whole would hold its float16 copy beside the float32 one.
     inputs = np.empty(x.shape, np.float32)
-    # disable=None: no bar where no terminal watches.
+    # disable=None: tqdm shows no bar unless stderr is a terminal.
     for start in tqdm(range(0, len(x), ROWS), desc=path.name, disable=None, leave=False):
         inputs[start : start + ROWS] = x[start : start + ROWS]
     finite = np.array([np.isfinite(row).all() for row in inputs])

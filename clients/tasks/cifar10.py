@@ -1,4 +1,4 @@
-"""CIFAR-10, the paper's main data set: 50,000 training and 10,000 test images, 32x32 colour."""
+"""The task CIFAR-10: 50,000 training and 10,000 test images of 32x32 pixels in colour."""
 
 import hashlib
 import pickle
@@ -23,7 +23,7 @@ CHECKSUMS = {
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
-"""MD5 of the files of the official distribution."""
+"""The MD5 checksums of the files of the official distribution."""
 
 
 @cache
@@ -33,8 +33,8 @@ def load(data_dir: str) -> Task:
     Parameters
     ----------
     data_dir : str
-        Holds ``cifar-10-batches-py``; if it does not, torchvision, where it is installed, downloads
-        it there.
+        The folder that holds ``cifar-10-batches-py``; if it does not, torchvision, where it is
+        installed, downloads it there.
 
     Raises
     ------
@@ -64,6 +64,7 @@ def _read(folder: Path, names: Sequence[str]) -> Examples:
     batches = [_unpickle(folder / name) for name in names]
     inputs = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
     labels = np.concatenate([batch["labels"] for batch in batches]).astype(np.int64)
+    # The files have the channels first; images in memory have them last in all tasks.
     return Examples(np.ascontiguousarray(inputs.transpose(0, 2, 3, 1)), labels)
 
 
@@ -72,7 +73,7 @@ def _unpickle(path: Path) -> dict:  # type: ignore[type-arg]
         content = path.read_bytes()
     except OSError as error:
         raise ColearnError(f"{path}: expected a file of CIFAR-10, found {error}") from error
-    # Unpickling can run anything, so only the official files get that far.
+    # Unpickling can run any code, so the checksum is compared before.
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != CHECKSUMS[path.name]:
         raise ColearnError(

@@ -1,4 +1,4 @@
-"""Which files of a folder are not images: all are decoded once, and the result is kept."""
+"""A scan of a folder for files that are not readable images, with a cached result."""
 
 import hashlib
 import json
@@ -17,15 +17,15 @@ CACHE = "colearn-scan.json"
 def unreadable_images(root: Path, paths: Sequence[str]) -> dict[str, str]:
     """Return the files that are not readable images, each with the reason.
 
-    The result is kept in `root` (``colearn-scan.json``), where that can be written, and holds until
-    a file's name, size or time of modification changes.
+    Every file is decoded once. The result is cached in ``colearn-scan.json`` in `root`, where that
+    is writable, and is valid until a file's name, size or time of modification changes.
 
     Parameters
     ----------
     root : Path
-        Folder that holds all of them.
+        The folder that holds all of the files.
     paths : sequence of str
-        Files within it.
+        The paths of the files.
     """
     listing = _listing(root, paths)
     known = _kept(root / CACHE, listing)
@@ -36,7 +36,7 @@ def unreadable_images(root: Path, paths: Sequence[str]) -> dict[str, str]:
 
 
 def _scan(root: Path, paths: Sequence[str]) -> dict[str, str]:
-    # Threads: decoders release the interpreter's lock, and much of the time is the disk's.
+    # Threads are enough: decoders release the interpreter lock, and disks take much of the time.
     with ThreadPool() as pool:
         reasons = pool.imap(_why_unreadable, paths, chunksize=64)
         bar = tqdm(reasons, desc=f"checking {root}", total=len(paths), unit="file", disable=None)
@@ -53,10 +53,11 @@ def _why_unreadable(path: str) -> str:
 
     try:
         with Image.open(path) as image:
-            # The smallest scale that a JPEG decoder offers: all of the file is read at less cost.
+            # The smallest scale that a JPEG decoder offers: the file is read to its end, so that a
+            # truncated one is found, at less cost than in full size.
             image.draft(None, (1, 1))
             image.load()
-    except Exception as error:  # whatever a decoder makes of a damaged file
+    except Exception as error:  # decoders raise errors of many types for a damaged file
         return str(error).replace(repr(path), "it") or type(error).__name__
     return ""
 
@@ -72,13 +73,13 @@ def _listing(root: Path, paths: Sequence[str]) -> str:
 def _state(path: str) -> str:
     try:
         status = os.stat(path)
-    except OSError:  # such as a link to nowhere
+    except OSError:  # for example a broken link
         return "unreachable"
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _kept(path: Path, listing: str) -> dict[str, str] | None:
-    """Return the result kept for this listing, or None if there is none."""
+    """Return the result cached for this listing, or None if there is none."""
     try:
         kept = json.loads(path.read_text())
         return dict(kept["unreadable"]) if kept["listing"] == listing else None
@@ -87,9 +88,10 @@ def _kept(path: Path, listing: str) -> dict[str, str] | None:
 
 
 def _keep(path: Path, listing: str, unreadable: dict[str, str]) -> None:
+    # Renamed when complete: several participants' processes may scan the same folder at once.
     scratch = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         scratch.write_text(json.dumps({"listing": listing, "unreadable": unreadable}, indent=1))
         scratch.replace(path)
     except OSError as error:
-        log(WARNING, "%s: not written (%s), so every process checks the images anew", path, error)
+        log(WARNING, "%s: not written (%s), so every process checks the images again", path, error)

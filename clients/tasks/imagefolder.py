@@ -1,4 +1,4 @@
-"""Images in ImageNet's folder layout: DATA_DIR/{train,val}/CLASS/*.JPEG, read while training."""
+"""The task of images in ImageNet's folder layout, DATA_DIR/{train,val}/CLASS/*.JPEG."""
 
 from functools import cache
 from logging import WARNING
@@ -16,17 +16,18 @@ from flwr_colearn import ColearnError
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 IMAGE_SIZE = 224
-"""Height and width in pixels, unless the settings say otherwise."""
+"""The default height and width in pixels."""
 
 PARTS = ("train", "val")
-_NAMED = 5  # files in the log
+_NAMED = 5  # the most files to list in the log
 
 
 def top_metrics(outputs: NDArray, targets: NDArray) -> dict[str, float]:
-    """Return ``accuracy`` and ``top-5``: the class is the largest, is among the five largest.
+    """Return ``accuracy`` and ``top-5``, the share whose class is among the five largest outputs.
 
     With up to five classes ``top-5`` is 1.
     """
+    # A stable sort, so that ties rank the same on every platform.
     largest = np.argsort(-outputs, axis=1, kind="stable")[:, :5]
     top5 = float((largest == targets[:, None]).any(axis=1).mean())
     return {"accuracy": accuracy(outputs, targets), "top-5": top5}
@@ -36,13 +37,14 @@ def top_metrics(outputs: NDArray, targets: NDArray) -> dict[str, float]:
 def load(data_dir: str) -> Task:
     """Return the task: paths of images as inputs, numbers of their class folders as labels.
 
-    Every file is read once, to leave out those that are not images; what was found is kept in
-    ``DATA_DIR/colearn-scan.json`` (see `clients.tasks.image_scan`).
+    Images are read while training. Here every file is read once, to leave out those that are not
+    images; ``DATA_DIR/colearn-scan.json`` caches the result (see `clients.tasks.image_scan`).
 
     Parameters
     ----------
     data_dir : str
-        Holds ``train`` and ``val``, each with one folder a class. Folders within these count too.
+        The folder that holds ``train`` and ``val``, each with one folder a class. Files in folders
+        within these count too.
 
     Raises
     ------
@@ -57,6 +59,7 @@ def load(data_dir: str) -> Task:
     if bad:
         _report(root, bad, len(paths))
     train, val = (_examples(root / part, samples[part], bad) for part in PARTS)
+    # A fixed random order: as listed, the files are sorted by class.
     order = np.random.default_rng(0).permutation(len(train))
     return Task(
         train.take(order), val, Objective(top_metrics), model_options={"num_classes": len(classes)}
@@ -65,6 +68,7 @@ def load(data_dir: str) -> Task:
 
 def _common_classes(root: Path) -> list[str]:
     """Return the names of the class folders, which both parts must have."""
+    # A label is a folder's number, so differing folders would give the parts different classes.
     train, val = (_classes(root / part) for part in PARTS)
     if train != val:
         only = [sorted(set(train) - set(val)), sorted(set(val) - set(train))]
@@ -89,7 +93,7 @@ def _classes(folder: Path) -> list[str]:
 
 
 def _samples(folder: Path) -> list[tuple[str, int]]:
-    """Return (path, class) of every file, whatever its name: the scan says which are images."""
+    """Return (path, class) of every file; the scan, not the file name, decides which are images."""
     from torchvision.datasets import ImageFolder
 
     every = ImageFolder(str(folder), is_valid_file=lambda path: True, allow_empty=True)

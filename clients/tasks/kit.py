@@ -1,4 +1,4 @@
-"""What a framework brings to a task: its models for it, and how it prepares a batch."""
+"""The Kit of a task in a framework: its models, and the transforms that prepare a batch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ def kit_for(kits: Mapping[str, "Kit"], settings: ParticipantSettings) -> "Kit":
     Raises
     ------
     ColearnError
-        If the framework has none for it.
+        If the framework has no kit for the task.
     """
     if settings.task not in kits:
         raise ColearnError(
@@ -32,8 +32,7 @@ class Kit:
     Attributes
     ----------
     models : mapping
-        Models by name, in whatever form the framework's trainer takes them; the first is the
-        default.
+        The models by name, as the framework's trainer expects them; the first is the default.
     plain, augmented : callable
         The trainer's ``transform`` without and with the task's standard augmentation.
     """
@@ -66,6 +65,7 @@ class Kit:
             "momentum": settings.momentum,
             "weight_decay": settings.weight_decay,
             "transform": self.transform(settings),
+            # A run config has no None: 0 stands for no clipping.
             "clip_norm": settings.clip_norm or None,
         }
 

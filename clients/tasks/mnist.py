@@ -1,4 +1,4 @@
-"""MNIST: 60,000 training and 10,000 test images of handwritten digits, 28x28 grey."""
+"""The task MNIST: 60,000 training and 10,000 test images of digits, 28x28 grey pixels."""
 
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ def load(data_dir: str) -> Task:
     Parameters
     ----------
     data_dir : str
-        Holds ``MNIST/raw``; torchvision, which reads the files, downloads them if it does not.
+        The folder that holds ``MNIST/raw``; if it does not, torchvision downloads the files.
 
     Raises
     ------
@@ -28,6 +28,7 @@ def load(data_dir: str) -> Task:
     from torchvision.datasets import MNIST
 
     folder = Path(data_dir) / "MNIST" / "raw"
+    # Only an absent folder is downloaded: in one that exists, a missing file is an error.
     present = folder.is_dir()
     try:
         parts = [MNIST(data_dir, train, download=not present) for train in (True, False)]
@@ -41,6 +42,7 @@ def load(data_dir: str) -> Task:
 
 
 def _examples(images: object) -> Examples:
+    # The whole array at once; the data set's own items are PIL images, one by one.
     pixels = images.data.numpy()[..., None].astype(np.float32)  # type: ignore[attr-defined]
     labels = images.targets.numpy()  # type: ignore[attr-defined]
     return Examples((pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD), labels)

@@ -1,4 +1,4 @@
-"""From settings to tasks, shards and trainers of the framework that the run names."""
+"""The registry that builds tasks, shards and trainers from the participants' settings."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,17 +17,17 @@ _FRAMEWORKS = {
     "keras": ("clients.keras.tasks", "tensorflow"),
     "slim": ("clients.slim.tasks", "slim"),
 }
-"""For each framework its module, imported when it is asked for, and the extra that it needs."""
+"""The module of each framework, imported on first use, and the extra that installs it."""
 
 
 class Framework(Protocol):
-    """What each framework's module offers: models, transforms and trainers for the tasks."""
+    """The interface of each framework's module: trainers for the tasks."""
 
     def participant_trainer(self, settings: ParticipantSettings, task: Task) -> Trainer:
-        """Return the trainer of a participant who has all of the task's examples."""
+        """Return the trainer of a participant that holds all of the task's examples."""
 
     def server_trainer(self, settings: ParticipantSettings, task: Task) -> Trainer:
-        """Return the server's trainer: the initial model, which also evaluates every shared one."""
+        """Return the server's trainer: it has the initial model and evaluates every shared one."""
 
 
 def load_task(settings: ParticipantSettings) -> Task:
@@ -60,7 +60,7 @@ _LOADERS: dict[str, Callable[[ParticipantSettings], Task]] = {
     "speech": lambda settings: _loader("speech")(settings.data_dir or "data", settings.split),
     "audioset": lambda settings: _loader("audioset")(settings.data_dir or "data"),
 }
-"""For each task how it is loaded, by its module, which is imported when it is asked for."""
+"""The function that loads each task; it imports the task's module on first use."""
 
 
 @lru_cache(maxsize=8)
@@ -70,13 +70,13 @@ def shards(settings: ParticipantSettings, num_partitions: int) -> Shards:
     Raises
     ------
     ColearnError
-        If the partition is unknown, leaves a participant without examples, or is one by class
-        where examples have several labels.
+        If the partition is unknown, leaves a participant without examples, or splits by class
+        while examples have several labels.
     """
     task = load_task(settings)
     labels = task.train_set.labels
     if settings.examples:
-        # All tasks come in random order, so the first ones are a random subset.
+        # Every task's examples are in random order, so the first ones are a random subset.
         labels = labels[: settings.examples]
     if settings.partition == "iid":
         return equal_shards(len(labels), num_partitions, settings.seed)
@@ -98,8 +98,9 @@ def shards(settings: ParticipantSettings, num_partitions: int) -> Shards:
 def participant_trainer(
     settings: ParticipantSettings, partition_id: int, num_partitions: int
 ) -> Trainer:
-    """Return the trainer of one participant, who trains and evaluates on its own shard only."""
+    """Return the trainer of one participant, which trains and evaluates on its own shard only."""
     task = load_task(settings)
+    # Test examples stay with the server, so a participant evaluates on its training shard.
     shard = task.train_set.take(shards(settings, num_partitions)[partition_id])
     objective = task.own_objective or task.objective
     own = replace(task, train_set=shard, test_set=shard, objective=objective)
@@ -107,8 +108,9 @@ def participant_trainer(
 
 
 def server_trainer(settings: ParticipantSettings) -> Trainer:
-    """Return a trainer that evaluates on the common test set; the server's own."""
+    """Return the server's trainer, which evaluates on the common test set."""
     task = load_task(settings)
+    # Trainers refuse an empty training set; the server never trains, so any data will do.
     return framework(settings).server_trainer(settings, replace(task, train_set=task.test_set))
 
 

@@ -1,4 +1,4 @@
-"""Log-mel spectrograms of one-second clips, with numpy and scipy."""
+"""Log-mel spectrograms of one-second clips, computed with numpy and scipy."""
 
 import numpy as np
 from scipy import fft, signal
@@ -6,14 +6,14 @@ from scipy import fft, signal
 from clients.trainer import NDArray
 
 RATE = 16_000
-"""Samples a second, and samples in a clip."""
+"""The sampling rate in Hz, which is also the number of samples in a clip."""
 WINDOW, HOP = 400, 160
-"""25 ms and 10 ms."""
+"""The lengths of a window and of the hop to the next one in samples: 25 ms and 10 ms."""
 FFT = 512
 BINS, LOWEST, HIGHEST = 40, 20.0, 8000.0
-"""Mel bins, and the frequencies in Hz between which they lie."""
+"""The number of mel bins, and the frequencies in Hz between which they lie."""
 FLOOR = 1e-6
-"""Added to energies before the logarithm; 16-bit rounding noise lies below it."""
+"""The energy that is added before the logarithm; 16-bit rounding noise lies below it."""
 FRAMES = 1 + (RATE - WINDOW) // HOP
 
 
@@ -23,13 +23,13 @@ def log_mel(clip: NDArray) -> NDArray:
     Parameters
     ----------
     clip : array, [16000] of int16
-        One second at 16 kHz.
+        The samples of one second at 16 kHz.
 
     Returns
     -------
     array, [98, 40, 1] of float32
-        ``log(mel energy + 1e-6)`` by frame and mel bin: of the power spectrum of samples in
-        [-1, 1), under a periodic Hann window.
+        ``log(mel energy + 1e-6)`` by frame and mel bin. The energy is that of the power spectrum
+        of samples in [-1, 1), under a periodic Hann window.
     """
     samples = clip.astype(np.float32) / np.float32(2**15)
     frames = np.lib.stride_tricks.sliding_window_view(samples, WINDOW)[::HOP]
@@ -42,19 +42,19 @@ def log_mel(clip: NDArray) -> NDArray:
 def mel_bank(bins: int, spectrum_bins: int, rate: int, lowest: float, highest: float) -> NDArray:
     """Return weights [spectrum_bins, bins] that sum a spectrum up to mel bins.
 
-    Triangles of height 1 whose corners are equally spaced on the mel scale (HTK's,
-    ``1127 log(1 + f / 700)``), straight lines on that scale.
+    The weights of a bin are a triangle of height 1. The corners are equally spaced on the mel scale
+    (HTK's, ``1127 log(1 + f / 700)``), and the sides are straight lines on that scale.
 
     Parameters
     ----------
     bins : int
-        Mel bins.
+        The number of mel bins.
     spectrum_bins : int
-        Bins of the spectrum, from 0 to ``rate / 2`` Hz; the constant one has no weight.
+        The number of bins of the spectrum, from 0 to ``rate / 2`` Hz; bin 0 has no weight.
     rate : int
-        Samples a second.
+        The number of samples a second.
     lowest, highest : float
-        Where the first triangle begins and the last one ends, in Hz.
+        The frequencies in Hz at which the first triangle begins and the last one ends.
     """
     frequencies = _mel(np.linspace(0.0, rate / 2, spectrum_bins))[:, None]
     corners = np.linspace(_mel(lowest), _mel(highest), bins + 2)

@@ -1,7 +1,7 @@
-"""Speech Commands: one-second clips of single words, as log-mel spectrograms.
+"""The task Speech Commands: one-second clips of single words, as log-mel spectrograms.
 
-The folder is ``SpeechCommands/<word>/<speaker>_nohash_<n>.wav``, as the archive unpacks; version 1
-has 30 words and 65,000 clips. Folders whose name begins with ``_`` (background noise) are no words.
+The files are ``SpeechCommands/<word>/<speaker>_nohash_<n>.wav``, as the archive unpacks; version 1
+has 30 words and 65,000 clips. Folders whose name begins with ``_`` (background noise) are ignored.
 """
 
 import hashlib
@@ -27,26 +27,28 @@ from flwr_colearn import ColearnError
 
 FOLDER = "SpeechCommands"
 MEAN, STD = -6.1, 4.5
-"""Of log-mel values of the data set: inputs have about zero mean and unit variance. Constants, so
-that no site needs another's statistics."""
+"""The mean and deviation of the data set's log-mel values, with which inputs are standardised.
+
+They are constants, so that no site needs the statistics of another site's data.
+"""
 
 MAX_NUM_WAVS_PER_CLASS = 2**27 - 1
-"""Of the data set's own splitting function."""
+"""The constant of the data set's own splitting function, by its name there."""
 
 
 @cache
 def load(data_dir: str, split: str) -> Task:
     """Return the task; inputs are log-mel spectrograms [98, 40, 1] of `clients.tasks.spectrogram`.
 
-    The server's test set is the validation set followed by the test set; ``accuracy`` is of the
-    latter, ``validation-accuracy`` of the former. Files that are no 16 kHz, mono, 16-bit WAV are
-    named in the log and left out. Spectrograms are kept in ``log-mel.npz`` in the folder, or in
-    the user's cache where that cannot be written, until a file changes.
+    The server's test set is the validation set followed by the test set; ``accuracy`` is measured
+    on the latter, ``validation-accuracy`` on the former. Files that are no 16 kHz, mono, 16-bit WAV
+    are left out; the log lists them. Spectrograms are cached in ``log-mel.npz`` in the folder, or
+    in the user's cache if the folder is not writable, until a file changes.
 
     Parameters
     ----------
     data_dir : str
-        Holds ``SpeechCommands``, or is that folder.
+        The folder ``SpeechCommands``, or the folder that holds it.
     split : {"official", "speaker"}
         The data set's own parts (`which_set`), or parts of our own (`speaker_set`) for subsets of
         the data whose words do not have all official parts.
@@ -61,6 +63,7 @@ def load(data_dir: str, split: str) -> Task:
     folder, names = _listing(data_dir)
     arrays = _prepared(folder, names)
     _warn(folder, arrays["faults"].tolist(), len(names))
+    # The classes are those of all files, so that an unreadable clip does not renumber the words.
     words = sorted({name.partition("/")[0] for name in names})
     kept = arrays["names"].tolist()
     labels = np.array([words.index(name.partition("/")[0]) for name in kept], np.int64)
@@ -89,9 +92,10 @@ def _warn(folder: Path, faults: list[str], total: int) -> None:
 def which_set(name: str) -> str:
     """Return the official part of a clip by its file name: "training", "validation" or "testing".
 
-    By the SHA-1 of the name up to ``_nohash_``, so that a speaker's clips stay together: 10 %
-    validation, 10 % testing.
+    The part depends on the SHA-1 of the name up to ``_nohash_``, so that a speaker's clips stay
+    together: 10 % validation, 10 % testing.
     """
+    # The data set's own function, step by step: any other rounding would move clips.
     digest = int(hashlib.sha1(speaker(name).encode(), usedforsecurity=False).hexdigest(), 16)
     percentage = (digest % (MAX_NUM_WAVS_PER_CLASS + 1)) * (100.0 / MAX_NUM_WAVS_PER_CLASS)
     if percentage < 10:
@@ -114,7 +118,7 @@ SPLITS = {"official": which_set, "speaker": speaker_set}
 
 
 def _parts(names: list[str], split: str, folder: Path) -> dict[str, NDArray]:
-    """Return the places of each part's clips."""
+    """Return the indices of each part's clips."""
     parts = np.array([SPLITS[split](name.partition("/")[2]) for name in names])
     places = {part: np.flatnonzero(parts == part) for part in ("training", "validation", "testing")}
     if not all(map(len, places.values())):
@@ -133,7 +137,7 @@ def _listing(data_dir: str) -> tuple[Path, dict[str, tuple[int, int]]]:
         folder = Path(data_dir)
     names = {}
     for path in sorted(folder.glob("[!_.]*/*.wav")):
-        stat = path.stat() if path.exists() else path.lstat()  # a link may lead nowhere
+        stat = path.stat() if path.exists() else path.lstat()  # a broken link has no stat()
         names[f"{path.parent.name}/{path.name}"] = (stat.st_size, stat.st_mtime_ns)
     if not names:
         raise ColearnError(
@@ -144,7 +148,8 @@ def _listing(data_dir: str) -> tuple[Path, dict[str, tuple[int, int]]]:
 
 
 def _prepared(folder: Path, names: dict[str, tuple[int, int]]) -> dict[str, NDArray]:
-    """Return the arrays inputs [N, 98, 40, 1] and names [N], and the faults of the others."""
+    """Return the arrays inputs [N, 98, 40, 1] and names [N], and the faults of other files."""
+    # The key covers every constant of the spectrograms: after a change the cache is out of date.
     parameters = {name: value for name, value in vars(spectrogram).items() if name.isupper()} | {
         "mean": MEAN,
         "std": STD,
@@ -159,7 +164,7 @@ def _prepare(folder: Path, names: list[str]) -> dict[str, NDArray]:
     inputs = np.empty((len(names), spectrogram.FRAMES, spectrogram.BINS, 1), np.float32)
     kept: list[str] = []
     faults = []
-    # disable=None: no bar where no terminal watches.
+    # disable=None: tqdm shows no bar unless stderr is a terminal.
     for name in tqdm(names, desc="log-mel", disable=None, leave=False):
         try:
             clip = read_clip(folder / name)
@@ -185,10 +190,12 @@ def read_clip(path: Path) -> NDArray:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of chunks that hold no sound
+            # scipy warns of chunks without sound, which are harmless, and also of a file that ends
+            # early, which is damaged.
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)
             warnings.filterwarnings("error", "Reached EOF", wavfile.WavFileWarning)
             rate, samples = wavfile.read(path)
-    except Exception as error:  # scipy raises whatever a damaged header leads to
+    except Exception as error:  # a damaged header makes scipy raise errors of many types
         raise ColearnError(
             f"{path}: expected a WAV file that scipy reads, found {error!r}"
         ) from error

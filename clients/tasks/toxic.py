@@ -1,10 +1,10 @@
-"""Jigsaw's toxic comments: six labels for each of 159,571 comments on Wikipedia's talk pages.
+"""The task of Jigsaw's toxic comments: six labels for each of 159,571 comments on Wikipedia.
 
 A comment is a sequence of 150 word numbers, cut or padded with 0 at the end; 1 is an unknown word.
 All sites of a federation must give the same number to the same word. A vocabulary of pooled text
 would reveal the sites' words, so a real federation takes it from a public file of word vectors
-(run config ``vectors``), the same at every site; no text is needed for it. Without such a file the
-vocabulary is made of the training text: for simulations, where one process has all of it.
+(run config ``vectors``), the same at every site. Without such a file the vocabulary is made from
+the training text, which is for simulations only, where one process has all of the text.
 """
 
 import csv
@@ -29,23 +29,24 @@ from flwr_colearn import ColearnError
 
 LABELS = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
 LENGTH = 150
-"""Tokens of a comment; three in four comments are shorter than 90."""
+"""The number of tokens of a comment; three in four comments are shorter than 90."""
 VOCABULARY = 20_000
 OBJECTIVE = Objective(metrics=mean_roc_auc, headline="roc-auc", multi_label=True)
 
-_FORMAT = 2  # of the prepared arrays: raise it when their making changes
-_NAMED = 10
+_FORMAT = 2  # the version of the prepared arrays: raise it when their preparation changes
+_NAMED = 10  # the most malformed rows to list in the log
 
 
 @dataclass(frozen=True)
 class Comments:
-    """Rows of a table.
+    """The comments of a table, row by row.
 
     Attributes
     ----------
     texts : list of str, [N]
+        The comments.
     labels : array of float32, [N, 6]
-        0 or 1.
+        The labels, 0 or 1.
     natural : array of bool, [N]
         Whether the row was drawn at the real rates of the labels.
     """
@@ -55,7 +56,7 @@ class Comments:
     natural: NDArray
 
     def take(self, indices: NDArray) -> "Comments":
-        """Return the rows at these places."""
+        """Return the rows at these indices."""
         texts = [self.texts[index] for index in indices]
         return Comments(texts, self.labels[indices], self.natural[indices])
 
@@ -64,24 +65,24 @@ class Comments:
 def load(data_dir: str, vectors: str = "", vocabulary: int = VOCABULARY) -> Task:
     """Return the task: inputs int64 [N, 150], labels float32 [N, 6].
 
-    The test set are the scored rows of ``test.csv`` and ``test_labels.csv``, where both are there:
-    63,978 of 153,164, since the rest is labelled -1. Otherwise a tenth as many rows as
-    ``train.csv`` has, always the same, are held out from it at random. If it has a column
-    ``natural``, only rows that have 1 there, those at the labels' real rates, are held out, so
-    that the score is one at real rates; all others are trained on.
+    The test set is the scored rows of ``test.csv`` and ``test_labels.csv``, if both files exist:
+    63,978 of 153,164, since the others are labelled -1. Otherwise a tenth of the rows of
+    ``train.csv``, always the same, are held out at random. If ``train.csv`` has a column
+    ``natural``, only rows with 1 in it (drawn at the labels' real rates) are held out, so that the
+    score is one at real rates; all others are trained on.
 
-    Prepared arrays are kept on disk, see `clients.tasks.array_cache`.
+    Prepared arrays are cached on disk, see `clients.tasks.array_cache`.
 
     Parameters
     ----------
     data_dir : str
-        Holds ``train.csv`` as Kaggle has it, or a folder ``jigsaw`` that does.
+        The folder of Kaggle's ``train.csv``, or one that holds a folder ``jigsaw`` with it.
     vectors : str, optional
         A fastText ``.vec`` file. The vocabulary is its most frequent words, and the models look
-        up its vectors, which are neither trained nor exchanged. By default the vocabulary are the
+        up its vectors, which are neither trained nor exchanged. By default the vocabulary is the
         most frequent words of the training text, and the vectors are learned.
     vocabulary : int, default 20,000
-        Most words to know.
+        The largest number of words in the vocabulary.
 
     Raises
     ------
@@ -129,7 +130,7 @@ def _folder(data_dir: str) -> Path:
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
-    """Return what changes when a file does: its name, size and time of modification."""
+    """Return a file's name, size and time of modification, to notice that it has changed."""
     stat = path.stat()
     return path.name, stat.st_size, stat.st_mtime_ns
 
@@ -157,6 +158,7 @@ def _arrays(sources: Sequence[Path], vectors: str, vocabulary: int) -> dict[str,
     for path, part in ((sources[0], train), (sources[-1], test)):
         if not part.texts:
             raise ColearnError(f"{path}: expected rows to train and to test on, found too few")
+    # The vocabulary never comes from the test text, which a deployed model would not know.
     extra: dict[str, NDArray] = {}
     if vectors:
         words, extra["vectors"] = read_vectors(Path(vectors), vocabulary)
@@ -164,7 +166,7 @@ def _arrays(sources: Sequence[Path], vectors: str, vocabulary: int) -> dict[str,
         words = most_frequent(train.texts, vocabulary)
     numbers = numbered(words)
     return {
-        # Half of int64, on disk.
+        # int32 takes half of int64's space on disk.
         "train-inputs": sequences(train.texts, numbers, LENGTH).astype(np.int32),
         "train-labels": train.labels,
         "test-inputs": sequences(test.texts, numbers, LENGTH).astype(np.int32),
@@ -175,15 +177,16 @@ def _arrays(sources: Sequence[Path], vectors: str, vocabulary: int) -> dict[str,
 
 
 def held_out(comments: Comments, order: NDArray) -> tuple[Comments, Comments]:
-    """Return rows to train and to test on: the first natural ones of `order` are for the test."""
+    """Return rows to train and to test on; the test rows are the first natural ones of `order`."""
     chosen = order[comments.natural[order]][: len(order) // 10]
-    # Shuffled again: without the chosen ones the first rows would not be like the others.
+    # Shuffled again: the test rows are taken from the beginning of `order`, so few natural rows
+    # would remain among the first ones, which the run config's `examples` selects.
     rest = np.random.default_rng(1).permutation(order[~np.isin(order, chosen)])
     return comments.take(rest), comments.take(chosen)
 
 
 def read_comments(path: Path) -> Comments:
-    """Return the rows of a ``train.csv``, in its order; all are natural where it does not say."""
+    """Return the rows of a ``train.csv``; without a column ``natural``, all of them are natural."""
     table = Table(path, ("id", "comment_text", *LABELS), optional="natural")
     texts, labels, natural = [], [], []
     for where, (_, text, *values) in table.rows():
@@ -199,14 +202,14 @@ def read_comments(path: Path) -> Comments:
 
 
 def read_test(texts_path: Path, labels_path: Path) -> Comments:
-    """Return the rows of a ``test.csv`` that ``test_labels.csv`` has labels for, in its order."""
+    """Return the rows of a ``test.csv`` that have labels in ``test_labels.csv``, in its order."""
     labels_of = _test_labels(labels_path)
     table = Table(texts_path, ("id", "comment_text"))
     texts, labels, unscored = [], [], 0
     for where, (name, text) in table.rows():
         if name not in labels_of:
             table.malformed.append(f"{where}: no usable labels in {labels_path.name}")
-        elif -1 in labels_of[name]:
+        elif -1 in labels_of[name]:  # Kaggle's mark of a row that no score counts
             unscored += 1
         else:
             texts.append(text)
@@ -237,17 +240,18 @@ def _label_array(labels: Sequence[Sequence[int | None]]) -> NDArray:
 
 @dataclass
 class Table:
-    """A csv file, and what is wrong with its rows.
+    """The reader of a csv file, which collects the faults of its rows.
 
     Attributes
     ----------
     path : Path
+        The file.
     columns : sequence of str
-        Those that must be there, the row's id first.
+        The required columns, the row's id first.
     optional : str
-        One that may be there.
+        The name of a column that may be absent.
     malformed : list of str
-        For each row that is left out its line, its id and the reason.
+        The line, the id and the fault of each row that is left out.
     """
 
     path: Path
@@ -256,7 +260,7 @@ class Table:
     malformed: list[str] = field(default_factory=list)
 
     def rows(self) -> Iterator[tuple[str, list[str]]]:
-        """Yield where a row ends, to name it by, and its columns, `optional` last.
+        """Yield the line and id of each row, for messages, and its columns, `optional` last.
 
         Raises
         ------
@@ -264,6 +268,7 @@ class Table:
             If the file is no csv file in UTF-8, or lacks a column.
         """
         try:
+            # utf-8-sig: spreadsheet programs write a byte order mark before the first column name.
             with self.path.open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.reader(file)
                 header = next(reader, [])
@@ -292,7 +297,7 @@ class Table:
         return [header.index(column) for column in (*self.columns, *also)]
 
     def report(self) -> None:
-        """Log how many rows were left out, and name the first ones."""
+        """Log the number of rows that were left out, and the faults of the first ones."""
         if self.malformed:
             log(
                 WARNING,

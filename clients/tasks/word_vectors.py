@@ -1,4 +1,4 @@
-"""Reading pre-trained word vectors in fastText's text format, ``.vec``."""
+"""The reader of pre-trained word vectors in fastText's text format, ``.vec``."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -14,35 +14,35 @@ from clients.tasks.words import FIRST_WORD, UNKNOWN, tokens
 from clients.trainer import NDArray
 from flwr_colearn import ColearnError
 
-_NAMED = 10
+_NAMED = 10  # the most malformed lines to list in the log
 
 
 def read_vectors(path: Path, size: int) -> tuple[list[str], NDArray]:
     """Read the first `size` words that the tokenizer can produce, and their vectors.
 
     Such files are sorted by frequency, so these are the most frequent words; the rest of the file
-    is not read. Words that no text can contain as a single token, such as those with capitals,
-    are passed over, as are repetitions of a word. Malformed lines are logged and left out.
+    is not read. Words that the tokenizer never returns as a single token, such as those with
+    capitals, are skipped, as are repetitions of a word. Malformed lines are logged and left out.
 
     Parameters
     ----------
     path : Path
-        First line ``words dimension``, then a word and its numbers in every line, separated by
-        single spaces, UTF-8.
+        The file, in UTF-8: a first line ``words dimension``, then a word and its numbers in every
+        line, separated by single spaces.
     size : int
-        Most words to read.
+        The largest number of words to read.
 
     Returns
     -------
     words : list of str, [W]
-        In the file's order, at most `size`.
+        The words in the file's order, at most `size`.
     matrix : array of float32, [W + 2, dimension]
-        Row 0 (padding) is zero, row 1 (an unknown word) the mean of the words' vectors.
+        The vectors: row 0 (padding) is zero, row 1 (an unknown word) the mean of all vectors.
 
     Raises
     ------
     ColearnError
-        If the file cannot be read, or is of another format, or has no word.
+        If the file cannot be read, has another format, or has no usable word.
     """
     vectors: dict[str, NDArray] = {}
     malformed: list[str] = []
@@ -76,7 +76,7 @@ def read_vectors(path: Path, size: int) -> tuple[list[str], NDArray]:
 
 
 def _header(path: Path, line: bytes) -> tuple[int, int]:
-    """Return how many words the file says that it has, and their dimension."""
+    """Return the number of words that the file's first line announces, and their dimension."""
     fields = line.split()
     if len(fields) != 2 or not all(field.isdigit() and int(field) > 0 for field in fields):
         raise ColearnError(
@@ -89,11 +89,12 @@ def _header(path: Path, line: bytes) -> tuple[int, int]:
 def _entries(
     file: BinaryIO, announced: int, dimension: int, malformed: list[str]
 ) -> Iterator[tuple[str, NDArray]]:
-    """Yield words and vectors; add what is wrong with a line to `malformed`."""
+    """Yield words and vectors; append the faults of malformed lines to `malformed`."""
     number = 1
     lines = tqdm(file, desc="reading vectors", total=announced, disable=None, leave=False)
     for number, line in enumerate(islice(lines, announced), 2):
         try:
+            # Single spaces only: split() would also split words that contain other white space.
             word, *numbers = line.decode().rstrip(" \r\n").split(" ")
             vector = np.array(numbers, np.float32)
         except ValueError as error:

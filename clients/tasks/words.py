@@ -1,4 +1,4 @@
-"""From text to whole numbers: tokens, a vocabulary, and sequences of equal length."""
+"""The conversion of text to numbers: tokens, a vocabulary, and sequences of equal length."""
 
 import re
 from collections import Counter
@@ -16,7 +16,7 @@ _TOKEN = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
 
 
 def tokens(text: str) -> list[str]:
-    """Return the words, lower-case, with apostrophes inside them, and every punctuation mark.
+    """Return the words in lower case, with the apostrophes inside, and all punctuation marks.
 
     Examples
     --------
@@ -31,11 +31,12 @@ def most_frequent(texts: Iterable[str], size: int) -> list[str]:
     counts: Counter[str] = Counter()
     for text in tqdm(texts, desc="counting words", disable=None, leave=False):
         counts.update(tokens(text))
+    # Ties in alphabetical order: the same text gives every process the same vocabulary.
     return sorted(counts, key=lambda word: (-counts[word], word))[:size]
 
 
 def numbered(words: Sequence[str]) -> dict[str, int]:
-    """Return every word's number; 0 is padding and 1 any word that is not among them."""
+    """Return the number of every word; 0 is padding and 1 any word outside the vocabulary."""
     return {word: number for number, word in enumerate(words, FIRST_WORD)}
 
 

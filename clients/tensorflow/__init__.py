@@ -1,1 +1,1 @@
-"""What Keras on TensorFlow and TF-slim share."""
+"""The setup and transforms that participants in Keras and TF-slim share."""

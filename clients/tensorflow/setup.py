@@ -1,10 +1,14 @@
-"""TensorFlow and Keras as participants use them: import them from here, not by themselves."""
+"""The import of TensorFlow and Keras with the settings that participants need.
+
+Participants import both from this module, never directly.
+"""
 
 import os
 from contextlib import suppress
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # warnings and errors only
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # goes before ~/.keras/keras.json
+# Both are read at import, so they are set before it.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only: no information, no warnings
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # takes precedence over ~/.keras/keras.json
 
 import keras
 import tensorflow as tf
@@ -15,12 +19,12 @@ __all__ = ["check_device", "grow_memory", "keras", "tf"]
 
 
 def grow_memory() -> None:
-    """Let TensorFlow take a GPU's memory as it needs it, since participants may share one.
+    """Make TensorFlow allocate a GPU's memory as needed, since participants may share a GPU.
 
-    By default the first process takes nearly all of it.
+    By default the first process allocates nearly all of it.
     """
     for gpu in tf.config.list_physical_devices("GPU"):
-        with suppress(RuntimeError):  # too late: the program has used the GPU before
+        with suppress(RuntimeError):  # raised if the program has used the GPU before
             tf.config.experimental.set_memory_growth(gpu, True)
 
 
@@ -30,7 +34,7 @@ def check_device(device: str) -> str:
     Raises
     ------
     ColearnError
-        If there is no such device: TensorFlow itself would train on another one without a word.
+        If there is no such device. TensorFlow itself would train on another one without a warning.
     """
     present = [each.name.removeprefix("/device:") for each in tf.config.list_logical_devices()]
     name = device.lstrip("/").upper()

@@ -1,7 +1,7 @@
-"""Preparing image batches in TensorFlow, eagerly, in a tf.function or in a graph.
+"""Transforms of image batches in TensorFlow, eagerly, in a tf.function or in a graph.
 
-A transform is a function ``(inputs, training, seed) -> inputs``; `seed` is an integer tensor [2],
-another one for every step, from which all randomness comes.
+A transform is a function ``(inputs, training, seed) -> inputs``. All random numbers are drawn from
+`seed`, an integer tensor [2] that is different in every step.
 """
 
 from collections.abc import Callable
@@ -36,6 +36,7 @@ def random_crop(images: tf.Tensor, padding: int, seed: tf.Tensor) -> tf.Tensor:
     n, (height, width) = tf.shape(images)[0], images.shape[1:3]
     padded = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
     offsets = tf.random.stateless_uniform([2, n, 1], seed, 0, 2 * padding + 1, tf.int32)
+    # batch_dims=1 gathers with each image's own indices.
     rows = tf.gather(padded, offsets[0] + tf.range(height), axis=1, batch_dims=1)
     return tf.gather(rows, offsets[1] + tf.range(width), axis=2, batch_dims=1)
 

@@ -1,4 +1,4 @@
-"""Image files as a PyTorch data set: decoded, cropped and scaled while training."""
+"""A PyTorch data set of image files, which are decoded, cropped and scaled while training."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -25,22 +25,22 @@ from flwr_colearn.errors import whole_number
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles(Dataset[tuple[Tensor, int]]):
-    """Images [3, size, size] of uint8 and their classes, each read when it is asked for.
+    """Images [3, size, size] of uint8 and their classes, each read from its file on access.
 
     Plain images are resized (shorter side 8/7 of `size`, as 256 is of 224) and cropped in the
-    centre. Augmented ones, the paper's way, are crops of 8 to 100 % of the area at an aspect ratio
-    of 3/4 to 4/3, scaled, and mirrored with probability one half.
+    centre. Augmented images, as in the paper, are crops of 8 to 100 % of the area at an aspect
+    ratio of 3/4 to 4/3, scaled, and mirrored with probability one half.
 
     Attributes
     ----------
     examples : Examples
-        Paths and classes.
+        The paths and the classes.
     size : int
-        Height and width in pixels.
+        The height and width in pixels.
     augment : bool
-        Whether `seeded` augments.
+        Whether the images that `seeded` returns are augmented.
     seed : int, optional
-        Of the augmentation; None for plain images.
+        The seed of the augmentation; None for plain images.
     """
 
     examples: Examples
@@ -49,7 +49,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     seed: int | None = None
 
     def seeded(self, seed: int) -> Self:
-        """Return the images of one training epoch: augmented if they are to be."""
+        """Return the images of one training epoch, augmented if `augment` is set."""
         return replace(self, seed=seed) if self.augment else self
 
     def __len__(self) -> int:
@@ -63,14 +63,15 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     def _tensor(self, image: Image.Image, index: int) -> Tensor:
         if self.seed is None:
             return _plain(self.size)(image)  # type: ignore[no-any-return]
-        # A seed for each image, so that it does not matter which process draws it.
+        # A seed for each image, so that the augmentation does not depend on the loader process
+        # that reads the image. The fork restores the generator, from which dropout draws too.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(self.seed, index))
             return _augmented(self.size)(image)  # type: ignore[no-any-return]
 
 
 def image_files(examples: Examples, settings: ParticipantSettings) -> ImageFiles:
-    """Return the examples of the task imagefolder as the settings ask for them.
+    """Return the examples of the task imagefolder in the size that the settings give.
 
     Raises
     ------

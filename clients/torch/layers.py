@@ -1,4 +1,4 @@
-"""Batch renormalization and norms that an activation follows, and telling such layers apart."""
+"""Batch renormalization, norms with an activation, and the detection of such layers."""
 
 import sys
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flwr_colearn import BatchRenorm, ColearnError
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
-"""The class of all of torch's batch norms, whatever their dimensions."""
+"""The base class of torch's batch norms of all dimensions."""
 
 
 class BatchRenormLayer(BatchNorm):
@@ -18,11 +18,11 @@ class BatchRenormLayer(BatchNorm):
     Parameters
     ----------
     num_features : int
-        Channels, on axis 1.
+        The number of channels, on axis 1.
     scheme : BatchRenorm
-        Limits of r and d, and their warm-up in batches seen.
+        The limits of r and d, and the batches of their warm-up.
     **kwargs
-        Of ``nn.BatchNorm1d``.
+        Further arguments of ``nn.BatchNorm1d``.
     """
 
     def __init__(self, num_features: int, scheme: BatchRenorm | None = None, **kwargs: Any) -> None:
@@ -36,18 +36,22 @@ class BatchRenormLayer(BatchNorm):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
+        # The batch counter drives the warm-up, so it travels with the statistics (role counter).
         r_max, d_max = self.scheme.limits(int(self.num_batches_tracked))
         self.num_batches_tracked.add_(1)
         axes = [axis for axis in range(inputs.dim()) if axis != 1]
-        # Under autocast inputs have half the digits, in which no variance can be taken.
+        # Under autocast inputs have half precision, too little for a variance.
         wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         mean = wide.mean(axes)
         variance = wide.var(axes, unbiased=False)
         sigma = (variance + self.eps).sqrt()
+        # Ioffe (2017), algorithm 1: r and d are constants in the backward pass, and use the
+        # running statistics from before this batch.
         with torch.no_grad():
             running_sigma = (self.running_var + self.eps).sqrt()
             r = (sigma / running_sigma).clamp(1 / r_max, r_max)
             d = ((mean - self.running_mean) / running_sigma).clamp(-d_max, d_max)
+            # torch's rule: momentum None means a cumulative average.
             rate = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             count = inputs.numel() / inputs.shape[1]
             unbiased = variance * (count / max(count - 1, 1))
@@ -66,9 +70,9 @@ class BatchRenormLayer(BatchNorm):
 
 
 class Acting(nn.Module):
-    """Mixin that lets `drop` and `act` follow a norm, as in timm's ``BatchNormAct2d``.
+    """Mixin for a norm that `drop` and `act` follow, as in timm's ``BatchNormAct2d``.
 
-    They are children beside the norm's arrays, which thus keep their names (``bn.weight``).
+    Both are child modules, so that the norm's arrays keep their names (``bn.weight``).
     """
 
     drop: nn.Module
@@ -80,15 +84,17 @@ class Acting(nn.Module):
 
 
 class ActingGroupNorm(Acting, nn.GroupNorm):
-    """Group norm in the place of a batch norm that `drop` and `act` follow."""
+    """Group norm that replaces a batch norm with `drop` and `act`."""
 
 
 class ActingBatchRenorm(Acting, BatchRenormLayer):
-    """Batch renormalization in the place of a batch norm that `drop` and `act` follow."""
+    """Batch renormalization that replaces a batch norm with `drop` and `act`."""
 
 
 def timm_layers() -> Any:
-    """Return the module ``timm.layers`` if it is in use; participants work without timm."""
+    """Return the module ``timm.layers`` if it is imported, else None."""
+    # Not imported here: participants work without timm, and a model with timm's layers has
+    # imported it already.
     return sys.modules.get("timm.layers")
 
 
@@ -98,8 +104,10 @@ def holds_activation(layer: BatchNorm) -> bool:
     Raises
     ------
     ColearnError
-        If the layer does anything else besides, which would be lost.
+        If the layer computes anything else, which its replacement would leave out.
     """
+    # The function `forward` is compared, not the class: a subclass without a forward of its own
+    # computes the same as its base.
     timm = timm_layers()
     plain = [BatchNorm, nn.SyncBatchNorm, BatchRenormLayer]
     acting = [Acting, timm.BatchNormAct2d] if timm else [Acting]

@@ -1,4 +1,4 @@
-"""PyTorch's half of the normalization schemes; layers are found by module type, never by name."""
+"""The normalization schemes in PyTorch; layers are found by module type, never by name."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,24 +22,24 @@ from flwr_colearn.grids import AllReduceGroup, group_of
 
 
 def convert(model: nn.Module, scheme: Normalization) -> nn.Module:
-    """Return a copy of a model with its batch-norm layers as the scheme has them.
+    """Return a copy of a model whose batch-norm layers are converted to the scheme's layers.
 
-    `GroupNorm` and `LayerNorm` take their place with gamma and beta; `BatchRenorm` keeps the
+    `GroupNorm` and `LayerNorm` replace them and keep gamma and beta; `BatchRenorm` keeps the
     statistics as well. Other schemes change no layer. Layer norm is over channels and positions
-    together, with gamma and beta by channel: group norm with one group. Where dropout and an
-    activation are part of the layer (timm's ``BatchNormAct2d``), they go on following the norm.
+    together, with gamma and beta by channel: group norm with one group. Dropout and an activation
+    that are part of the layer (timm's ``BatchNormAct2d``) follow the new norm too.
 
     Parameters
     ----------
     model : nn.Module
-        Left as it is.
+        The model, which is not changed.
     scheme : Normalization
-        The one that the server's strategy has.
+        The scheme of the server's strategy.
 
     Returns
     -------
     nn.Module
-        Names of arrays that remain are the same.
+        The converted copy, in which the remaining arrays keep their names.
 
     Raises
     ------
@@ -54,24 +54,24 @@ def convert(model: nn.Module, scheme: Normalization) -> nn.Module:
 
 @contextmanager
 def normalised(model: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
-    """Let a model's batch-norm layers train as the server's scheme says, within the block.
+    """Apply the server's normalization scheme to a model's batch-norm layers, within the block.
 
-    One line around the training loop, for the schemes under which layers compute otherwise than
-    they usually do: in the second phase of `Frozen` they normalise with the shared statistics,
-    whatever ``model.train()`` says; `Synchronised` ones use the batch of all participants. What
-    follows the norm in a layer (timm's dropout) trains as ever.
+    This context manager goes around the training loop. It matters for the schemes that change how
+    layers compute: in the second phase of `Frozen` they normalise with the shared statistics, also
+    after ``model.train()``; under `Synchronised` they use the batches of all participants. Modules
+    that follow the norm in a layer (timm's dropout) train as usual.
 
     Parameters
     ----------
     model : nn.Module
-        Its batch-norm layers are changed in place, and changed back.
+        The model, whose batch-norm layers are changed in place and restored at the end.
     config : mapping
         The train config.
 
     Raises
     ------
     ColearnError
-        If the scheme cannot be had here; the message says why.
+        If the scheme is not possible with this model or device; the message has the reason.
 
     Examples
     --------
@@ -94,11 +94,13 @@ def normalised(model: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
                 forward = partial(_synchronised_forward, layer, acts, group, rank)
                 layer.forward = forward  # type: ignore[method-assign]
         if config.get("normalization-frozen"):
+            # Training loops call model.train() inside the block, so `train` is replaced as well.
             for layer in layers:
                 layer.training = False
                 layer.train = partial(_stay, layer)  # type: ignore[method-assign]
         yield
     finally:
+        # The replacements are attributes of the instances; without them the class's methods apply.
         for layer in layers:
             for name in ("forward", "train"):
                 layer.__dict__.pop(name, None)
@@ -108,18 +110,18 @@ def normalised(model: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
 def recalibrated(
     model: nn.Module, batches: Iterable[Tensor]
 ) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
-    """Return the statistics of all data under the model's weights, as ``update_bn`` has them.
+    """Return the statistics of all data under the model's weights, as ``update_bn`` computes them.
 
-    One forward pass in training mode, in which every layer normalises with its batch; the mean
-    and the (population) variance of what reaches a layer are taken over all batches together,
-    so they do not depend on how the data are cut where no other batch norm lies before the layer.
+    The function makes one forward pass in training mode, in which every layer normalises with its
+    batch. The mean and the (population) variance of a layer's inputs are taken over all batches
+    together, so those of the first batch norm do not depend on the batch size.
 
     Parameters
     ----------
     model : nn.Module
-        Left as it is, running statistics included.
+        The model, which is not changed, running statistics included.
     batches : iterable of Tensor
-        Inputs, on the model's device.
+        The inputs, on the model's device.
 
     Returns
     -------
@@ -138,9 +140,11 @@ def recalibrated(
         layer.register_forward_pre_hook(lambda _, args, seen=moments[name]: seen.add(args[0]))
         for name, layer in layers.items()
     ]
-    model.eval()  # dropout is no part of the statistics
+    # eval() first, because dropout would change the statistics. Then the attribute, not train(),
+    # which would also switch on dropout inside a layer (timm).
+    model.eval()
     for layer in layers.values():
-        layer.training = True  # not train(): dropout may be a part of the layer
+        layer.training = True
     try:
         for inputs in batches:
             model(inputs)
@@ -158,7 +162,11 @@ def recalibrated(
 
 
 class _Moments:
-    """Count, mean and sum of squared deviations by channel, merged batch by batch in float64."""
+    """Count, mean and sum of squared deviations by channel, merged batch by batch in float64.
+
+    The merge is that of Chan, Golub and LeVeque (1979); a sum of squares minus the squared mean
+    would cancel.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -194,6 +202,8 @@ class _Synchronise(torch.autograd.Function):
         axes = [axis for axis in range(inputs.dim()) if axis != 1]
         shape = [1, -1] + [1] * (inputs.dim() - 2)
         count = inputs.numel() // inputs.shape[1]
+        # Two exchanges: the mean first, then the squared deviations from it. One exchange of sums
+        # and sums of squares would lose digits.
         own = np.append(inputs.double().sum(axes).numpy(), [count, inputs.shape[0]])
         *sums, total, examples = group.sum(rank, own)
         mean = torch.tensor(np.array(sums) / total)
@@ -204,7 +214,8 @@ class _Synchronise(torch.autograd.Function):
         normal = centered / (variance.view(shape) + layer.eps).sqrt()
         ctx.save_for_backward(normal, variance)
         ctx.job = layer.eps, group, rank, total, inputs.shape[0] / examples
-        # A copy in float64 too: an activation may work in place, and `normal` is saved.
+        # A copy even of float64 inputs: an activation may work in place, but `normal` is saved for
+        # the backward pass.
         return normal.to(inputs.dtype, copy=True)
 
     @staticmethod
@@ -214,10 +225,11 @@ class _Synchronise(torch.autograd.Function):
         axes = [axis for axis in range(gradient.dim()) if axis != 1]
         shape = [1, -1] + [1] * (gradient.dim() - 2)
         wide = gradient.double()
-        # Everyone differentiates the mean loss of its own batch; the joint loss is the mean with
-        # the shares as weights, with which the server will average the gradients.
+        # Every participant differentiates the mean loss of its own batch. The joint loss is their
+        # mean weighted by the shares of examples, by which the server averages the gradients.
         own = torch.stack([wide.sum(axes), (wide * normal).sum(axes)]) * share
         sums = torch.from_numpy(group.sum(rank, own.numpy())) / (total * share)
+        # Batch norm's gradient by its inputs, with the means of all participants' batches.
         through = sums[0].view(shape) + normal * sums[1].view(shape)
         result = (wide - through) / (variance.view(shape) + eps).sqrt()
         return result.to(gradient.dtype), None, None, None
@@ -252,7 +264,7 @@ def _track(layer: BatchNorm, mean: Tensor, variance: Tensor) -> None:
 
 
 def _stay(layer: BatchNorm, mode: bool = True) -> BatchNorm:
-    """Take the place of ``train`` in a frozen layer; dropout that is a part of it is not frozen."""
+    """Replace ``train`` of a frozen layer; only its child modules (dropout) change their mode."""
     for child in layer.children():
         child.train(mode)
     return layer
@@ -269,6 +281,7 @@ def _replace(module: nn.Module, convert_layer: Callable[[BatchNorm], nn.Module])
 def _converted(layer: BatchNorm, scheme: GroupNorm | LayerNorm | BatchRenorm) -> nn.Module:
     acts = holds_activation(layer)
     channels, state = layer.num_features, layer.state_dict()
+    # The new layer is made on the device and in the type of the old one's arrays.
     like = next((tensor for tensor in state.values() if tensor.is_floating_point()), None)
     where: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
     new: nn.Module
@@ -280,7 +293,7 @@ def _converted(layer: BatchNorm, scheme: GroupNorm | LayerNorm | BatchRenorm) ->
         groups = scheme.groups_of(channels) if isinstance(scheme, GroupNorm) else 1
         norm = ActingGroupNorm if acts else nn.GroupNorm
         new = norm(groups, channels, layer.eps, layer.affine, **where)
-    # Not strict: a layer that tracked no statistics has none to keep.
+    # Not strict: a layer without running statistics has none to copy.
     new.load_state_dict({n: a for n, a in state.items() if n in new.state_dict()}, strict=False)
     new.train(layer.training)
     if acts:

@@ -1,4 +1,4 @@
-"""Online learners in PyTorch: a ClientApp whose participants learn from streams."""
+"""A ClientApp of online learners in PyTorch, which train on streams."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from flwr_colearn import learner, participant_mod
 def make_online_app(
     build: Callable[[Context], tuple[nn.Module, Stream]], learning_rate: float
 ) -> ClientApp:
-    """Return a ClientApp for `flwr_colearn.DynamicAveraging` and its kin.
+    """Return a ClientApp for `flwr_colearn.DynamicAveraging` and other `ModelAveraging`.
 
     Parameters
     ----------
@@ -23,7 +23,7 @@ def make_online_app(
         ``Context -> (model, stream)`` of a participant. The model's weights are overwritten, so
         participants in one process may share it.
     learning_rate : float
-        Of plain SGD.
+        The learning rate of plain SGD.
     """
     app = ClientApp(mods=[participant_mod])
 
@@ -32,6 +32,7 @@ def make_online_app(
         model, stream = build(context)
         load(model, message.content.array_records["arrays"])
         config = message.content.config_records["config"]
+        # The server counts the mini-batches, so a restarted learner continues at the right one.
         first, number = int(config["batches-done"]), int(config["mini-batches"])  # type: ignore[arg-type]
         loss, examples = learn(model, stream, range(first, first + number), learning_rate)
         metrics = MetricRecord({"num-examples": examples, "loss": loss})
@@ -48,9 +49,9 @@ def learn(
     Returns
     -------
     loss : float
-        Mean over the examples, each measured before the step that learns from it.
+        The mean loss over the examples, each measured before the step that learns from it.
     examples : int
-        How many.
+        The number of examples.
     """
     parameters = list(model.parameters())
     model.train()
@@ -59,6 +60,7 @@ def learn(
         inputs, targets = stream.batch(number)
         loss = nn.functional.cross_entropy(model(inputs), targets)
         gradients = torch.autograd.grad(loss, parameters)
+        # Plain SGD has no state, so that a learner needs no reset when it gets another model.
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.sub_(gradient, alpha=learning_rate)

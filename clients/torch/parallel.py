@@ -1,6 +1,6 @@
-"""ParallelTrainer: one participant with several GPUs, data parallel inside its site.
+"""ParallelTrainer, the trainer of one participant with several GPUs.
 
-The paper's sites have four GPUs each, and name synchronized batch norm as the way to use them.
+The paper's sites have four GPUs each and synchronize batch norm over them.
 """
 
 import copy
@@ -33,26 +33,27 @@ from flwr_colearn import ColearnError, Role
 class ParallelTrainer:
     """A Trainer over N devices: every step's batch is split over them, gradients are averaged.
 
-    One process a device (``DistributedDataParallel``); batch norm is synchronised over the
-    devices, so training is that of one device with the same `batch_size`, to float precision. An
-    epoch leaves out the up to N-1 examples that do not split evenly.
+    Every device has a process (``DistributedDataParallel``). Batch norm is synchronised over the
+    devices, so the result is that of one device with the same `batch_size`, to float precision. An
+    epoch leaves out up to N-1 examples of a batch that do not split evenly.
 
     Parameters
     ----------
     model, train_set, test_set
-        As for `TorchTrainer`; they are pickled to the processes.
+        The arguments of `TorchTrainer`; they are pickled to the processes.
     devices : sequence of str
-        Such as ``["cuda:0", "cuda:1"]``. CPUs serve networks without batch norm, for tests.
+        The devices, for example ``["cuda:0", "cuda:1"]``. CPUs are for tests, with networks without
+        batch norm.
     batch_size : int, default 32
-        Of a step, over all devices together; at least N.
+        The batch size of a step, over all devices together; at least N.
     **options
         Further arguments of `TorchTrainer`.
 
     Raises
     ------
     ColearnError
-        If the batch cannot be split, or batch norm is to be synchronised on CPUs, which torch
-        does not offer.
+        If the batch cannot be split, or the network has batch norm and the devices are CPUs, on
+        which torch cannot synchronise it.
     """
 
     def __init__(
@@ -81,10 +82,12 @@ class ParallelTrainer:
             )
         for module in model.modules():
             if isinstance(module, BatchNorm):
-                holds_activation(module)  # refuses a layer of which more would be lost
+                holds_activation(module)  # raises for a layer that the conversion would truncate
         self.model = model
+        # The processes find each other by a file, which needs no free port.
         self._folder = tempfile.TemporaryDirectory()
         meeting_point = Path(self._folder.name, "rendezvous").as_uri()
+        # "spawn", because CUDA does not work in a forked process.
         context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
         processes = []
@@ -97,9 +100,10 @@ class ParallelTrainer:
                 daemon=True,
             )
             process.start()
-            theirs.close()  # so that the end of the process is seen at once
+            theirs.close()  # with a copy of it here, recv() would not notice the process's end
             self._pipes.append(ours)
             processes.append(process)
+        # Not __del__: a finalizer also runs at the interpreter's exit.
         weakref.finalize(self, _dismiss, self._pipes, processes)
 
     def get_weights(self) -> dict[str, NDArray]:
@@ -107,7 +111,7 @@ class ParallelTrainer:
         return self._ask("get_weights", only_first=True)  # type: ignore[no-any-return]
 
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
-        """Load the state dict on every device and start with a new optimizer."""
+        """Load the state dict on every device and reinitialise the optimizers."""
         self._ask("set_weights", dict(weights))
 
     def roles(self) -> dict[str, Role]:
@@ -115,7 +119,7 @@ class ParallelTrainer:
         return roles_of(self.model)
 
     def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
-        """Train one full pass over the local data, each device its part of every batch."""
+        """Train one full pass over the local data; each device trains its part of every batch."""
         results = self._ask("train_epoch", learning_rate, seed)
         examples = sum(result.num_examples for result in results)
         loss = sum(result.loss * result.num_examples for result in results) / examples
@@ -134,7 +138,7 @@ class ParallelTrainer:
         return self._ask("get_optimizer_state", only_first=True)  # type: ignore[no-any-return]
 
     def set_optimizer_state(self, state: Mapping[str, NDArray]) -> None:
-        """Go on with buffers returned earlier."""
+        """Load buffers that `get_optimizer_state` returned, on every device."""
         self._ask("set_optimizer_state", dict(state))
 
     def _ask(self, method: str, *arguments: Any, only_first: bool = False) -> Any:
@@ -142,7 +146,8 @@ class ParallelTrainer:
         pipes = self._pipes[:1] if only_first else self._pipes
         for pipe in pipes:
             pipe.send((method, arguments))
-        # All are heard before a failure is told: an answer left in a pipe would be the next one's.
+        # All replies are received before an error is raised: a reply that is left in a pipe would
+        # be taken for that of the next call.
         replies = [_receive(pipe) for pipe in pipes]
         for rank, (failure, _) in enumerate(replies):
             if failure:
@@ -152,27 +157,30 @@ class ParallelTrainer:
 
 
 class _Replica(TorchTrainer):
-    """The trainer of one device: its part of every batch, gradients averaged over the devices."""
+    """The trainer of one device, which trains a part of every batch and averages gradients."""
 
     def __init__(self, rank: int, world: int, model: nn.Module, *args: Any, **options: Any) -> None:
-        # The pickled model's tensors are shared memory: each replica needs its own.
+        # A pickled model's tensors lie in memory that the processes share; each replica needs its
+        # own.
         model = copy.deepcopy(model)
         if torch.device(options["device"]).type == "cuda":
             model = convert_sync_batchnorm(model)
         super().__init__(model, *args, **options)
         self.rank, self.world = rank, world
         device_ids = [self.device] if self.device.type == "cuda" else None
-        # Buffers are equal on all devices: synchronised statistics, and constants.
+        # No broadcast: synchronised statistics and constants are equal on all devices.
         self.network = DistributedDataParallel(
             self.network, device_ids=device_ids, broadcast_buffers=False
         )
 
     def own_seed(self, seed: int) -> int:
-        """Return a seed of this device: its part of a batch is augmented by itself."""
+        """Return a seed of this device, so that devices augment their parts differently."""
         return derive_seed(seed, self.rank)
 
     def own_part(self, batches: BatchSampler) -> Iterator[list[int]]:
         """Yield every world-th example of each batch, equally many on every device."""
+        # Equal parts: gradients are averaged without weights, and a device without a part would
+        # block the others in the gradients' exchange.
         for batch in batches:
             usable = len(batch) // self.world * self.world
             if usable:
@@ -180,9 +188,9 @@ class _Replica(TorchTrainer):
 
 
 def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
-    """Return a model whose batch-norm layers take the batches of all devices together.
+    """Return a model whose batch-norm layers are synchronised over all devices.
 
-    timm's layers may hold an activation, which torch's own conversion would drop.
+    timm's layers may include an activation, which torch's own conversion would drop.
     """
     convert = (timm_layers() or nn.SyncBatchNorm).convert_sync_batchnorm
     return convert(model)  # type: ignore[no-any-return]
@@ -197,9 +205,9 @@ def _serve(
     start_method: str,
     job: tuple[Any, ...],
 ) -> None:
-    """Answer calls in a device's process until the other end of the pipe is gone."""
-    # The processes that load data start as they do for a single device: daemons may not start any,
-    # and by default a spawned process spawns its own, which import everything anew in every epoch.
+    """Answer calls in a device's process until the other end of the pipe is closed."""
+    # A DataLoader's processes must start as on a single device. A daemon may not start any. And a
+    # spawned process would spawn its own by default, which import every module in every epoch.
     mp.current_process().daemon = False
     mp.set_start_method(start_method, force=True)
     backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
@@ -215,7 +223,7 @@ def _serve(
             return
         try:
             pipe.send((None, getattr(replica, method)(*arguments)))
-        except Exception:  # whatever it is, the participant's process must hear of it
+        except Exception:  # every error goes to the participant's process, which waits for a reply
             pipe.send((traceback.format_exc(), None))
 
 

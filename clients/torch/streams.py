@@ -1,6 +1,7 @@
-"""Endless streams of mini-batches, each a function of its number: what online learners learn from.
+"""Endless streams of mini-batches for online learners.
 
-A stream has no state, so a learner that is restarted goes on exactly where it was.
+A mini-batch depends on its number only, not on a state of the stream, so a learner that is
+restarted continues with exactly the same data.
 """
 
 from dataclasses import dataclass, field
@@ -15,24 +16,24 @@ from clients.trainer import NDArray
 
 
 class Stream(Protocol):
-    """A learner's data."""
+    """The interface of a learner's data."""
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets of mini-batch number `index`, from 0."""
+        """Return the inputs and targets of mini-batch number `index`, from 0."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Pass after pass over a data set, each in an order of its own.
+    """Repeated passes over a data set, each in a random order of its own.
 
     Attributes
     ----------
     inputs, targets : Tensor
         The learner's examples.
     batch_size : int
-        What is left over at the end of a pass is left out of it.
+        The size of a mini-batch; a smaller rest at the end of a pass is left out.
     seed : int
-        The learner's.
+        The learner's seed.
     """
 
     inputs: Tensor
@@ -44,6 +45,7 @@ class Passes:
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
         """Return mini-batch number `index`."""
         number, within = divmod(index, len(self.targets) // self.batch_size)
+        # Only the current pass's order is cached: it is as long as the data set.
         if number not in self._order:
             self._order.clear()
             order = np.random.default_rng((self.seed, number)).permutation(len(self.targets))
@@ -54,12 +56,12 @@ class Passes:
 
 @dataclass(frozen=True)
 class Interleaved:
-    """The mini-batches of several streams in turn: all data at one place, for serial learning.
+    """The mini-batches of several streams in turn, for serial learning on all data.
 
     Attributes
     ----------
     streams : tuple of Stream
-        Number i of stream k is number i * len(streams) + k here.
+        The streams; number i of stream k is number i * len(streams) + k of this one.
     """
 
     streams: tuple[Stream, ...]
@@ -80,9 +82,9 @@ class GraphicalModel:
     Attributes
     ----------
     features : int
-        How many.
+        The number of features.
     seed : int
-        Of structure and probabilities.
+        The seed of the structure and the probabilities.
     """
 
     features: int
@@ -90,6 +92,7 @@ class GraphicalModel:
 
     def sample(self, examples: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Draw features in {-1, 1} [N, features] and classes [N]."""
+        # Ancestral sampling: a feature's parent has a lower number, so it is drawn before.
         parents, tables = _network(self.features, self.seed)
         labels = rng.integers(0, 2, examples)
         x = np.zeros((examples, self.features), np.int64)
@@ -102,18 +105,18 @@ class GraphicalModel:
 
 @dataclass(frozen=True)
 class Drifting:
-    """Examples of one graphical model, and of another after each drift: the same for all learners.
+    """Examples of a graphical model that every drift replaces, at the same time for all learners.
 
     Attributes
     ----------
     drifts : tuple of int
-        Numbers of the mini-batches that are the first of a new model, ascending.
+        The numbers of the mini-batches that are the first of a new model, ascending.
     features, batch_size : int
-        Of every mini-batch.
+        The number of features, and of examples in a mini-batch.
     concept_seed : int
-        Of the models, common to all learners.
+        The seed of the models, common to all learners.
     seed : int
-        The learner's own.
+        The learner's own seed.
     """
 
     drifts: tuple[int, ...]
@@ -131,8 +134,9 @@ class Drifting:
 
 
 def random_drifts(steps: int, drifts: int, seed: int) -> tuple[int, ...]:
-    """Return the times of so many drifts: random, but no two of them close together."""
+    """Return the random times of a number of drifts, no two of them close together."""
     rng = np.random.default_rng(seed)
+    # Evenly spaced times, moved by up to a quarter of the spacing: at least half remains between.
     length = steps / (drifts + 1)
     return tuple(int(length * (i + rng.uniform(-0.25, 0.25))) for i in range(1, drifts + 1))
 

@@ -1,4 +1,4 @@
-"""The tasks with PyTorch: models and trainers."""
+"""The models and trainers of the tasks in PyTorch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +57,7 @@ KITS = {
 
 
 def build_model(settings: ParticipantSettings, task: Task) -> nn.Module:
-    """Return the model, freshly initialised from the settings' seed, normalised as they say.
+    """Return the model, initialised from the settings' seed and converted to their scheme.
 
     Raises
     ------
@@ -65,6 +65,7 @@ def build_model(settings: ParticipantSettings, task: Task) -> nn.Module:
         If the task has no such model.
     """
     build = kit_for(KITS, settings).model(settings)
+    # Seeded, so that the initial weights do not depend on what the process drew before.
     torch.manual_seed(settings.seed)
     return convert(build(**task.model_options), settings.scheme)
 
@@ -82,7 +83,7 @@ def participant_trainer(
 
 
 def _check_scheme(settings: ParticipantSettings) -> None:
-    """Raise a ColearnError if the scheme asks for what a trainer over several devices lacks."""
+    """Raise a ColearnError if the scheme needs a method that `ParallelTrainer` lacks."""
     if isinstance(settings.scheme, Frozen | Recalibrated):
         raise ColearnError(
             f"run config 'normalization': expected a scheme other than {Frozen.name} and "
@@ -92,7 +93,7 @@ def _check_scheme(settings: ParticipantSettings) -> None:
 
 
 def server_trainer(settings: ParticipantSettings, task: Task) -> TorchTrainer:
-    """Return the server's trainer, on a device of its own choice."""
+    """Return the server's trainer, on the default device: `devices` is for participants."""
     return TorchTrainer(*_parts(settings, task), **_options(settings, task))
 
 
@@ -101,7 +102,7 @@ def _parts(
 ) -> tuple[nn.Module, Dataset[Any], Dataset[Any]]:
     """Return the model, and the data sets to train and to evaluate on."""
     train = _dataset(settings, task.train_set)
-    # The same object for the same examples: a device holds them once.
+    # The same object for the same examples, so that the device holds them once.
     test = train if task.test_set is task.train_set else _dataset(settings, task.test_set)
     return build_model(settings, task), train, test
 
@@ -118,7 +119,7 @@ def _dataset(settings: ParticipantSettings, examples: Examples) -> Dataset[Any]:
 
 
 def tensors_of(examples: Examples) -> TensorDataset:
-    """Return examples in memory; images [N, H, W, C] as PyTorch has them, [N, C, H, W]."""
+    """Return examples as tensors; images [N, H, W, C] in PyTorch's order [N, C, H, W]."""
     inputs = examples.inputs
     if inputs.ndim == 4:
         inputs = np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
@@ -128,9 +129,9 @@ def tensors_of(examples: Examples) -> TensorDataset:
 DATASETS: dict[str, Callable[[Examples, ParticipantSettings], Dataset[Any]]] = {
     "imagefolder": image_files
 }
-"""Data sets of the tasks whose examples are read from files while training.
+"""The data sets of the tasks whose examples are read from files while training.
 
-Those that augment do so only once they are ``seeded`` (see `TorchTrainer`), never in evaluation.
+They augment only after a call of ``seeded`` (see `TorchTrainer`), so never in evaluation.
 """
 
 

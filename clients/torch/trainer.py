@@ -1,4 +1,4 @@
-"""TorchTrainer: any nn.Module as a participant."""
+"""TorchTrainer, the trainer of any ``nn.Module``."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,42 +23,42 @@ _NORMS_WITH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instanceno
 
 
 class TorchTrainer:
-    """Trains an ``nn.Module`` on one participant's data with SGD, as a plan asks.
+    """The trainer of an ``nn.Module`` on one participant's data, with SGD.
 
     Parameters
     ----------
     model : nn.Module
         Any module that maps a batch of inputs to outputs for `loss`.
     train_set : Dataset
-        Yields (input, target). A ``TensorDataset`` is indexed a batch at a time, on the device if
-        it takes no more than half of the memory that is free there. One that draws random numbers
-        has a method ``seeded(seed)``, which returns it as it is for one epoch.
+        The training examples (input, target). A ``TensorDataset`` is indexed a batch at a time, on
+        the device if it takes no more than half of the memory that is free there. A data set that
+        draws random numbers has a method ``seeded(seed)``, which returns the data set of one epoch.
     test_set : Dataset, optional
-        What `evaluate` uses.
+        The examples of `evaluate` and `predict`.
     batch_size : int, default 32
-        The last batch of an epoch may be smaller; a single left-over example, which batch norm
-        cannot train on, is left out of that epoch.
+        The batch size. The last batch of an epoch may be smaller; a last batch of a single example
+        is left out of that epoch, because batch norm cannot train on it.
     momentum, weight_decay : float, default 0.9 and 0
-        Of SGD.
+        The parameters of SGD.
     objective : Objective, default one class for every example
-        Says which loss and which metrics there are.
+        The loss and the metrics.
     loss : callable, optional
         ``(outputs, targets) -> scalar`` mean loss; by default the objective's.
     transform : callable, optional
         ``(inputs, training) -> inputs`` on the device: normalisation, augmentation.
     device : str or torch.device, optional
-        By default ``cuda`` if there is one, else ``cpu``.
+        The device; by default ``cuda`` if there is one, else ``cpu``.
     precision : {"float32", "bfloat16", "float16"}, default "float32"
-        The latter two train under autocast; float16 with loss scaling.
+        The precision; the latter two train under autocast, float16 with loss scaling.
     channels_last : bool, default False
-        Make the model and its 4-d inputs channels-last: faster convolutions on recent GPUs. By
-        default inputs stay as `transform` returns them.
+        Whether the model and its 4-d inputs are channels-last: faster convolutions on recent GPUs.
+        By default inputs have the format that `transform` returns.
     jit_compile : bool, default False
-        Train through ``torch.compile``.
+        Whether to train through ``torch.compile``.
     clip_norm : float, optional
-        Clip the gradient to this L2 norm.
+        The L2 norm to which the gradient is clipped.
     workers : int, default 0
-        Processes that load data which is not on the device.
+        The number of processes that load data which is not on the device.
 
     Raises
     ------
@@ -98,7 +98,8 @@ class TorchTrainer:
         self.model: nn.Module = model.to(  # type: ignore[call-overload]  # torch takes both at once
             self.device, memory_format=memory_format
         )
-        # What training calls: the model, perhaps wrapped.
+        # Training calls `network`, which may wrap the model (torch.compile, data parallel). The
+        # state dict is always the model's own, whose names have no prefix of a wrapper.
         self.network: Callable[..., Any] = torch.compile(self.model) if jit_compile else self.model
         self.train_set, self.test_set = train_set, test_set
         self.batch_size = batch_size
@@ -117,17 +118,17 @@ class TorchTrainer:
 
     def get_weights(self) -> dict[str, NDArray]:
         """Return the state dict as numpy arrays."""
-        # Copies: on the CPU .numpy() would go on changing with the model.
+        # Copies: on the CPU .numpy() shares memory with the model, which trains on.
         state = self.model.state_dict()
         return {name: tensor.cpu().numpy().copy() for name, tensor in state.items()}
 
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
-        """Load the state dict and start with a new optimizer.
+        """Load the state dict and reinitialise the optimizer.
 
         Raises
         ------
         ColearnError
-            If names or shapes are not the model's.
+            If names or shapes differ from the model's.
         """
         # A copy, because the arrays may be read-only views of a message.
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}
@@ -150,9 +151,11 @@ class TorchTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.model.train()
+        # Not enabled, the scaler passes losses and steps through unchanged.
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
+        # The sum stays on the device: reading it in every step would wait for the GPU.
         total, count = torch.zeros((), device=self.device), 0
-        # disable=None: no bar where no terminal watches.
+        # disable=None: tqdm shows no bar unless stderr is a terminal.
         for inputs, targets in tqdm(
             self._train_batches(seed), desc="local epoch", disable=None, leave=False
         ):
@@ -160,6 +163,7 @@ class TorchTrainer:
             loss = self._forward(inputs, targets)
             scaler.scale(loss).backward()
             if self.clip_norm is not None:
+                # The norm is that of the true gradients, so they are unscaled before.
                 scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
             scaler.step(self.optimizer)
@@ -176,19 +180,19 @@ class TorchTrainer:
         Parameters
         ----------
         names : sequence of str
-            The arrays to differentiate by; those that take no part have gradient zero.
+            The names of the arrays to differentiate by; an unused one has gradient zero.
         step : int
-            From 1. The batches of a pass are taken in turn; every pass has an order of its own.
+            The number of the step, from 1. A pass takes its batches in turn, in its own order.
         seed : int
-            The participant's.
+            The participant's seed.
 
         Returns
         -------
         arrays : dict
-            The state dict after the forward pass (running statistics move), with gradients in
-            the places of `names`.
+            The state dict after the forward pass (which updates running statistics), with the
+            gradients under `names`.
         result : EpochResult
-            Loss and size of the batch.
+            The loss and the size of the batch.
         """
         self.model.train()
         inputs, targets = self._batch(step, seed)
@@ -197,6 +201,7 @@ class TorchTrainer:
         loss = self._forward(inputs, targets)
         loss.backward()
         arrays, wanted = self.get_weights(), set(names)
+        # Tied parameters have several names in the state dict, and each gets the gradient.
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if name in wanted:
                 gradient = parameter.grad
@@ -214,9 +219,9 @@ class TorchTrainer:
         Returns
         -------
         arrays : dict
-            Running means and variances by name; see `clients.torch.normalization.recalibrated`.
+            The running means and variances by name, see `clients.torch.normalization.recalibrated`.
         examples : int
-            How many they are of.
+            The number of examples.
         """
         size = max(self.batch_size, 256)
         # Batch norm cannot train on a single example.
@@ -227,7 +232,7 @@ class TorchTrainer:
         return recalibrated(self.model, batches), len(order) - one_left
 
     def normalised(self, config: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Return a block in which batch norm trains as the server's scheme says."""
+        """Return a context manager that applies the server's normalization scheme."""
         return normalised(self.model, config)
 
     def evaluate(self) -> dict[str, float]:
@@ -255,6 +260,7 @@ class TorchTrainer:
 
     def get_optimizer_state(self) -> dict[str, NDArray]:
         """Return SGD's buffers by ``parameter index/name``."""
+        # By index, since torch's optimizers do not know the parameters' names.
         state = self.optimizer.state_dict()["state"]
         return {
             f"{index}/{name}": value.cpu().numpy().copy()
@@ -264,7 +270,7 @@ class TorchTrainer:
         }
 
     def set_optimizer_state(self, state: Mapping[str, NDArray]) -> None:
-        """Go on with buffers that `get_optimizer_state` returned."""
+        """Load buffers that `get_optimizer_state` returned."""
         buffers: dict[int, dict[str, Tensor]] = {}
         for key, array in state.items():
             index, _, name = key.partition("/")
@@ -285,7 +291,7 @@ class TorchTrainer:
         inputs = self.transform(inputs.to(self.device, non_blocking=True), training)
         if self.channels_last and inputs.dim() == 4:
             return inputs.contiguous(memory_format=torch.channels_last)
-        return inputs  # in the transform's own format: a copy may well make convolutions slower
+        return inputs  # in the transform's format: a copy in another may slow convolutions down
 
     def _autocast(self) -> Any:
         if self.precision == "float32":
@@ -295,38 +301,40 @@ class TorchTrainer:
     def _seed(self, seed: int) -> None:
         """Seed the random numbers of the CPU, and of the device if it is another.
 
-        ``torch.manual_seed`` seeds every kind of device: for one that was never used it writes down
-        who called, which takes longer than a small model's training step.
+        ``torch.manual_seed`` seeds every kind of device. For one that was never used it records a
+        stack trace, which takes longer than a small model's training step.
         """
         seed_all = torch.default_generator if self.device.type == "cpu" else torch
         seed_all.manual_seed(seed)
 
     def own_seed(self, seed: int) -> int:
-        """Return the seed of what this trainer draws: the epoch's own."""
+        """Return the seed of this trainer's random numbers, by default the epoch's own."""
         return seed
 
     def own_part(self, batches: BatchSampler) -> Iterable[list[int]]:
-        """Return the part of every batch that this trainer takes: all of it."""
+        """Return the part of every batch that this trainer trains on, by default all of it."""
         return batches
 
     def _train_batches(self, seed: int) -> Iterable[Any]:
         return self._loader(self._train_set(seed), self.own_part(self._sampler(seed)))
 
     def _train_set(self, seed: int) -> Dataset[Any]:
-        """Return the training set as an epoch's seed has it.
+        """Return the training set of the epoch with this seed.
 
-        Seeded by itself, since the processes that load data have random states of their own.
+        The data set has a seed of its own, because loader processes have other random states.
         """
         return self.train_set.seeded(seed) if hasattr(self.train_set, "seeded") else self.train_set
 
     def _sampler(self, seed: int) -> BatchSampler:
+        # A generator of its own: all devices of a `ParallelTrainer` need the same order, while
+        # their augmentation and dropout draw from different seeds.
         generator = torch.Generator().manual_seed(seed)
         order = RandomSampler(self.train_set, generator=generator)  # type: ignore[arg-type]
         one_left = len(order) % self.batch_size == 1 and len(order) > 1
         return BatchSampler(order, self.batch_size, drop_last=one_left)
 
     def _batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Return the batch of a step: the same order within a pass as `train_epoch` has it."""
+        """Return the batch of a step, in the order that `train_epoch` has within a pass."""
         done, place = divmod(step - 1, len(self._sampler(seed)))
         pass_seed = derive_seed(seed, done + 1)
         batches = list(self._sampler(pass_seed))
@@ -347,12 +355,15 @@ class TorchTrainer:
             tensors = self._on_device(dataset)
             if tensors is not None:
                 return IndexedBatches(tensors, list(batches))
-            # A list of indices takes a whole batch at once.
+            # Lists of indices as the sampler: tensors are indexed once for a whole batch.
             return DataLoader(dataset, sampler=batches, batch_size=None, **common)
         return DataLoader(dataset, batch_sampler=batches, **common)
 
     def _on_device(self, dataset: TensorDataset) -> tuple[Tensor, ...] | None:
-        """Return the data set's tensors on the device, or None if they would fill it."""
+        """Return the data set's tensors on the device, or None if they take over half its memory.
+
+        The decision is cached, since the free memory changes as soon as training begins.
+        """
         if self.device.type != "cuda":
             return dataset.tensors
         if dataset not in self._resident:
@@ -365,7 +376,7 @@ class TorchTrainer:
 
 @dataclass(frozen=True)
 class IndexedBatches:
-    """Batches taken from tensors where these lie."""
+    """Batches that are indexed from tensors on the tensors' own device."""
 
     tensors: tuple[Tensor, ...]
     indices: list[list[int]]
@@ -382,8 +393,8 @@ class IndexedBatches:
 def roles_of(model: nn.Module) -> dict[str, Role]:
     """Return the role of every array of a model's state dict, by module type, never by name.
 
-    Parameters that are trained are ``trainable``; running means, variances and counters of
-    normalization layers get their roles; frozen parameters and other buffers are ``buffer``.
+    Trained parameters are ``trainable``. Running means, variances and counters of normalization
+    layers have the roles of these names. Frozen parameters and other buffers are ``buffer``.
     """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     roles = {

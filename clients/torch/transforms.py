@@ -1,6 +1,6 @@
-"""Preparing image batches in PyTorch, on their device.
+"""Transforms of image batches in PyTorch, on the batch's device.
 
-A transform is a function ``(inputs, training) -> inputs``; it draws from torch's own generator.
+A transform is a function ``(inputs, training) -> inputs`` that draws from torch's own generator.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ def normalise(inputs: Tensor, training: bool) -> Tensor:
 
 
 def normalise_imagenet(inputs: Tensor, training: bool) -> Tensor:
-    """Scale uint8 images [N, 3, H, W] by the mean and deviation of ImageNet's channels."""
+    """Standardise uint8 images [N, 3, H, W] by the mean and deviation of ImageNet's channels."""
     return _standardised(inputs, imagefolder.MEAN, imagefolder.STD)
 
 
@@ -44,8 +44,8 @@ def augment(inputs: Tensor, training: bool) -> Tensor:
 def random_crop(images: Tensor, padding: int) -> Tensor:
     """Shift every image [N, C, H, W] by its own random offset, filling with zeros.
 
-    The same as padding by `padding` and cropping to H x W at a random place, for a whole batch on
-    its device at once (torchvision's transform draws one offset for all of a batch).
+    The result is that of padding by `padding` and cropping to H x W at a random place, for a whole
+    batch at once (torchvision's transform draws one offset for all images of a batch).
     """
     n, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, [padding] * 4)
@@ -53,7 +53,7 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
     rows = top + torch.arange(height, device=images.device)
     columns = left + torch.arange(width, device=images.device)
     index = torch.arange(n, device=images.device)[:, None, None]
-    # Indexing puts the channels last; they go back in front of the rows.
+    # Indexing needs the channels last; the second permute puts them back before the rows.
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(
         0, 3, 1, 2
     )

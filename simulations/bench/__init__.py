@@ -1,1 +1,1 @@
-"""Benchmarks: each measures its subject and its yardstick side by side, on the same machine."""
+"""The benchmarks: each measures its subject and a baseline in turn, on the same machine."""

@@ -1,4 +1,4 @@
-"""Run a benchmark: ``python -m simulations.bench NAME``."""
+"""The benchmarks' command line: ``python -m simulations.bench NAME``."""
 
 import argparse
 import importlib
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
+    # Flower's log lines would be mixed with the tables, and writing them takes time in a round.
     logging.getLogger("flwr").setLevel(logging.ERROR)
     result = options.run(options)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""Aggregating K models of ResNet-152: time against Flower's FedAvg, and memory.
+"""Benchmark of the aggregation of K ResNet-152 models: time against FedAvg, and memory.
 
-Both strategies get the same replies in turn, round after round; the median round counts.
-Co-learning gets them at hand together, as FedAvg does, and one by one, as they arrive in a run. The
-floor is what any sum in float64 must move when models come one at a time: K x 20 bytes per
-parameter (read the reply, read and write the sum). Every reply is a model of its own, which takes
-12 GB for K = 50.
+Both strategies get the same replies in turn, round after round; the table has the median round.
+Co-learning gets them all at once, as FedAvg does, and one by one, as they arrive in a run. The
+floor is the time to move what any sum in float64 must move when models arrive one at a time: K x 20
+bytes per parameter (read the reply, read and write the sum). Every reply is a model of its own,
+which takes 12 GB for K = 50.
 """
 
 import argparse
@@ -27,10 +27,11 @@ REPEATS = 5
 
 
 def shapes() -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return shape and type of the 932 arrays of ResNet-152 with ten classes."""
+    """Return the shapes and types of the 932 arrays of ResNet-152 with ten classes."""
     import torch
     from torchvision.models import resnet152
 
+    # On the meta device no memory is allocated and no weight initialised.
     with torch.device("meta"):
         state = resnet152(num_classes=10).state_dict()
     return {
@@ -40,7 +41,7 @@ def shapes() -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def random_model(seed: int) -> ArrayRecord:
-    """Return a model of random numbers: constant ones would look too fast."""
+    """Return a model of random numbers, since constant arrays would be faster than real ones."""
     rng = np.random.default_rng(seed)
     return to_record(
         {
@@ -54,18 +55,19 @@ def reply_to(message: Message, arrays: ArrayRecord, node_id: int) -> Message:
     """Return a train reply of a participant."""
     content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 10})})
     reply = Message(content, reply_to=message)
+    # Flower sets the sender when a node sends its reply; here no node does.
     reply.metadata.__dict__["_src_node_id"] = node_id
     return reply
 
 
 def asked(strategy: CoLearn, server_round: int, model: ArrayRecord) -> list[Message]:
-    """Return the messages with which a co-learning strategy opens a round."""
+    """Return the train messages of a co-learning strategy's round."""
     grid = InProcessGrid(ClientApp(), strategy.num_participants)
     return list(strategy.configure_train(server_round, model, ConfigRecord(), grid))
 
 
 def time_rounds(k: int, model: ArrayRecord, models: list[ArrayRecord]) -> dict[str, list[float]]:
-    """Return the seconds that each strategy takes to aggregate, round after round, in turns."""
+    """Return the seconds of each strategy's aggregation, by round; the strategies take turns."""
     at_hand, one_by_one = (CoLearn(k, local_epochs=1, learning_rate=0.01) for _ in range(2))
     ways: dict[str, tuple[FedAvg, Callable[[list[Message]], Iterable[Message]]]] = {
         "FedAvg": (FedAvg(), list),
@@ -74,6 +76,7 @@ def time_rounds(k: int, model: ArrayRecord, models: list[ArrayRecord]) -> dict[s
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for server_round in range(1, REPEATS + 1):
+        # CoLearn only accepts replies of a round that it has configured.
         messages = asked(at_hand, server_round, model)
         asked(one_by_one, server_round, model)
         for name, (strategy, given) in ways.items():
@@ -81,7 +84,7 @@ def time_rounds(k: int, model: ArrayRecord, models: list[ArrayRecord]) -> dict[s
                 reply_to(message, models[index], index + 1)
                 for index, message in enumerate(messages)
             ]
-            gc.collect()
+            gc.collect()  # outside of the measured time
             started = time.perf_counter()
             arrays, _ = strategy.aggregate_train(server_round, given(replies))
             seconds[name].append(time.perf_counter() - started)
@@ -91,7 +94,7 @@ def time_rounds(k: int, model: ArrayRecord, models: list[ArrayRecord]) -> dict[s
 
 
 def copy_bandwidth(size: int) -> float:
-    """Return bytes moved per second (read and written) when `size` float32 are copied."""
+    """Return the bytes per second (read and written) of a copy of `size` float32 numbers."""
     source, target = np.ones(size, np.float32), np.zeros(size, np.float32)
     seconds = []
     for _ in range(5):
@@ -104,19 +107,20 @@ def copy_bandwidth(size: int) -> float:
 def peak_memory(strategy: str, k: int) -> float:
     """Return the peak memory of aggregating K new replies, in models, without the shared one.
 
-    Smaller models do here: 64 arrays of 1 MiB.
+    The models are smaller than ResNet-152: 64 arrays of 1 MiB.
     """
 
     def model_of(seed: int) -> ArrayRecord:
         rng, outgoing, like = np.random.default_rng(seed), Outgoing(), np.zeros((512, 512), "f4")
         arrays = {str(i): outgoing.empty(str(i), like) for i in range(64)}
-        for array in arrays.values():  # in place: what it takes to make a reply is not counted
+        for array in arrays.values():  # in place, so that no temporary copies count
             rng.random(out=array, dtype=np.float32)
         return outgoing.record(arrays)
 
     model = model_of(0)
     colearn = CoLearn(k, local_epochs=1, learning_rate=0.01)
     messages = asked(colearn, 1, model)
+    # A generator, since memory depends on whether a strategy holds all replies at a time.
     replies = (
         reply_to(message, model_of(index + 1), index + 1) for index, message in enumerate(messages)
     )

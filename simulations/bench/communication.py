@@ -1,14 +1,15 @@
-"""Bytes, and hours on a wide-area network, until a target accuracy is reached.
+"""Benchmark of communication: bytes and hours until a target accuracy is reached.
 
-The ways: federated averaging with T=1 and T=T0, cyclical rates with fixed T=T0 and T=4*T0,
-co-learning, and co-learning whose models travel up as int8. All get the same local epochs in all,
-the same data, initial model and seeds. What counts is the first round after which the server's
-test accuracy is at a target; medians over the seeds. MB are 10^6 bytes, both directions, all sites.
+The methods are federated averaging with T=1 and T=T0, cyclical rates with fixed T=T0 and T=4*T0,
+co-learning, and co-learning with int8 compression of uploads. All have the same total of local
+epochs, the same data, initial model and seeds. The table has the first round after which the
+server's test accuracy is at a target, as a median over the seeds. MB are 10^6 bytes, both
+directions, all sites.
 
 Hours: a round takes T local epochs of one site, and one model down and one up over its link; the
-sites train and transfer at the same time, and the server's link carries them all. A second table
-does that sum for the models, intervals and T0 of the paper's Table 1 (Mi et al., 2020), over 100
-local epochs: nothing of it is measured.
+sites train and transfer at the same time, and the server's link is assumed to carry them all. A
+second table computes the same for the models, intervals and T0 of the paper's Table 1 (Mi et al.,
+2020), over 100 local epochs; it contains no measurement.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from simulations.study.training import train_averaged
 MIB = 2**20
 
 PAPER_EPOCHS = 100
-"""Local epochs over which Table 1's settings are compared."""
+"""The number of local epochs over which Table 1's settings are compared."""
 
 TABLE_1 = (
     ("DenseNet-40", 13, 4.5, 5),
@@ -40,12 +41,12 @@ TABLE_1 = (
     ("Inception-V4", 168, 60, 20),
     ("Inception-ResNet-V2", 218, 27.5, 5),
 )
-"""The paper's: model, its MiB one way, minutes of a round before the first doubling, and T0."""
+"""The paper's model, its MiB one way, minutes of a round before the first doubling, and T0."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every way gets on a task: examples (0: all), local epochs, T0, targets and seeds."""
+    """The budget of all methods on a task: examples (0: all), local epochs, T0, targets, seeds."""
 
     examples: int
     total_epochs: int
@@ -60,7 +61,7 @@ BUDGETS = {
         5000, total_epochs=24, initial_epochs=2, targets=(0.4, 0.45, 0.5), seeds=1
     ),
 }
-"""By run config."""
+"""The budgets by run config."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,14 @@ class Link:
     latency: float
 
     def seconds(self, bytes_down: float, bytes_up: float) -> float:
-        """Return what it takes to receive and then to send so many bytes."""
+        """Return the seconds to receive and then to send these numbers of bytes."""
+        # Mbit/s are 10^6 bits a second. Each direction has the latency once.
         bits = 8 * (bytes_down / self.down + bytes_up / self.up)
         return bits / 1e6 + 2 * self.latency / 1e3
 
 
 def ways(initial_epochs: int) -> dict[str, dict[str, Any]]:
-    """Return the run config of every way, by its title."""
+    """Return the run config of every method, by its title."""
     return {
         "FedAvg, T=1": {"arm": "elr-fle", "initial-epochs": 1},
         "FedAvg, T=T0": {"arm": "elr-fle", "initial-epochs": initial_epochs},
@@ -94,7 +96,7 @@ def ways(initial_epochs: int) -> dict[str, dict[str, Any]]:
 
 
 def train(config: dict[str, Any], seed: int) -> History:
-    """Train as a run config says, and return what happened in every round."""
+    """Train by a run config and return the history of its rounds."""
     check_keys(config, "communication")
     settings = RunSettings.from_config(config)
     participants = ParticipantSettings.from_config({**config, "seed": seed})
@@ -103,6 +105,7 @@ def train(config: dict[str, Any], seed: int) -> History:
 
 def until(history: History, target: float, link: Link, epoch_seconds: float) -> dict[str, float]:
     """Return rounds, local epochs, MB and hours to the target; infinite if it is not reached."""
+    # The history counts the bytes of all sites. Time counts one site, since they work in parallel.
     moved = seconds = 0.0
     for record in history:
         k = len(record.participants)
@@ -122,6 +125,7 @@ def until(history: History, target: float, link: Link, epoch_seconds: float) -> 
 
 def seconds_of_an_epoch(config: dict[str, Any]) -> float:
     """Return the median seconds of a local epoch of the first site, alone on this machine."""
+    # Not taken from the runs: there all participants share the machine's cores.
     settings = ParticipantSettings.from_config(config)
     trainer = participant_trainer(settings, 0, RunSettings.from_config(config).num_participants)
     seconds = []
@@ -129,13 +133,14 @@ def seconds_of_an_epoch(config: dict[str, Any]) -> float:
         started = time.perf_counter()
         trainer.train_epoch(0.01, seed)
         seconds.append(time.perf_counter() - started)
+    # The first epoch includes what happens only once, such as allocations.
     return statistics.median(seconds[1:])
 
 
 def task_tables(
     task: str, options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return what every way of training a task needs to each target, and what its run was."""
+    """Return the table of each method's cost to each target on a task, and that of its runs."""
     budget = BUDGETS[task]
     config = read_config(CONF / f"{task}.toml")
     config.update(
@@ -183,19 +188,20 @@ def final_accuracy(history: History) -> float:
 
 
 def path_of(epochs: list[int]) -> str:
-    """Return T of every round, equal neighbours together: ``3x2 1x4``."""
+    """Return T of every round with equal neighbours grouped: ``3x2 1x4``."""
     return " ".join(f"{len(list(same))}x{t}" for t, same in groupby(epochs))
 
 
 def shown(value: float) -> float | str:
-    """Return a number as the table has it."""
+    """Return a number as the table shows it."""
     return float(f"{value:.4g}") if math.isfinite(value) else "not reached"
 
 
 def on_paper(link: Link) -> list[dict[str, Any]]:
-    """Return what the models and intervals of the paper's Table 1 cost on a link."""
+    """Return the hours of the models and intervals of the paper's Table 1 on a link."""
     rows = []
     for model, mebibytes, minutes, t0 in TABLE_1:
+        # The paper gives the minutes of a round of T0 epochs.
         epoch = minutes / t0
         transfer = link.seconds(mebibytes * MIB, mebibytes * MIB) / 60
         row: dict[str, Any] = {
@@ -239,7 +245,7 @@ def link_of(options: argparse.Namespace) -> Link:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the benchmark's own options; by default a task has its own budget."""
+    """Declare the benchmark's own options; the defaults of a task are its budget's."""
     parser.add_argument("--tasks", nargs="+", choices=BUDGETS, default=list(BUDGETS))
     parser.add_argument("--data-dir", help="overrides the config's")
     parser.add_argument("--examples", type=int, help="of all participants together; 0 for all")

@@ -1,11 +1,11 @@
-"""What co-learning adds: to training, and to a round in which nothing is trained.
+"""Benchmark of co-learning's overhead in training, and in rounds in which nothing is trained.
 
 Training: a run of co-learning in process against a bare PyTorch loop over the same batches, in the
-same order, with the same model, transform and SGD. The run counts whole, with serialisation, checks
-and averaging; of the loop only the training counts. Target: less than 2 % on top.
+same order, with the same model, transform and SGD. The run's time includes serialisation, checks
+and averaging; the loop's time is that of training alone. The target is less than 2 % more time.
 
-Rounds: participants that send back what they got, co-learning against Flower's FedAvg: in process,
-in Flower's simulation, and with five SuperNodes under TLS and authentication on loopback.
+Rounds: participants that return the arrays they receive, co-learning against Flower's FedAvg: in
+process, in Flower's simulation, and with five SuperNodes under TLS and authentication on loopback.
 """
 
 import argparse
@@ -44,7 +44,7 @@ ROUNDS_IN_SIMULATION = 10
 def bare_loop(
     trainer: TorchTrainer, settings: ParticipantSettings, plan: LocalPlan, seed: int
 ) -> nn.Module:
-    """Train the trainer's model as anyone would without a trainer, and return it."""
+    """Train the trainer's model in a plain PyTorch loop, and return it."""
     model, transform = trainer.model, trainer.transform
     images, labels = trainer.train_set.tensors  # type: ignore[attr-defined]
     optimizer = torch.optim.SGD(
@@ -53,6 +53,7 @@ def bare_loop(
     criterion = nn.CrossEntropyLoss()
     model.train()
     for epoch in plan:
+        # The seeds of `clients.trainer.follow`, so that both sides train on the same batches.
         epoch_seed = derive_seed(seed, plan.epochs_done + epoch.index)
         torch.manual_seed(epoch_seed)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch_seed))
@@ -66,14 +67,14 @@ def bare_loop(
 
 
 def torch_trainer(settings: ParticipantSettings, index: int) -> TorchTrainer:
-    """Return a participant's trainer, which is one of PyTorch's."""
+    """Return a participant's trainer, checked to be a `TorchTrainer`."""
     trainer = participant_trainer(settings, index, K)
     assert isinstance(trainer, TorchTrainer)
     return trainer
 
 
 def bare(settings: ParticipantSettings, rounds: int, epochs: int) -> Callable[[], None]:
-    """Return the epochs of so many rounds as bare loops, participant by participant."""
+    """Return a function that trains all rounds as bare loops, participant by participant."""
     trainers = [torch_trainer(settings, index) for index in range(K)]
     plans = [LocalPlan.of(RATE, index + 1, epochs, index * epochs) for index in range(rounds)]
 
@@ -86,7 +87,7 @@ def bare(settings: ParticipantSettings, rounds: int, epochs: int) -> Callable[[]
 
 
 def colearn(settings: ParticipantSettings, rounds: int, epochs: int) -> Callable[[], Any]:
-    """Return a run of co-learning, whole but for loading the data."""
+    """Return a function that runs co-learning; loading the data is not part of it."""
     strategy = CoLearn(K, local_epochs=epochs, learning_rate=RATE, fraction_evaluate=0.0)
     grid = InProcessGrid(app, K, run_config=settings.to_config())
     model = to_record(server_trainer(settings))
@@ -94,7 +95,7 @@ def colearn(settings: ParticipantSettings, rounds: int, epochs: int) -> Callable
 
 
 def clocked(run: Callable[[], Any]) -> tuple[float, float]:
-    """Return the wall and the CPU seconds of a call."""
+    """Return the wall-clock seconds and the CPU seconds of a call."""
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -109,6 +110,7 @@ def training_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     settings = ParticipantSettings.from_config(config)
     colearn(settings, 1, 1)()  # loads the data, which is not counted
     seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "colearn": []}
+    # In turns and in alternating order, so that other load on the machine affects both alike.
     for repeat in range(options.repeats):
         for way in (bare, colearn) if repeat % 2 else (colearn, bare):
             run = way(settings, options.epoch_rounds, options.epochs)
@@ -160,21 +162,22 @@ def in_deployment(mebibytes: float, options: argparse.Namespace) -> dict[str, li
 
 
 def read(path: Path, log: str) -> dict[str, list[float]]:
-    """Return what the app wrote.
+    """Return the seconds that the app wrote.
 
     Raises
     ------
     ColearnError
-        If it did not reach its end.
+        If the app did not finish.
     """
     if not path.exists():
-        raise ColearnError(f"rounds: expected them to reach their end, found {log[-2000:]}")
+        raise ColearnError(f"rounds: expected them to finish, found {log[-2000:]}")
     seconds: dict[str, list[float]] = json.loads(path.read_text())
     return seconds
 
 
 def row(what: str, yardstick: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
-    """Return the medians, and the median and range of the ratios of what was measured in turn."""
+    """Return the medians of both sides, and the median and range of their ratios."""
+    # Ratios of neighbouring measurements, in which slow changes of the machine's load cancel.
     ratios = [b / a for a, b in zip(yardstick, ours, strict=True)]
     return {
         "what": what,

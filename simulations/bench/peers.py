@@ -1,10 +1,10 @@
-"""Users per second: this project in process, pfl-research, and Flower's simulation with Ray.
+"""Benchmark of users per second: this project, pfl-research, and Flower's simulation with Ray.
 
-The shape is pfl-research's CIFAR-10 benchmark: 50 of 1,000 users a round, 50 images each, one local
-epoch with batches of 10 and SGD at 0.1, its small CNN. Every side is a process of its own and
-trains the same number of steps on the same images; a first round warms up and is not timed. The
-sides take turns, so that other load on the machine meets all of them; the table has the median and
-the fastest round.
+The work is that of pfl-research's CIFAR-10 benchmark: 50 of 1,000 users a round, 50 images each,
+one local epoch with batches of 10 and SGD at 0.1, and its small CNN. Every side is a process of its
+own and trains the same number of steps on the same images; a first round is not timed. The sides
+take turns, so that other load on the machine affects all of them; the table has the median and the
+fastest round.
 
 pfl-research needs an environment of its own, with pfl and torch, on the same machine:
 
@@ -52,16 +52,16 @@ clientapp = "simulations.bench.peers_app:client_app"
 
 @dataclass(frozen=True)
 class Side:
-    """One way of running the work.
+    """One of the implementations that are compared.
 
     Attributes
     ----------
     name : str
-        For the table.
+        The name in the table.
     processes, threads : int
-        That train; torch's threads in each of them.
+        The number of processes that train, and of torch's threads in each of them.
     run : callable
-        ``(work, folder)``: runs it and leaves its results in the folder.
+        The function ``(work, folder)`` that does the work and writes its results to the folder.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Side:
 
 
 def sides(pfl_python: Path | None, cores: int) -> Iterator[Side]:
-    """Yield the sides, each with one core and with all."""
+    """Yield the sides, each with one core and with all cores."""
     ours = [sys.executable, "-m", "simulations.bench.peers_app"]
     for strategy, title in (("fedavg", "in process, FedAvg"), ("colearn", "in process, CoLearn")):
         for threads in sorted({1, cores}):
@@ -80,6 +80,7 @@ def sides(pfl_python: Path | None, cores: int) -> Iterator[Side]:
         single = [str(pfl_python), "-m", "simulations.bench.pfl_side"]
         for threads in sorted({1, cores}):
             yield Side("pfl-research", 1, threads, program(single, threads))
+        # pfl-research uses several cores by several processes, which torchrun starts.
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cores}"]
         workers = [str(pfl_python), *torchrun, *single[1:]]
         yield Side("pfl-research, torchrun", cores, 1, program(workers, 1))
@@ -87,7 +88,7 @@ def sides(pfl_python: Path | None, cores: int) -> Iterator[Side]:
 
 
 def left_out(options: argparse.Namespace) -> dict[str, str]:
-    """Return the sides that cannot run, or need not, with the reason."""
+    """Return the sides that are not run, each with the reason."""
     reasons = {}
     if not options.pfl_python:
         reasons["pfl-research"] = "see --pfl-python"
@@ -97,12 +98,13 @@ def left_out(options: argparse.Namespace) -> dict[str, str]:
 
 
 def program(command: list[str], threads: int, *last: str) -> Callable[[Work, Path], Any]:
-    """Return what runs a side that is a program."""
+    """Return the function that runs a side as a program."""
 
     def run(work: Work, folder: Path) -> None:
         completed = subprocess.run(
             [*command, as_json(work), str(folder), *last],
             cwd=ROOT,
+            # All sides train on the CPU, with the same number of threads.
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -111,7 +113,7 @@ def program(command: list[str], threads: int, *last: str) -> Callable[[Work, Pat
         )
         if completed.returncode:
             raise ColearnError(
-                f"{' '.join(command)}: expected it to reach its end, found exit code "
+                f"{' '.join(command)}: expected it to finish, found exit code "
                 f"{completed.returncode}:\n{completed.stdout[-2000:]}"
             )
 
@@ -122,6 +124,7 @@ def in_ray(work: Work, folder: Path) -> None:
     """Run the same ClientApp with ``flwr run``, one simulated SuperNode for every user."""
     config = {**work_config(work), "output": str(folder)}
     with tempfile.TemporaryDirectory() as app:
+        # Flower packs an app's own folder only, so the packages are copied there.
         for package in ("clients", "flwr_colearn", "simulations"):
             shutil.copytree(ROOT / package, Path(app) / package)
         defaults = [f"{key} = {json.dumps(value)}\n" for key, value in config.items()]
@@ -130,12 +133,12 @@ def in_ray(work: Work, folder: Path) -> None:
 
 
 def measure(side: Side, work: Work, folder: Path) -> dict[str, Any]:
-    """Run a side once; return its start-up and the seconds, and CPU seconds, of every round.
+    """Run a side once; return its start-up time and the seconds and CPU seconds of every round.
 
     Raises
     ------
     ColearnError
-        If it did not train as many steps as the work has.
+        If the side did not train the number of steps of the work.
     """
     started = time.time()
     side.run(work, folder)
@@ -143,6 +146,7 @@ def measure(side: Side, work: Work, folder: Path) -> dict[str, Any]:
     steps = round(sum(part["steps"] for part in parts), 3)
     if len(parts) == 0 or steps != work.steps:
         raise ColearnError(f"{side.name}: expected {work.steps} steps, found {steps}")
+    # One tuple a lap with the laps of all processes; the first lap is the start of training.
     ends = list(zip(*(part["laps"] for part in parts), strict=True))[1:]
     clock = [max(lap[0] for lap in laps) for laps in ends]
     cpu = [sum(lap[1] for lap in laps) for laps in ends]
@@ -162,9 +166,10 @@ def row_of(side: Side, work: Work, runs: list[dict[str, Any]]) -> dict[str, Any]
         "processes": side.processes,
         "threads": side.threads,
         "users/s": round(work.cohort / statistics.median(seconds), 2),
-        # What the side can do undisturbed: torch's threads wait for the slowest of them.
+        # The fastest round is the least disturbed by other load: torch's threads wait for the
+        # slowest of them.
         "fastest round, users/s": round(work.cohort / min(seconds), 2),
-        # Ray's processes are not the server's, whose time this is.
+        # The CPU time is that of the server's process; Ray's participants run in others.
         "CPU ms a user": None if side.run is in_ray else round(1000 * cpu / work.cohort, 1),
         "start-up s": round(statistics.median(run["start-up"] for run in runs), 1),
     }

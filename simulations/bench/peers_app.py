@@ -1,4 +1,4 @@
-"""Our sides of ``peers``: one ClientApp, in process and in Flower's simulation."""
+"""The sides of ``peers`` in this project: one ClientApp, in process and in a simulation."""
 
 import sys
 from dataclasses import fields
@@ -24,7 +24,7 @@ server_app = ServerApp()
 
 @cache
 def model() -> SmallCnn:
-    """Return this process's model, which all its users train in turn."""
+    """Return the model of this process, which all its users train in turn."""
     torch.manual_seed(0)
     return SmallCnn()
 
@@ -65,9 +65,10 @@ def in_process() -> None:
 
 
 def measure(grid: Grid, work: Work, strategy: str, folder: Path) -> None:
-    """Train; leave laps and steps in the folder."""
+    """Train, and write laps and steps to the folder."""
     stopwatch = Stopwatch()
 
+    # Flower calls evaluate_fn before the first round and after every round.
     def lap(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         stopwatch.lap()
         return MetricRecord()
@@ -91,6 +92,7 @@ def measure(grid: Grid, work: Work, strategy: str, folder: Path) -> None:
     means = [
         float(cast(float, metrics["steps"])) for metrics in result.train_metrics_clientapp.values()
     ]
+    # The strategies report a round's mean over its users: the steps are the means times the cohort.
     stopwatch.write(folder, 0, work.cohort * sum(means))
 
 

@@ -1,7 +1,7 @@
-"""pfl-research's side of ``peers``, put together as its own CIFAR-10 benchmark does.
+"""pfl-research's side of ``peers``, built like its own CIFAR-10 benchmark.
 
-Runs in pfl's environment, which has neither Flower nor this project's dependencies. Under
-``torchrun`` its processes share the cohort.
+The module runs in pfl's environment, which has neither Flower nor this project's dependencies.
+Under ``torchrun`` the processes share the cohort.
 """
 
 from typing import Any
@@ -32,31 +32,31 @@ class Cnn(SmallCnn):
 
     @torch.no_grad()
     def metrics(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-        """Return the mean loss; pfl asks for it in the first round, which is not timed."""
+        """Return the mean loss; pfl calls this in the first round only, which is not timed."""
         self.eval()
         loss = torch.nn.functional.cross_entropy(self(images), labels, reduction="sum")
         return {"loss": Weighted(float(loss), len(labels))}
 
 
 class AtRounds(TrainingProcessCallback):
-    """Presses a stopwatch when training begins and when rounds end."""
+    """The callback that takes the time at the start of training and at the end of rounds."""
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self.stopwatch = stopwatch
 
     def on_train_begin(self, *, model: Any) -> Metrics:
-        """Note the start."""
+        """Record the start of training."""
         self.stopwatch.lap()
         return Metrics()
 
     def after_central_iteration(self, *args: Any, **kwargs: Any) -> tuple[bool, Metrics]:
-        """Note the end of a round."""
+        """Record the end of a round."""
         self.stopwatch.lap()
         return False, Metrics()
 
 
 def main() -> None:
-    """Train; leave this process's laps and steps."""
+    """Train, and write the laps and steps of this process."""
     work, folder = task()
     torch.manual_seed(0)
     np.random.seed(0)
@@ -76,6 +76,7 @@ def main() -> None:
         model=PyTorchModel(
             network,
             local_optimizer_create=torch.optim.SGD,
+            # Federated averaging: the server applies the mean update as it is.
             central_optimizer=torch.optim.SGD(network.parameters(), 1.0),
         ),
         model_train_params=NNTrainHyperParams(

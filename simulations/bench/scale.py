@@ -1,12 +1,12 @@
-"""A round's time and peak memory as functions of the participants' number and the model's size.
+"""Benchmark of a round's time and peak memory by number of participants and by model size.
 
-Participants in process send back a copy of what they got, so that every reply has memory of its
-own, as real ones have. FedAvg is beside co-learning. Memory is what the round allocates at its peak
+Participants in process return a copy of the arrays they receive, so that every reply has memory of
+its own, like a real one. The baseline is FedAvg. Memory is the peak of what the round allocates
 (tracemalloc, in a run of its own) beyond the model that it starts from.
 
-Each function gets a least-squares line. Expected: time is straight in both; co-learning's memory is
-straight in the model's size and flat in K, because a reply is dropped once it is in the sum, where
-FedAvg holds all of them.
+The benchmark fits a least-squares line to each function. Expected: time is linear in both;
+co-learning's memory is linear in the model's size and constant in K, because a reply is freed once
+it is in the sum, while FedAvg holds all replies.
 """
 
 import argparse
@@ -30,7 +30,7 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Send back a copy of the model."""
+    """Return a copy of the model."""
     arrays = {
         name: Array(array.dtype, array.shape, array.stype, bytes(memoryview(array.data)))
         for name, array in cast(ArrayRecord, message.content["arrays"]).items()
@@ -41,15 +41,16 @@ def train(message: Message, context: Context) -> Message:
 
 
 def measure(k: int, mebibytes: float, rounds: int) -> dict[str, Any]:
-    """Return seconds and MiB of a round with so many participants and a model of that size."""
+    """Return the seconds and MiB of a round with `k` participants and a model of that size."""
     row: dict[str, Any] = {"participants": k, "model MiB": mebibytes}
     model = random_model(mebibytes)
     for name, strategy in STRATEGIES.items():
         gc.collect()
         seconds = timed(strategy(k), InProcessGrid(app, k), model, rounds)
         row[f"{name} s"] = round(statistics.median(seconds), 4)
+    # A loop of its own, because tracemalloc slows every allocation down.
     for name, strategy in STRATEGIES.items():
-        grid = InProcessGrid(app, k)  # which takes, and gives back, more than a small model
+        grid = InProcessGrid(app, k)  # outside: making it takes more memory than a small model
         gc.collect()
         tracemalloc.start()
         timed(strategy(k), grid, model, 1)
@@ -64,7 +65,7 @@ def line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     Returns
     -------
     dict
-        ``slope``, ``intercept``; ``R^2``, which says nothing about a flat line; and ``rise``, the
+        ``slope``, ``intercept``; ``R^2``, which has no meaning for a constant; and ``rise``, the
         largest y over the smallest.
     """
     slope, intercept = np.polyfit(x, y, 1)
@@ -91,7 +92,7 @@ def fits(rows: Sequence[dict[str, Any]], variable: str) -> list[dict[str, Any]]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and return the benchmark's results."""
-    measure(2, 1, 1)  # what happens only once in a process
+    measure(2, 1, 1)  # a warm-up: imports and caches are not part of the first row
     by_k = [measure(k, options.mebibytes, options.rounds) for k in options.participants]
     by_size = [measure(options.k, size, options.rounds) for size in options.sizes]
     return {

@@ -1,4 +1,7 @@
-"""The work of the ``peers`` benchmark, the same for all sides; imports torch and nothing else."""
+"""The common work of all sides of the ``peers`` benchmark.
+
+The module imports torch only, since pfl-research's environment has no other dependency of ours.
+"""
 
 import dataclasses
 import json
@@ -15,18 +18,19 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Work:
-    """A federated training of pfl-research's CIFAR-10 shape.
+    """A federated training with the sizes of pfl-research's CIFAR-10 benchmark.
 
     Attributes
     ----------
     users, cohort : int
-        How many there are, and how many of them train in every round.
+        The number of users, and of those that train in every round.
     examples, batch : int
-        Of every user; one local epoch has ``examples / batch`` steps.
+        The number of a user's examples, and the batch size; one local epoch has ``examples /
+        batch`` steps.
     rate : float
-        Local learning rate of SGD without momentum.
+        The local learning rate of SGD without momentum.
     rounds : int
-        Rounds that are timed; one more goes before them to warm up.
+        The number of timed rounds; one more round before them is a warm-up.
     """
 
     users: int = 1000
@@ -38,7 +42,7 @@ class Work:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """The number of optimizer steps of the whole run."""
         return (self.rounds + 1) * self.cohort * (self.examples // self.batch)
 
 
@@ -48,7 +52,7 @@ class SmallCnn(nn.Sequential):
     Attributes
     ----------
     batches : Counter
-        How many batches of each size it was trained on.
+        The number of training batches by batch size.
     """
 
     def __init__(self) -> None:
@@ -80,7 +84,7 @@ class SmallCnn(nn.Sequential):
 
 @cache
 def data(users: int, examples: int) -> list[tuple[Tensor, Tensor]]:
-    """Return every user's images and labels: random ones, since only time counts."""
+    """Return the images and labels of every user, which are random, since only time matters."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(users, examples, 32, 32, 3, generator=generator)
     labels = torch.randint(10, (users, examples), generator=generator)
@@ -88,36 +92,37 @@ def data(users: int, examples: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def task() -> tuple[Work, Path]:
-    """Return the work and the folder for results that the command line of a side names."""
+    """Return the work and the folder for results from the command line of a side."""
     return Work(**json.loads(sys.argv[1])), Path(sys.argv[2])
 
 
 class Stopwatch:
-    """Notes the clock, and this process's CPU time, when training begins and when rounds end."""
+    """A recorder of the time and this process's CPU time, at the start and at the rounds' ends."""
 
     def __init__(self) -> None:
         self.laps: list[tuple[float, float]] = []
 
     def lap(self) -> None:
-        """Note both."""
+        """Record both times."""
+        # time.time(), since the benchmark compares the clocks of several processes.
         self.laps.append((time.time(), time.process_time()))
 
     def write(self, folder: Path, part: int, steps: float) -> None:
-        """Leave what was measured where the benchmark looks for it.
+        """Write the measurements to the folder in which the benchmark reads them.
 
         Parameters
         ----------
         folder : Path
-            Of this side's run.
+            The folder of this side's run.
         part : int
-            Number of this process among the side's.
+            The number of this process among the side's processes.
         steps : float
-            Optimizer steps on full batches, those of the warm-up included.
+            The number of optimizer steps on full batches, including the warm-up.
         """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{part}.json").write_text(json.dumps({"laps": self.laps, "steps": steps}))
 
 
 def as_json(work: Work) -> str:
-    """Return the work as `task` reads it."""
+    """Return the work as JSON, which `task` reads."""
     return json.dumps(dataclasses.asdict(work))

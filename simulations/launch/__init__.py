@@ -1,1 +1,1 @@
-"""Starting Flower's own programs: its simulation, and a deployment."""
+"""The start of Flower's programs, for a simulation and for a deployment."""

@@ -1,4 +1,4 @@
-"""A real deployment on loopback: a SuperLink with TLS and authentication, and SuperNodes."""
+"""A deployment on loopback: a SuperLink with TLS and authentication, and SuperNodes."""
 
 import os
 import re
@@ -21,19 +21,19 @@ SCRIPTS = ROOT / "simulations" / "deploy"
 
 
 class Deployment:
-    """A SuperLink and its sites; everything lives in one folder and ends with `stop`.
+    """A SuperLink and its sites, whose files are in one folder and whose processes `stop` ends.
 
     Parameters
     ----------
     folder : Path
-        For certificates, keys, logs, and the FLWR_HOME of every program.
+        The folder for certificates, keys, logs, and the FLWR_HOME of every program.
 
     Attributes
     ----------
     sites : list of Site
         The SuperNodes that `start` started.
     ca : Path
-        The certificate that they trust.
+        The CA certificate that the sites trust.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +47,9 @@ class Deployment:
             "FLWR_HOME": str(folder / "home"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
+            # The apps' processes import the plugin and the clients from here.
             "PYTHONPATH": str(ROOT),
+            # Flower starts its other programs by name.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         }
         self.ca = folder / "certificates" / "ca.crt"
@@ -58,6 +60,7 @@ class Deployment:
         self._start_superlink()
         self._connect()
         for index in range(sites):
+            # The SuperLink refuses a SuperNode whose key is not registered yet.
             self.run_script("site-key.sh", self.folder / f"site-{index}")
             self.register(self.folder / f"site-{index}" / "site.key.pub")
             self.sites.append(Site(self, index).start())
@@ -68,7 +71,7 @@ class Deployment:
         subprocess.run([SCRIPTS / name, *arguments], check=True, capture_output=True)
 
     def flwr(self, *arguments: Any, timeout: float = 120) -> str:
-        """Run a ``flwr`` command and return what it said."""
+        """Run a ``flwr`` command and return its output."""
         done = subprocess.run(
             [flower("flwr"), *map(str, arguments)],
             env=self.environment, text=True, capture_output=True, timeout=timeout, check=False,
@@ -84,6 +87,7 @@ class Deployment:
             If the SuperLink does not accept it.
         """
         output = self.flwr("supernode", "register", public_key, "site")
+        # The text is checked, because Flower's commands may exit with 0 after a failure.
         if "success" not in output.lower():
             raise ColearnError(f"registering {public_key}: expected success, found {output}")
 
@@ -92,7 +96,7 @@ class Deployment:
         return len(re.findall(r"\bonline\b", self.flwr("supernode", "list", "site")))
 
     def await_nodes(self, number: int, seconds: float = 120) -> None:
-        """Wait until so many SuperNodes are online."""
+        """Wait until this number of SuperNodes is online."""
         await_that(lambda: self.nodes_online() >= number, seconds, f"{number} SuperNodes online")
 
     def run(self, app: Path, **config: Any) -> subprocess.Popen[bytes]:
@@ -107,15 +111,18 @@ class Deployment:
             )
 
     def process_named(self, name: str) -> psutil.Process | None:
-        """Return the SuperLink's descendant of that program, or None."""
+        """Return the SuperLink's descendant process that runs this program, or None."""
         assert self.superlink is not None
+        # Flower's programs are Python scripts, so the name is the first or the second word of the
+        # command line.
         for child in psutil.Process(self.superlink.pid).children(recursive=True):
             if any(Path(part).name == name for part in child.cmdline()[:2]):
                 return child
         return None
 
     def stop(self) -> None:
-        """End all that was started."""
+        """End all sites and the SuperLink."""
+        # Sites first: their restart loops would start new SuperNodes.
         for site in self.sites:
             site.stop()
         if self.superlink is not None:
@@ -150,7 +157,7 @@ class Deployment:
         await_that(healthy, 60, f"the SuperLink ({self.log})")
 
     def _connect(self) -> None:
-        # Written here: a flwr command that finds no config starts a local SuperLink of its own.
+        # Without a config, a flwr command starts a local SuperLink of its own.
         home = Path(self.environment["FLWR_HOME"])
         home.mkdir(exist_ok=True)
         (home / "config.toml").write_text(
@@ -160,16 +167,16 @@ class Deployment:
 
 
 class Site:
-    """A SuperNode under a restart loop, as systemd's Restart=always would run it.
+    """A SuperNode in a restart loop, as with systemd's Restart=always.
 
     Parameters
     ----------
     deployment : Deployment
-        Whose SuperLink it connects to.
+        The deployment with the SuperLink to connect to.
     index : int
-        Its partition.
+        The site's partition.
     key, ca : Path, optional
-        Its private key and the certificate that it trusts; by default those of the deployment.
+        The site's private key and the CA certificate that it trusts; by default the deployment's.
     """
 
     def __init__(
@@ -200,6 +207,7 @@ class Site:
 
     def stop(self) -> None:
         """End the loop and its SuperNode."""
+        # The event first, or the loop would restart the SuperNode.
         self._stopped.set()
         if self.process is not None:
             stop(self.process)
@@ -217,6 +225,7 @@ class Site:
                     self.command, env=self.environment, stdout=log_file, stderr=subprocess.STDOUT
                 )
                 self.process.wait()
+                # A pause between restarts, as systemd has; `stop` ends it at once.
                 self._stopped.wait(2)
 
 
@@ -226,7 +235,7 @@ def await_that(condition: Callable[[], bool], seconds: float, what: str) -> None
     Raises
     ------
     ColearnError
-        If it does not in time.
+        If it does not hold within `seconds`.
     """
     deadline = time.monotonic() + seconds
     while not condition():

@@ -1,4 +1,4 @@
-"""``flwr run`` on a SuperLink of its own: own FLWR_HOME, own ports, stopped by process id."""
+"""``flwr run`` in Flower's simulation, on a SuperLink that is started and stopped for the run."""
 
 import json
 import os
@@ -26,32 +26,34 @@ def run_app(
 ) -> subprocess.CompletedProcess[str]:
     """Run a Flower app in Flower's simulation and wait for its end.
 
-    ``flwr run`` by itself leaves a SuperLink running for ever, in the environment of the first
-    run; this one is started for the run and ended with all its children.
+    ``flwr run`` alone starts a SuperLink that keeps running, in the environment of the first run.
+    Here a SuperLink with its own FLWR_HOME and ports is started for the run, and it is stopped with
+    all its child processes afterwards.
 
     Parameters
     ----------
     app : Path
-        Folder of the app.
+        The folder of the app.
     num_supernodes : int
-        Simulated SuperNodes, one CPU each.
+        The number of simulated SuperNodes, which get one CPU each.
     run_config : mapping
-        Overrides of the app's run config.
+        The overrides of the app's run config.
     home : Path
-        FLWR_HOME, made if absent; the SuperLink's log is in it.
+        The folder for FLWR_HOME, made if absent; the SuperLink's log is in it.
     timeout : float
-        Seconds; then everything is stopped.
+        The seconds after which all processes are stopped.
 
     Returns
     -------
     subprocess.CompletedProcess
-        Its output is also shown as it comes.
+        The process of ``flwr run`` with its output, which is also printed line by line.
 
     Raises
     ------
     ColearnError
         If the SuperLink does not start.
     """
+    # --run-config takes TOML; JSON's strings, numbers and booleans are TOML too.
     overrides = " ".join(f"{key}={json.dumps(value)}" for key, value in run_config.items())
     with simulation_superlink(home) as environment:
         command = [
@@ -68,7 +70,7 @@ def run_app(
 
 @contextmanager
 def simulation_superlink(home: Path) -> Iterator[dict[str, str]]:
-    """Run a simulation SuperLink; yield the environment in which ``flwr`` finds it."""
+    """Run a simulation SuperLink; yield the environment with which ``flwr`` uses it."""
     home.mkdir(parents=True, exist_ok=True)
     http, control = free_port(), free_port()
     environment = {
@@ -77,11 +79,11 @@ def simulation_superlink(home: Path) -> Iterator[dict[str, str]]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        # For apps other than this repository's own: the plugin is beside this module.
+        # Apps in other folders import the plugin and the clients from here.
         "PYTHONPATH": str(ROOT),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(http),
         "FLWR_LOCAL_CONTROL_API_PORT": str(control),
-        # Flower's own programs, and those that they start, are those of this environment.
+        # Flower starts its other programs by name; they must be those of this environment.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
     command = [
@@ -101,7 +103,8 @@ def simulation_superlink(home: Path) -> Iterator[dict[str, str]]:
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
-    """End a process and all that it started, politely first."""
+    """Terminate a process, and kill it and its descendants if they do not end."""
+    # Listed before: the children of a process that has ended cannot be found any more.
     try:
         family = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -118,7 +121,8 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that nothing listens on."""
+    """Return a TCP port of the loopback interface that no process listens on."""
+    # Port 0 makes the operating system choose a free port.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -131,21 +135,23 @@ def flower(program: str) -> str:
 
 def _await_health(port: int, process: subprocess.Popen[Any], log_path: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT
+    # The process is checked as well, so that a SuperLink that fails at once is reported at once.
     while process.poll() is None and time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1.0):
                 return
-        except OSError:  # not listening yet, or not answering yet
+        except OSError:  # the SuperLink does not listen or answer yet
             time.sleep(0.2)
     raise ColearnError(
         f"SuperLink: expected it to answer within {START_TIMEOUT:g} s, found "
-        f"{'silence' if process.poll() is None else f'exit code {process.returncode}'}; "
+        f"{'no answer' if process.poll() is None else f'exit code {process.returncode}'}; "
         f"its log is {log_path}"
     )
 
 
 def _stream(process: subprocess.Popen[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """Show a process's output line by line until it ends or the time is up."""
+    """Print a process's output line by line until it ends or the time is up."""
+    # A timer, because reading a line blocks without a timeout.
     watchdog = threading.Timer(timeout, lambda: stop(process))
     watchdog.start()
     lines = []

@@ -192,11 +192,11 @@ def test_a_participant_that_lost_its_optimizer_goes_on_with_a_new_one(flower_log
     grid = optimizers_kept()
     first, second = replies(grid, 1, 2)
     assert not same(first, second)
-    assert "no state is kept here" not in flower_log.text
+    assert "no state is stored" not in flower_log.text
     grid.contexts[1].state.clear()
     (again,) = replies(grid, 2)
     assert same(first, again)
-    assert "no state is kept here; round 2 begins a new one" in flower_log.text
+    assert "no state is stored; round 2 starts with a new one" in flower_log.text
 
 
 def test_a_round_that_is_repeated_begins_with_the_same_optimizer():

@@ -57,7 +57,7 @@ def test_a_run_that_does_not_reach_its_end_is_a_failure_even_after_one_that_did(
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
     assert run_demo(monkeypatch, tmp_path, lambda *arguments: None) == 1
     captured = capsys.readouterr()
-    assert "did not reach its end" in captured.err
+    assert "did not finish" in captured.err
     assert "98.4" not in captured.out
 
 

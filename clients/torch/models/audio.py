@@ -1,4 +1,4 @@
-"""PyTorch networks on log-mel spectrograms: Speech Commands' words and AudioSet's tags."""
+"""PyTorch networks on log-mel spectrograms, for Speech Commands and AudioSet."""
 
 from functools import partial
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 def cnn_trad_fpool3(num_classes: int = 30) -> nn.Module:
     """Return `cnn-trad-fpool3` (Sainath & Parada, 2015) for [N, 1, 98, 40].
 
-    Convolutions of 64 channels, 20x8 and, after pooling by 3 in frequency, 10x4 (time x frequency,
-    without padding), a linear layer of 32, a dense one of 128, and the classes. 1,329,214
-    parameters with 30 classes: most in the linear layer, since our clips are three times as long
-    as the paper's 32 frames.
+    The network has two convolutions of 64 channels, 20x8 and, after pooling by 3 in frequency, 10x4
+    (time x frequency, without padding), a linear layer of 32, a dense one of 128, and the classes.
+    It has 1,329,214 parameters with 30 classes, most of them in the linear layer, since our clips
+    are three times as long as the 32 frames of Sainath & Parada.
     """
     return nn.Sequential(
         nn.Conv2d(1, 64, (20, 8)),
@@ -21,7 +21,7 @@ def cnn_trad_fpool3(num_classes: int = 30) -> nn.Module:
         nn.Conv2d(64, 64, (10, 4)),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(64 * 70 * 8, 32),
+        nn.Linear(64 * 70 * 8, 32),  # no activation: the low-rank linear layer
         nn.Linear(32, 128),
         nn.ReLU(),
         nn.Linear(128, num_classes),
@@ -31,7 +31,7 @@ def cnn_trad_fpool3(num_classes: int = 30) -> nn.Module:
 def cnn_small(num_classes: int = 30) -> nn.Module:
     """Return four strided convolutions with batch norm and one linear layer, for CPUs.
 
-    For [N, 1, 98, 40]; 62,606 parameters with 30 classes.
+    The inputs are [N, 1, 98, 40]; there are 62,606 parameters with 30 classes.
     """
 
     def block(inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
@@ -50,16 +50,16 @@ def cnn_small(num_classes: int = 30) -> nn.Module:
 
 
 class Crnn(nn.Module):
-    """Convolutions, a bidirectional GRU of 128 a direction, and a head that joins the frames.
+    """Convolutions, a bidirectional GRU of 128 a direction, and a head that pools over the frames.
 
-    Four blocks of 3x3 convolution, batch norm, ReLU and max pooling take [N, 240, 64] (frames x mel
+    Four blocks of 3x3 convolution, batch norm, ReLU and max pooling map [N, 240, 64] (frames x mel
     bins) to 60 frames of 128 features: time is halved twice, frequency pooled to 1.
 
     Parameters
     ----------
     head : nn.Module
-        ``(shallow, deep) -> logits [N, classes]`` of the frames before the GRU [N, 60, 128] and
-        after it [N, 60, 256].
+        The module ``(shallow, deep) -> logits [N, classes]``; its inputs are the frames before the
+        GRU [N, 60, 128] and after it [N, 60, 256].
     """
 
     def __init__(self, head: nn.Module) -> None:
@@ -81,10 +81,10 @@ class Crnn(nn.Module):
 
 
 SHALLOW, DEEP = 128, 256
-"""Features of a frame before and after the GRU."""
+"""The number of features of a frame before and after the GRU."""
 
 EPSILON = 1e-12
-"""Probabilities are kept so far from 0 and 1, that their logits are finite."""
+"""The least distance of probabilities from 0 and 1, so that their logits are finite."""
 
 
 def _block(inputs: int, outputs: int, pool: tuple[int, int]) -> list[nn.Module]:
@@ -93,7 +93,7 @@ def _block(inputs: int, outputs: int, pool: tuple[int, int]) -> list[nn.Module]:
 
 
 class AverageHead(nn.Module):
-    """The mean over time of every frame's sigmoid, as a logit."""
+    """The head whose probability is the mean over time of every frame's sigmoid."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -101,12 +101,15 @@ class AverageHead(nn.Module):
 
     def forward(self, shallow: Tensor, deep: Tensor) -> Tensor:
         """Return logits [N, classes]."""
-        # float(): under autocast half precision would round probabilities near 0 and 1.
+        # float(): half precision, under autocast, would round probabilities near 0 and 1.
         return to_logits(torch.sigmoid(self.classes(deep).float()).mean(1))
 
 
 class MaxHead(nn.Module):
-    """The maximum over time of every frame's logit, whose sigmoid is that of their sigmoids."""
+    """The head whose logit is the maximum over time of every frame's logit.
+
+    Its sigmoid is the maximum of the frames' sigmoids, since the sigmoid is monotonic.
+    """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -118,14 +121,14 @@ class MaxHead(nn.Module):
 
 
 class Attention(nn.Module):
-    """Probabilities of a clip: its frames' sigmoids, weighted by attention (Kong et al., 2018).
+    """The probabilities of a clip: its frames' sigmoids weighted by attention (Kong et al., 2018).
 
     Attention is a softmax over the classes of every frame, normalised over time.
 
     Parameters
     ----------
     features, num_classes : int
-        Of a frame, and to tell apart.
+        The number of features of a frame, and of classes.
     """
 
     def __init__(self, features: int, num_classes: int) -> None:
@@ -135,13 +138,14 @@ class Attention(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Map [N, time, features] to probabilities [N, classes], float32."""
-        # In logarithms, in which a class that no frame attends to is no 0 / 0.
+        # Normalised by a softmax of logarithms: dividing by the sum over time would be 0 / 0 for a
+        # class whose attention underflows in every frame.
         weights = torch.log_softmax(self.attention(frames).float(), -1).softmax(1)
         return (weights * torch.sigmoid(self.classes(frames).float())).sum(1)
 
 
 class AttentionHead(nn.Module):
-    """Attention over the GRU's frames, as logits."""
+    """The head with attention over the GRU's frames."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -153,7 +157,7 @@ class AttentionHead(nn.Module):
 
 
 class MultiAttentionHead(nn.Module):
-    """Attention before and after the GRU, concatenated, and a linear layer (Yu et al., 2018)."""
+    """The head with attention before and after the GRU, and a linear layer (Yu et al., 2018)."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -168,7 +172,7 @@ class MultiAttentionHead(nn.Module):
 
 
 def to_logits(probabilities: Tensor) -> Tensor:
-    """Return the logits of probabilities, which are first kept `EPSILON` away from 0 and 1."""
+    """Return the logits of probabilities, which are first clipped `EPSILON` away from 0 and 1."""
     # float64: float32 has no number between 1 - 6e-8 and 1.
     return torch.logit(probabilities.double().clamp(EPSILON, 1 - EPSILON)).float()
 
@@ -176,14 +180,14 @@ def to_logits(probabilities: Tensor) -> Tensor:
 def crnn(head: type[nn.Module], num_classes: int = 527) -> nn.Module:
     """Return a CRNN with a head.
 
-    Parameters with 527 classes: 574,191 with `AverageHead` and `MaxHead`, 709,630 with
-    `AttentionHead`, 1,401,581 with `MultiAttentionHead`.
+    The parameters with 527 classes are 574,191 with `AverageHead` and `MaxHead`, 709,630 with
+    `AttentionHead`, and 1,401,581 with `MultiAttentionHead`.
     """
     return Crnn(head(num_classes))
 
 
 SPEECH = {"cnn-trad-fpool3": cnn_trad_fpool3, "cnn-small": cnn_small}
-"""Models for task "speech" by name."""
+"""The models of task "speech" by name."""
 
 AUDIOSET = {
     "crnn-average": partial(crnn, AverageHead),
@@ -191,4 +195,4 @@ AUDIOSET = {
     "crnn-attention": partial(crnn, AttentionHead),
     "crnn-multi-attention": partial(crnn, MultiAttentionHead),
 }
-"""Models for task "audioset" by name."""
+"""The models of task "audioset" by name."""

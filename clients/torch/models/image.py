@@ -1,4 +1,4 @@
-"""The co-learning paper's image networks in PyTorch: CIFAR-10's and ImageNet's."""
+"""The co-learning paper's image networks for CIFAR-10 and ImageNet in PyTorch."""
 
 from typing import Any
 
@@ -9,23 +9,24 @@ from torchvision.models.vgg import cfgs, make_layers
 from flwr_colearn import ColearnError
 
 SMALLEST_INCEPTION = 107
-"""Images under this height and width are enlarged to it for the Inception networks.
+"""The height and width in pixels to which the Inception networks enlarge smaller images.
 
-They take 75 pixels, but leave so few positions in their last stages that the outer weights of many
-kernels only ever meet padding: 23 % of Inception-V4's weights and 8 % of Inception-ResNet-V2's have
-no gradient at 75 pixels, 13 % and 4 % at 106, none from 107 on.
+The networks accept 75 pixels, but then their last stages have so few positions that the outer
+weights of many kernels are only multiplied with padding. The share of weights without a gradient is
+23 % in Inception-V4 and 8 % in Inception-ResNet-V2 at 75 pixels, 13 % and 4 % at 106, and 0 from
+107 on.
 """
 
 
 class AtLeast(nn.Module):
-    """Enlarges images [N, C, H, W] whose shorter side is under `size` to `size`, bilinearly."""
+    """Bilinear enlargement to `size` of images [N, C, H, W] whose shorter side is below `size`."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the images, of `size` x `size` if one of their sides was shorter."""
+        """Return the images, scaled to `size` x `size` if one of their sides is shorter."""
         if min(images.shape[-2:]) >= self.size:
             return images
         return nn.functional.interpolate(images, size=(self.size, self.size), mode="bilinear")
@@ -34,14 +35,14 @@ class AtLeast(nn.Module):
 def vgg19_bn(num_classes: int = 10) -> nn.Module:
     """Return VGG-19 for 32x32 images: torchvision's features with batch norm, one linear layer.
 
-    20,040,522 parameters for 10 classes. ImageNet's three linear layers (119 million) are left out:
-    five poolings leave one position of 512 channels.
+    It has 20,040,522 parameters for 10 classes. ImageNet's three linear layers (119 million) are
+    left out, because after five poolings one position of 512 channels remains.
     """
     model = nn.Sequential(
         make_layers(cfgs["E"], batch_norm=True), nn.Flatten(), nn.Linear(512, num_classes)
     )
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # as torchvision's VGG has it
+        if isinstance(module, nn.Conv2d):  # the initial weights of torchvision's VGG
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
     return model
@@ -50,8 +51,8 @@ def vgg19_bn(num_classes: int = 10) -> nn.Module:
 def resnet152(num_classes: int = 10) -> nn.Module:
     """Return torchvision's ResNet-152 for 32x32 images (58,164,298 parameters for 10 classes).
 
-    Its 7x7 first convolution has stride 1 and no pooling follows, so the four stages work on 32,
-    16, 8 and 4 pixels; neither changes the parameters.
+    The 7x7 first convolution has stride 1 and no pooling follows, so the four stages work on 32,
+    16, 8 and 4 pixels. Neither change affects the number of parameters.
     """
     model = models.resnet152(num_classes=num_classes)
     model.conv1.stride = (1, 1)
@@ -100,6 +101,7 @@ def resnetv2_101(num_classes: int = 1000) -> nn.Module:
 
 
 def _timm() -> Any:
+    # Imported on use: only the extra "study" installs timm.
     try:
         import timm
     except ModuleNotFoundError as error:

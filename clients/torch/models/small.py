@@ -1,4 +1,4 @@
-"""PyTorch networks for the tasks that torchvision does not ship."""
+"""Small PyTorch networks for images, which torchvision does not have."""
 
 import torch
 from torch import Tensor, nn
@@ -6,9 +6,9 @@ from torchvision.models.resnet import BasicBlock
 
 
 def small_cnn() -> nn.Module:
-    """Return a CNN of two convolutions with batch norm and one linear layer (9,978 parameters).
+    """Return a CNN for the digits: two convolutions with batch norm and one linear layer.
 
-    For the digits.
+    It has 9,978 parameters.
     """
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1, bias=False),
@@ -26,7 +26,7 @@ def small_cnn() -> nn.Module:
 def mnist_cnn() -> nn.Module:
     """Return two 5x5 convolutions of 10 and 20 channels and two linear layers (21,840 parameters).
 
-    The network of PyTorch's MNIST example, without its dropout.
+    It is the network of PyTorch's MNIST example without its dropout.
     """
     return nn.Sequential(
         nn.Conv2d(1, 10, 5),
@@ -45,8 +45,8 @@ def mnist_cnn() -> nn.Module:
 def resnet8(num_classes: int = 10) -> nn.Module:
     """Return a compact residual CNN for CPUs: three basic blocks of 16, 32 and 64 channels.
 
-    78,042 parameters; the smallest of the CIFAR ResNets (He et al., 2016) with the projection
-    shortcuts of torchvision's ``BasicBlock``.
+    It is the smallest of the CIFAR ResNets (He et al., 2016) with the projection shortcuts of
+    torchvision's ``BasicBlock``, and has 78,042 parameters.
     """
 
     def shortcut(inputs: int, outputs: int) -> nn.Module:
@@ -68,7 +68,7 @@ def resnet8(num_classes: int = 10) -> nn.Module:
 
 
 class DenseLayer(nn.Module):
-    """BN-ReLU-3x3 convolution whose output is appended to its input's channels."""
+    """A BN-ReLU-3x3 convolution whose output is appended to its input's channels."""
 
     def __init__(self, channels: int, growth: int) -> None:
         super().__init__()
@@ -83,8 +83,9 @@ class DenseLayer(nn.Module):
 def densenet40(num_classes: int = 10, growth: int = 12) -> nn.Module:
     """Return DenseNet-40 (k=12) without bottleneck and compression (Huang et al., 2017).
 
-    3x3 convolution to 16 channels; three blocks of 12 dense layers; between them BN-ReLU-1x1
-    convolution and average pooling; BN-ReLU-global pooling-linear. 1,019,722 parameters.
+    The layers are a 3x3 convolution to 16 channels; three blocks of 12 dense layers; between them
+    BN-ReLU-1x1 convolution and average pooling; BN-ReLU-global pooling-linear. There are 1,019,722
+    parameters.
     """
     layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False)]
     channels = 16

@@ -34,7 +34,7 @@ def test_a_damaged_file_is_said_and_made_anew(tmp_path, flower_log, size):
     cached_arrays([path], "one", make)
     path.write_bytes(path.read_bytes()[:size])
     assert cached_arrays([path], "one", make)["a"].tolist() == [2, 2, 2]
-    assert f"{path} cannot be read and is prepared anew" in flower_log.text
+    assert f"{path} cannot be read and is prepared again" in flower_log.text
     assert cached_arrays([path], "one", make)["a"].tolist() == [2, 2, 2]
 
 
@@ -51,7 +51,7 @@ def test_where_no_place_can_be_written_it_is_said(tmp_path, flower_log):
     (tmp_path / "file").touch()
     arrays = cached_arrays([tmp_path / "file" / "kept.npz"], "one", Maker())
     assert arrays["a"].tolist() == [1, 1, 1]
-    assert "Prepared data is not kept for the next run" in flower_log.text
+    assert "Prepared data is not cached for the next run" in flower_log.text
 
 
 def test_the_places_are_the_folder_and_the_users_cache(tmp_path, monkeypatch):

@@ -1,1 +1,1 @@
-"""A Flower app whose rounds are all overhead."""
+"""A Flower app whose participants train nothing, to measure a round's overhead."""

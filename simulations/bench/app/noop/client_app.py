@@ -1,4 +1,4 @@
-"""Participants that send back the arrays that they got."""
+"""The ClientApp of participants that return the arrays they receive."""
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -8,7 +8,7 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train nothing."""
+    """Return the arrays of the message."""
     metrics = MetricRecord({"num-examples": 1})
     content = RecordDict({"arrays": message.content["arrays"], "metrics": metrics})
     return Message(content=content, reply_to=message)

@@ -1,4 +1,4 @@
-"""Rounds of FedAvg and of co-learning in turn, on the same grid or on grids of the same kind."""
+"""The measurement of rounds of FedAvg and co-learning in turn, on the same kind of grid."""
 
 import time
 from collections.abc import Callable
@@ -18,9 +18,9 @@ STRATEGIES: dict[str, Callable[[int], FedAvg]] = {
 
 
 def random_model(mebibytes: float, arrays: int = 10) -> ArrayRecord:
-    """Return a float32 model of that size in equal arrays, of random numbers.
+    """Return a float32 model of that size, of equally large arrays of random numbers.
 
-    Flower sends equal chunks once, so a constant model would look too fast.
+    Flower sends equal chunks only once, so a constant model would be faster than a real one.
     """
     rng = np.random.default_rng(0)
     size = round(mebibytes * 2**20 / 4 / arrays)
@@ -30,7 +30,7 @@ def random_model(mebibytes: float, arrays: int = 10) -> ArrayRecord:
 def seconds_per_round(
     grid: Grid, participants: int, model: ArrayRecord, rounds: int, repeats: int
 ) -> dict[str, list[float]]:
-    """Return the seconds of every counted round of each strategy; they take turns."""
+    """Return the seconds of every timed round of each strategy; the strategies take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in STRATEGIES}
     for repeat in range(repeats):
         for name in sorted(STRATEGIES, reverse=repeat % 2 == 0):  # neither is always the first
@@ -39,9 +39,9 @@ def seconds_per_round(
 
 
 def timed(strategy: FedAvg, grid: Grid, model: ArrayRecord, rounds: int) -> list[float]:
-    """Return the seconds of each of so many rounds, from one evaluation by the server to the next.
+    """Return the seconds of each of `rounds` rounds, from one evaluation by the server to the next.
 
-    They come after a first round, in which processes start and caches fill.
+    A first round, in which processes start and caches fill, is not timed.
     """
     ends: list[float] = []
 
@@ -50,4 +50,5 @@ def timed(strategy: FedAvg, grid: Grid, model: ArrayRecord, rounds: int) -> list
         return None
 
     strategy.start(grid, model, num_rounds=1 + rounds, evaluate_fn=note)
+    # ends[0] is the evaluation of the initial model, ends[1] the end of the first round.
     return [end - start for start, end in pairwise(ends[1:])]

@@ -1,4 +1,4 @@
-"""The app's server: writes the seconds of all rounds to a file."""
+"""The ServerApp that writes the seconds of all rounds to a file."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the rounds that the run config asks for."""
+    """Run the rounds that the run config describes."""
     config = context.run_config
     seconds = seconds_per_round(
         grid,
