@@ -1,6 +1,6 @@
 """The Trainer protocol and the training of a LocalPlan, independent of any framework."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flwr_colearn import ColearnError, LocalPlan, Role
+from flwr_colearn.errors import whole_number
 
 NDArray = npt.NDArray[Any]
 
@@ -84,6 +85,25 @@ def follow(plan: LocalPlan, trainer: Trainer, seed: int) -> dict[str, float]:
         "train-loss": result.loss,
         "learning-rate": epoch.learning_rate,
     }
+
+
+def check_settings(train_set: Sized, batch_size: int, precision: str = "float32") -> None:
+    """Raise a ColearnError unless a trainer can train with these settings.
+
+    Parameters
+    ----------
+    train_set : sized
+        The training examples, at least one.
+    batch_size : int
+        A whole number of at least 1.
+    precision : str, default "float32"
+        "float32", "bfloat16" or "float16".
+    """
+    if len(train_set) == 0:
+        raise ColearnError("train_set: expected at least one example, found none")
+    whole_number("batch_size", batch_size, least=1)
+    if precision not in ("float32", "bfloat16", "float16"):
+        raise ColearnError(f"precision: expected float32, bfloat16 or float16, found {precision!r}")
 
 
 def check_weights(weights: Mapping[str, NDArray], own: Mapping[str, NDArray], model: str) -> None:

@@ -13,9 +13,8 @@ from clients.keras.normalization import normalised, recalibrated
 from clients.objective import CLASSES, Objective
 from clients.tensorflow.setup import check_device, keras, tf
 from clients.tensorflow.transforms import Transform, no_transform
-from clients.trainer import EpochResult, NDArray, check_weights, derive_seed
+from clients.trainer import EpochResult, NDArray, check_settings, check_weights, derive_seed
 from flwr_colearn import ColearnError, Role
-from flwr_colearn.errors import whole_number
 
 FIRST_LOSS_SCALE = 2.0**15
 
@@ -88,13 +87,7 @@ class KerasTrainer:
         jit_compile: bool = False,
         clip_norm: float | None = None,
     ) -> None:
-        if len(train_set) == 0:
-            raise ColearnError("train_set: expected at least one example, found an empty shard")
-        whole_number("batch_size", batch_size, least=1)
-        if precision not in ("float32", "bfloat16", "float16"):
-            raise ColearnError(
-                f"precision: expected float32, bfloat16 or float16, found {precision!r}"
-            )
+        check_settings(train_set, batch_size, precision)
         if keras.backend.backend() != "tensorflow":
             raise ColearnError(
                 f"Keras: expected the backend tensorflow, found {keras.backend.backend()}; set the "

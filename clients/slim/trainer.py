@@ -13,9 +13,8 @@ from clients.objective import CLASSES, Objective
 from clients.slim.compat import slim, tf
 from clients.tensorflow.setup import check_device
 from clients.tensorflow.transforms import Transform, no_transform
-from clients.trainer import EpochResult, NDArray, check_weights, derive_seed
+from clients.trainer import EpochResult, NDArray, check_settings, check_weights, derive_seed
 from flwr_colearn import ColearnError, Role
-from flwr_colearn.errors import whole_number
 
 tf1 = tf.compat.v1
 
@@ -93,9 +92,7 @@ class SlimTrainer:
         device: str | None = None,
         clip_norm: float | None = None,
     ) -> None:
-        if len(train_set) == 0:
-            raise ColearnError("train_set: expected at least one example, found an empty shard")
-        whole_number("batch_size", batch_size, least=1)
+        check_settings(train_set, batch_size)
         self.train_set, self.test_set = train_set, test_set
         self.objective = objective
         self.batch_size = batch_size

@@ -15,9 +15,8 @@ from tqdm import tqdm
 from clients.objective import CLASSES, Objective
 from clients.torch.normalization import normalised, recalibrated
 from clients.torch.transforms import Transform
-from clients.trainer import EpochResult, NDArray, derive_seed
+from clients.trainer import EpochResult, NDArray, check_settings, derive_seed
 from flwr_colearn import ColearnError, Role
-from flwr_colearn.errors import whole_number
 
 _NORMS_WITH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -85,13 +84,7 @@ class TorchTrainer:
         clip_norm: float | None = None,
         workers: int = 0,
     ) -> None:
-        if len(train_set) == 0:  # type: ignore[arg-type]
-            raise ColearnError("train_set: expected at least one example, found an empty shard")
-        whole_number("batch_size", batch_size, least=1)
-        if precision not in ("float32", "bfloat16", "float16"):
-            raise ColearnError(
-                f"precision: expected float32, bfloat16 or float16, found {precision!r}"
-            )
+        check_settings(train_set, batch_size, precision)  # type: ignore[arg-type]
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.channels_last = channels_last
         memory_format = torch.channels_last if channels_last else torch.contiguous_format

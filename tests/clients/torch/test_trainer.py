@@ -268,7 +268,7 @@ def test_the_only_example_of_a_participant_is_trained_on():
 
 def test_an_empty_shard_is_refused():
     empty = TensorDataset(torch.empty(0, 3, 6, 6), torch.empty(0, dtype=torch.int64))
-    with pytest.raises(ColearnError, match="expected at least one example, found an empty shard"):
+    with pytest.raises(ColearnError, match="expected at least one example, found none"):
         make(train_set=empty)
 
 
