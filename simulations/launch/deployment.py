@@ -1,12 +1,14 @@
-"""A deployment on loopback: a SuperLink with TLS and authentication, and SuperNodes."""
+"""A deployment on loopback: a SuperLink, nginx in front of it, and SuperNodes."""
 
 import os
 import re
+import shutil
 import ssl
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +25,15 @@ SCRIPTS = ROOT / "simulations" / "deploy"
 class Deployment:
     """A SuperLink and its sites, whose files are in one folder and whose processes `stop` ends.
 
+    The SuperLink has TLS and SuperNode authentication. The sites reach it through nginx, which
+    passes on their API alone; where nginx is not installed they reach it directly.
+
     Parameters
     ----------
     folder : Path
         The folder for certificates, keys, logs, and the FLWR_HOME of every program.
+    proxy : bool, optional
+        Whether nginx is in front of the SuperLink; by default if nginx is installed.
 
     Attributes
     ----------
@@ -34,14 +41,21 @@ class Deployment:
         The SuperNodes that `start` started.
     ca : Path
         The CA certificate that the sites trust.
+    address : str
+        The SuperLink's own address, for the operator's ``flwr``.
+    public_address : str
+        The address that the sites are given: the proxy's, or without one the SuperLink's.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, proxy: bool | None = None) -> None:
         self.folder = folder
         self.sites: list[Site] = []
         self.superlink: subprocess.Popen[bytes] | None = None
+        self.nginx: subprocess.Popen[bytes] | None = None
+        self.proxy = nginx_program() is not None if proxy is None else proxy
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
+        self.public_address = f"127.0.0.1:{free_port()}" if self.proxy else self.address
         self.environment = {
             **os.environ,
             "FLWR_HOME": str(folder / "home"),
@@ -55,20 +69,39 @@ class Deployment:
         self.ca = folder / "certificates" / "ca.crt"
 
     def start(self, sites: int = 5) -> None:
-        """Start the SuperLink, register and start the sites, and wait until they are online."""
-        self.run_script("certificates.sh", self.folder / "certificates", "127.0.0.1")
-        self._start_superlink()
-        self._connect()
-        for index in range(sites):
-            # The SuperLink refuses a SuperNode whose key is not registered yet.
-            self.run_script("site-key.sh", self.folder / f"site-{index}")
-            self.register(self.folder / f"site-{index}" / "site.key.pub")
-            self.sites.append(Site(self, index).start())
+        """Start the servers, register and start the sites, and wait until they are online."""
+        self.start_servers()
+        for _ in range(sites):
+            self.add_site()
         self.await_nodes(sites)
+
+    def start_servers(self) -> None:
+        """Start the SuperLink and nginx, and tell the operator's ``flwr`` where they are."""
+        self.run_script("certificates.sh", self.folder / "certificates", "127.0.0.1")
+        self.start_superlink()
+        if self.proxy:
+            self.start_proxy()
+        self._connect()
+
+    def add_site(self, node_config: str | None = None) -> "Site":
+        """Make a key, register it and start a site with it.
+
+        Parameters
+        ----------
+        node_config : str, optional
+            The site's node config; by default that of a simulation's partition.
+        """
+        index = len(self.sites)
+        # The SuperLink refuses a SuperNode whose key is not registered yet.
+        self.run_script("site-key.sh", self.folder / f"site-{index}")
+        self.register(self.folder / f"site-{index}" / "site.key.pub")
+        site = Site(self, index, node_config=node_config).start()
+        self.sites.append(site)
+        return site
 
     def run_script(self, name: str, *arguments: Any) -> None:
         """Run one of the deployment scripts."""
-        subprocess.run([SCRIPTS / name, *arguments], check=True, capture_output=True)
+        subprocess.run([SCRIPTS / name, *map(str, arguments)], check=True, capture_output=True)
 
     def flwr(self, *arguments: Any, timeout: float = 120) -> str:
         """Run a ``flwr`` command and return its output."""
@@ -121,23 +154,25 @@ class Deployment:
         return None
 
     def stop(self) -> None:
-        """End all sites and the SuperLink."""
+        """End all sites, nginx and the SuperLink."""
         # Sites first: their restart loops would start new SuperNodes.
         for site in self.sites:
             site.stop()
-        if self.superlink is not None:
-            stop(self.superlink)
+        for server in (self.nginx, self.superlink):
+            if server is not None:
+                stop(server)
 
-    def _start_superlink(self) -> None:
+    def start_superlink(self) -> None:
+        """Start the SuperLink on loopback and wait until it answers."""
         certificates = self.folder / "certificates"
         self.log = self.folder / "superlink.log"
-        with self.log.open("w") as log_file:
+        with self.log.open("a") as log_file:
             self.superlink = subprocess.Popen(
                 [
                     flower("flower-superlink"),
                     "--ssl-ca-certfile", str(self.ca),
-                    "--ssl-certfile", str(certificates / "server.pem"),
-                    "--ssl-keyfile", str(certificates / "server.key"),
+                    "--ssl-certfile", str(certificates / "superlink.pem"),
+                    "--ssl-keyfile", str(certificates / "superlink.key"),
                     "--enable-supernode-auth",
                     "--database", str(self.folder / "state.db"),
                     "--host", "127.0.0.1", "--port", str(self.port),
@@ -145,16 +180,40 @@ class Deployment:
                 ],
                 env=self.environment, stdout=log_file, stderr=subprocess.STDOUT,
             )  # fmt: skip
+        await_that(lambda: self._answers(self.address), 60, f"the SuperLink ({self.log})")
+
+    def start_proxy(self) -> None:
+        """Start nginx in front of the SuperLink and wait until it answers.
+
+        Raises
+        ------
+        ColearnError
+            If nginx is not installed.
+        """
+        program = nginx_program()
+        if program is None:
+            raise ColearnError("proxy: expected nginx on PATH or in /usr/sbin, found none")
+        folder = self.folder / "proxy"
+        self.run_script(
+            "proxy.sh", folder, self.folder / "certificates", self.public_address, self.port
+        )
+        log = self.folder / "nginx.log"
+        with log.open("w") as log_file:
+            self.nginx = subprocess.Popen(
+                [program, "-e", "stderr", "-c", str(folder / "nginx.conf")],
+                stdout=log_file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        await_that(lambda: self._answers(self.public_address), 60, f"nginx ({log})")
+
+    def _answers(self, address: str) -> bool:
         trusted = ssl.create_default_context(cafile=self.ca)
-
-        def healthy() -> bool:
-            try:
-                urllib.request.urlopen(f"https://{self.address}/health", context=trusted, timeout=2)
-            except OSError:
-                return False
-            return True
-
-        await_that(healthy, 60, f"the SuperLink ({self.log})")
+        try:
+            urllib.request.urlopen(f"https://{address}/health", context=trusted, timeout=2).close()
+        except urllib.error.HTTPError:
+            return True  # nginx answers, with its 403
+        except OSError:
+            return False
+        return True
 
     def _connect(self) -> None:
         # Without a config, a flwr command starts a local SuperLink of its own.
@@ -177,10 +236,17 @@ class Site:
         The site's partition.
     key, ca : Path, optional
         The site's private key and the CA certificate that it trusts; by default the deployment's.
+    node_config : str, optional
+        The node config; by default the site is partition `index` of a simulation's five.
     """
 
     def __init__(
-        self, deployment: Deployment, index: int, key: Path | None = None, ca: Path | None = None
+        self,
+        deployment: Deployment,
+        index: int,
+        key: Path | None = None,
+        ca: Path | None = None,
+        node_config: str | None = None,
     ) -> None:
         self.index = index
         self.home = deployment.folder / f"site-{index}"
@@ -191,9 +257,9 @@ class Site:
             flower("flower-supernode"),
             "--root-certificates", str(ca or deployment.ca),
             "--auth-supernode-private-key", str(key or self.home / "site.key"),
-            "--superlink", deployment.address,
+            "--superlink", deployment.public_address,
             "--port", str(free_port()),
-            "--node-config", f"partition-id={index} num-partitions=5",
+            "--node-config", node_config or f"partition-id={index} num-partitions=5",
         ]  # fmt: skip
         self.environment = {**deployment.environment, "FLWR_HOME": str(self.home)}
         self.process: subprocess.Popen[bytes] | None = None
@@ -227,6 +293,12 @@ class Site:
                 self.process.wait()
                 # A pause between restarts, as systemd has; `stop` ends it at once.
                 self._stopped.wait(2)
+
+
+def nginx_program() -> str | None:
+    """Return the path of nginx, or None if it is not installed."""
+    # Debian keeps it in /usr/sbin, which is not on every user's PATH.
+    return shutil.which("nginx", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin"]))
 
 
 def await_that(condition: Callable[[], bool], seconds: float, what: str) -> None:
