@@ -1,67 +1,118 @@
 """The participant of this repository's Flower app: ``clients.app:app`` in pyproject.toml."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
-from flwr.app import Context
+from flwr.app import ConfigRecord, Context, Message
 
 from clients.client_app import make_client_app
 from clients.settings import ParticipantSettings
-from clients.tasks.registry import participant_trainer
+from clients.tasks.registry import agreement, participant_trainer, site_trainer
 from clients.trainer import Trainer
 from flwr_colearn import ColearnError
+
+AGREEMENT = "task-agreement"
+"""The key of the train config with the digest of what the sites' tasks must have alike."""
 
 
 def build(context: Context) -> Trainer:
     """Return the trainer that a participant's run config and node config describe.
 
+    A node config with ``partition-id`` and ``num-partitions`` is that of a simulation, in which all
+    participants have the whole data set and each trains on its part. Without them the site trains
+    on all of its own data, in the node config's ``data-dir``.
+
     Raises
     ------
     ColearnError
-        If the node config has a ``data-dir`` beside a ``partition-id``.
+        If the node config has a ``data-dir`` beside a ``partition-id``, or one of
+        ``partition-id`` and ``num-partitions`` without the other.
     """
-    _refuse_own_data(context)
+    _refuse_both(context)
     settings = _settings(context)
-    return _trainer(
-        settings,
-        int(context.node_config["partition-id"]),
-        int(context.node_config["num-partitions"]),
-    )
+    number, of = (context.node_config.get(key) for key in ("partition-id", "num-partitions"))
+    if number is None and of is None:
+        return _site_trainer(settings)
+    if number is None or of is None:
+        raise ColearnError(
+            "node config: expected 'partition-id' and 'num-partitions' together, as in a "
+            "simulation, or neither, for a site with data of its own in 'data-dir'; found one: "
+            f"{dict(context.node_config)}"
+        )
+    return _trainer(settings, int(number), int(of))
 
 
-def _refuse_own_data(context: Context) -> None:
-    """Raise a ColearnError if the node config names a data folder of the site's own.
+def _refuse_both(context: Context) -> None:
+    """Raise a ColearnError if the node config describes a simulation and own data at once.
 
-    A site with a ``partition-id`` would train on one shard of that folder only.
+    A site with a ``partition-id`` would train on one shard of its folder only.
     """
-    if {"data-dir", "partition-id"} <= set(context.node_config):
+    if "data-dir" in context.node_config and "partition-id" in context.node_config:
         raise ColearnError(
             "node config: expected either 'data-dir' or 'partition-id', found both. A site with a "
             "'partition-id' trains on its share of one data set that all sites have, here one of "
             f"{context.node_config.get('num-partitions', 'several')} parts of "
-            f"{context.node_config['data-dir']}; training on all of a site's own data is not "
-            "supported yet. Leave 'data-dir' out of --node-config, and name the folder of the "
-            "common data in the run config: flwr run . LINK --run-config 'data-dir=\"...\"'"
+            f"{context.node_config['data-dir']}. To train on all of a site's own data, start its "
+            "SuperNode without 'partition-id' and 'num-partitions': --node-config "
+            f'\'name="..." data-dir="{context.node_config["data-dir"]}"\'. For a share of common '
+            "data, leave 'data-dir' out, and name the folder in the run config: "
+            "flwr run . LINK --run-config 'data-dir=\"...\"'"
         )
 
 
 def _settings(context: Context) -> ParticipantSettings:
     # A site's node config (devices, workers) takes precedence over the run config, since only the
-    # site knows its hardware.
-    return ParticipantSettings.from_config({**context.run_config, **context.node_config})
+    # site knows its hardware. The folder of the run config is never a site's own: without one in
+    # its node config the site would train on whatever lies there.
+    settings = ParticipantSettings.from_config({**context.run_config, **context.node_config})
+    if "partition-id" not in context.node_config and "data-dir" not in context.node_config:
+        raise ColearnError(
+            "node config: expected 'data-dir', the folder of this site's own data, or, in a "
+            "simulation, 'partition-id' and 'num-partitions'; found neither among "
+            f"{', '.join(context.node_config) or 'no keys'}. For example --node-config "
+            '\'name="utrecht" data-dir="/srv/data"\''
+        )
+    return settings
+
+
+def check_agreement(
+    message: Message, context: Context, call_next: Callable[[Message, Context], Message]
+) -> Message:
+    """Refuse to train where a file that the sites must have alike differs from the server's.
+
+    Raises
+    ------
+    ColearnError
+        If the digests differ. The shapes of the models would agree, and the average of models
+        over differently numbered words would be useless.
+    """
+    config = message.content.get("config")
+    wanted = (
+        str(config[AGREEMENT]) if isinstance(config, ConfigRecord) and AGREEMENT in config else None
+    )
+    if wanted is not None and wanted != (found := agreement(_settings(context))):
+        raise ColearnError(
+            "run config 'vectors' or 'vocabulary-file': expected the server's file (digest "
+            f"{wanted}), found another (digest {found}); copy the server's file to this site"
+        )
+    return call_next(message, context)
 
 
 # A process that handles many messages (simulation, in process) prepares each shard once. Every
 # `set_weights` reinitialises the trainer's optimizer, so no state leaks from one round to the next.
 _trainer = lru_cache(maxsize=64)(participant_trainer)
+_site_trainer = lru_cache(maxsize=8)(site_trainer)
 
 
 def forget_trainers() -> None:
     """Free the models and data that this process caches for its participants."""
     _trainer.cache_clear()
+    _site_trainer.cache_clear()
 
 
 app = make_client_app(
     build,
     seed=lambda context: _settings(context).seed,
     keep_optimizer=lambda context: _settings(context).keep_optimizer,
+    mods=[check_agreement],
 )

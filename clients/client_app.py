@@ -7,8 +7,8 @@ from typing import Any, cast
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.local_training import train_locally
-from clients.trainer import NDArray, Trainer, derive_seed
+from clients.local_training import site_seed, train_locally
+from clients.trainer import NDArray, Trainer
 from flwr_colearn import (
     ColearnError,
     LocalPlan,
@@ -89,8 +89,7 @@ def step_of(
     ColearnError
         If the trainer has no method ``gradients``.
     """
-    # The same seed as in `train_locally`: both draw a participant's seed from its partition.
-    own_seed = derive_seed(seed, int(context.node_config.get("partition-id", 0)))
+    own_seed = site_seed(seed, context)
     arrays, result = _offered(trainer, "gradients")(config[GRADIENTS], plan.round, own_seed)
     return arrays, {"num-examples": result.num_examples, "train-loss": result.loss}
 

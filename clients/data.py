@@ -47,6 +47,39 @@ class Examples:
             yield type(self)(self.inputs[start : start + size], self.labels[start : start + size])
 
 
+NO_EXAMPLES = Examples(np.empty(0, np.float32), np.empty(0, np.int64))
+"""An empty data set."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some of the examples of a data set that has a length and an item for each index.
+
+    Attributes
+    ----------
+    dataset : object
+        The data set, such as one of PyTorch's.
+    indices : array of int, [N]
+        The indices of the examples.
+    """
+
+    dataset: Any
+    indices: NDArray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[int(self.indices[index])]
+
+
+def take(examples: Any, indices: NDArray) -> Any:
+    """Return the examples of a data set at these indices: `Examples`, or else a `Subset`."""
+    if isinstance(examples, Examples):
+        return examples.take(indices)
+    return Subset(examples, indices)
+
+
 @dataclass(frozen=True)
 class Task:
     """A learning task: its data sets, its objective and the options of its models.
@@ -54,23 +87,28 @@ class Task:
     Attributes
     ----------
     train_set : Examples
-        The examples that are partitioned over the participants, in a fixed random order.
+        The examples that participants train on; in a simulation they are partitioned, in a fixed
+        random order. With PyTorch also any data set that has a length and an item for each index.
     test_set : Examples
-        The examples that the server evaluates on.
+        The examples for evaluation; by default there are none.
     objective : Objective
         The loss and the metrics of the models.
     model_options : mapping
-        The model's keyword arguments that depend on the data, such as ``num_classes``.
+        The model's keyword arguments that depend on the task, such as ``num_classes``.
     own_objective : Objective, optional
         The objective with which participants evaluate on their own shard, for tasks whose
         `objective` is defined on `test_set` only; by default `objective`.
+    agreement : str
+        A digest of what all sites must have alike besides the settings, such as a vocabulary read
+        from a file; empty if there is no such thing.
     """
 
-    train_set: Examples
-    test_set: Examples
+    train_set: Examples = NO_EXAMPLES
+    test_set: Examples = NO_EXAMPLES
     objective: Objective = CLASSES
     model_options: Mapping[str, Any] = field(default_factory=dict)
     own_objective: Objective | None = None
+    agreement: str = ""
 
 
 def shuffled_batches(num_examples: int, batch_size: int, seed: int) -> list[NDArray]:

@@ -10,6 +10,7 @@ from flwr.common import log
 
 from clients.trainer import NDArray, Trainer, derive_seed, follow
 from flwr_colearn import LocalPlan
+from flwr_colearn.recovery import name_of
 
 OPTIMIZER = "colearn.optimizer"
 """The prefix of the optimizer state's keys in ``context.state``."""
@@ -43,7 +44,7 @@ def train_locally(
         The name of the training that the message belongs to; the state of another one is ignored.
     """
     # Participants draw different seeds: with a common one, all would shuffle and augment alike.
-    own_seed = derive_seed(seed, int(context.node_config.get("partition-id", 0)))
+    own_seed = site_seed(seed, context)
     if not keep_optimizer:
         return follow(plan, trainer, own_seed)
     before = OptimizerState.of(context).at(session, plan.round)
@@ -55,6 +56,19 @@ def train_locally(
     # Stored last: if training fails, the state of the round before remains.
     OptimizerState(session, plan.round, before, trainer.get_optimizer_state()).keep_in(context)
     return metrics
+
+
+def site_seed(seed: int, context: Context) -> int:
+    """Return the seed of a participant: drawn from the run's seed and its partition or name.
+
+    A site of neither has its node id, which Flower keeps for a SuperNode with a registered key.
+    """
+    config = context.node_config
+    if "partition-id" in config:
+        return derive_seed(seed, int(config["partition-id"]))
+    # A name by its bytes: hash() of a text differs from process to process.
+    name = name_of(context).get("participant", str(context.node_id))
+    return derive_seed(seed, *name.encode())
 
 
 @dataclass(frozen=True)

@@ -55,11 +55,21 @@ class ParticipantSettings(FromConfig):
         All sites of a run use the same one; only that one is imported.
     task : str
         The task: "digits", "cifar10", or with PyTorch only "mnist", "imagefolder", "toxic",
-        "speech", "audioset".
+        "speech", "audioset"; or a function of an installed package, "package.module:function",
+        see docs/own-data.md.
     model : str
-        One of the models that the framework has for the task; empty for its default.
+        One of the models that the framework has for the task, or "package.module:function"; empty
+        for the task's default.
     data_dir : str
-        The folder of the data, for tasks that read it from disk; empty for ``data``.
+        In the run config, the folder of the data set that a simulation divides; empty for ``data``.
+        In a site's node config, the folder of the site's own data.
+    classes : str
+        The names of the classes, separated by commas, in the order of their numbers: the same at
+        every site, whichever of them it has. Needed for own data of the tasks "imagefolder" and
+        "speech", whose classes are names of folders.
+    held_out : float
+        The share of a site's own examples that the site evaluates on and does not train on, drawn
+        by `seed`, if the site has no test data of its own.
     split : str
         The split of task "speech": "official" for the data set's own training, validation and test
         parts, or "speaker" for parts by another hash of the speaker, which fit subsets of the data.
@@ -76,7 +86,11 @@ class ParticipantSettings(FromConfig):
         The fastText ``.vec`` file of tasks with text, the same at every site, which defines the
         vocabulary and the word vectors; empty to learn them.
     vocabulary : int
-        The number of words in the vocabulary of tasks with text.
+        The number of words in the vocabulary of tasks with text. For own data without `vectors` and
+        `vocabulary_file` it is the number of hash values of words.
+    vocabulary_file : str
+        A text file with the words of the vocabulary, one in every line, for tasks with text; a
+        relative path is one inside the app. Empty for none.
     seed : int
         The seed of the partition, the initial model, and the participants' training.
     batch_size, momentum, weight_decay, clip_norm
@@ -109,6 +123,8 @@ class ParticipantSettings(FromConfig):
     task: str = "digits"
     model: str = ""
     data_dir: str = ""
+    classes: str = ""
+    held_out: float = 0.1
     split: str = "official"
     examples: int = 0
     partition: str = "iid"
@@ -116,6 +132,7 @@ class ParticipantSettings(FromConfig):
     classes_each: int = 2
     vectors: str = ""
     vocabulary: int = 20_000
+    vocabulary_file: str = ""
     seed: int = 0
     batch_size: int = 32
     momentum: float = 0.9
@@ -143,6 +160,20 @@ class ParticipantSettings(FromConfig):
         """
         parameters = {"after": self.frozen_after} if self.normalization == Frozen.name else {}
         return scheme_named(self.normalization, **parameters)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names in `classes`, in order; empty if there are none.
+
+        Raises
+        ------
+        ColearnError
+            If a name occurs twice.
+        """
+        names = tuple(name.strip() for name in self.classes.split(",") if name.strip())
+        if len(set(names)) < len(names):
+            raise ColearnError(f"run config 'classes': expected every name once, found {names}")
+        return names
 
     def refuse(self, *names: str) -> None:
         """Raise a ColearnError if one of these settings, which the framework lacks, is set."""

@@ -63,6 +63,11 @@ class RoundRecord:
     train_metrics, evaluate_metrics, server_metrics : dict
         The aggregated metrics of the participants' training and evaluation, and those of the
         server's own evaluation of the shared model.
+    site_metrics : dict
+        The metrics of each participant's evaluation of the shared model on its own data, by the
+        participant's name. `evaluate_metrics` weighs them by the numbers of examples.
+    site_means : dict
+        The plain means of these metrics, in which every participant counts the same.
     """
 
     round: int
@@ -84,6 +89,8 @@ class RoundRecord:
     train_metrics: dict[str, Any] = field(default_factory=dict)
     evaluate_metrics: dict[str, Any] = field(default_factory=dict)
     server_metrics: dict[str, Any] = field(default_factory=dict)
+    site_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    site_means: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the record as one line of JSON; numbers that are not finite become strings."""
@@ -115,7 +122,14 @@ class RoundRecord:
         ColearnError
             If the line is not a record.
         """
-        numbers = ("relative_change", "train_metrics", "evaluate_metrics", "server_metrics")
+        numbers = (
+            "relative_change",
+            "train_metrics",
+            "evaluate_metrics",
+            "server_metrics",
+            "site_metrics",
+            "site_means",
+        )
         record = from_line(cls, line, numbers)
         for old, new in _OLD_KEYS.items():
             if old in record.normalization:
@@ -282,7 +296,7 @@ class RoundLog:
         self._record, self._opened_at = record, time.perf_counter()
 
     def note(self, **metrics: Mapping[str, Any] | None) -> None:
-        """Set metrics of the record (train_metrics=, evaluate_metrics=, server_metrics=)."""
+        """Set metrics of the record (train_metrics=, evaluate_metrics=, site_metrics=, ...)."""
         if self._record is not None:
             for name, values in metrics.items():
                 setattr(self._record, name, dict(values or {}))
@@ -329,6 +343,28 @@ class RoundLog:
         record.seconds = round(time.perf_counter() - self._opened_at, 3)
         self._record = None
         self.history.append(record)
+
+
+def plain_means(sites: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the means over sites of the numeric metrics that all of them have.
+
+    The number of examples is left out, since its mean is no metric of the model.
+
+    Examples
+    --------
+    >>> plain_means([{"accuracy": 0.5, "num-examples": 10}, {"accuracy": 1.0, "num-examples": 90}])
+    {'accuracy': 0.75}
+    """
+    every = [
+        {name: value for name, value in site.items() if isinstance(value, int | float)}
+        for site in sites
+    ]
+    common = set.intersection(*map(set, every)) if every else set()
+    return {
+        name: float(np.mean([site[name] for site in every]))
+        for name in (every[0] if every else ())
+        if name in common and name != "num-examples"
+    }
 
 
 D = TypeVar("D", bound="DataclassInstance")

@@ -22,11 +22,11 @@ from .checkpoint import (
     describe_arrays,
 )
 from .errors import ColearnError, expected, whole_number
-from .history import History, RoundLog
+from .history import History, RoundLog, plain_means
 from .managed import Managed
 from .normalization import PARTIAL, Keys, Recalibration
 from .policy import reply_within
-from .records import cast_record, data_bytes, to_record, types_of, view
+from .records import cast_record, data_bytes, records_of, to_record, types_of, view
 from .stock import Stock
 from .strategy_state import ForgottenAttributes, chain_of, restore_state, save_state
 from .transport import ConnectedGrid, Transport
@@ -207,12 +207,16 @@ class _Run:
         return self.result
 
     def _rounds(self, done: int) -> None:
-        while (self.num_rounds is None or done < self.num_rounds) and not self.manager.spent:
+        while self._goes_on(done):
             done += 1
             total = f"/{self.num_rounds}" if self.num_rounds else ""
             log(INFO, "")
             log(INFO, "[ROUND %s%s]", done, total)
             self._round(done)
+
+    def _goes_on(self, done: int) -> bool:
+        """Return whether there is a round after those that are done."""
+        return (self.num_rounds is None or done < self.num_rounds) and not self.manager.spent
 
     def _round(self, server_round: int) -> None:
         # A strategy whose round is not one exchange of models, such as DynamicAveraging, has a
@@ -337,13 +341,23 @@ class _Run:
                 self.grid,
             )
         )
-        replies = self.grid.send_and_receive(messages, timeout=self.timeout)
+        replies = list(self.grid.send_and_receive(messages, timeout=self.timeout))
+        sites = self._metrics_by_site(replies)
+        self.manager.log.note(site_metrics=sites, site_means=plain_means(sites.values()))
         metrics = self.strategy.aggregate_evaluate(server_round, replies)
         self.manager.log.note_evaluation(self.grid.take())
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             self.manager.log.note(evaluate_metrics=metrics)
             self.result.evaluate_metrics_clientapp[server_round] = metrics
+
+    def _metrics_by_site(self, replies: Iterable[Message]) -> dict[str, dict[str, Any]]:
+        return {
+            self.grid.name_of(reply.metadata.src_node_id): dict(metrics)
+            for reply in replies
+            if reply.has_content()
+            for metrics in records_of(reply.content, MetricRecord).values()
+        }
 
     def _evaluate_on_server(self, server_round: int) -> None:
         if self.evaluate_fn is None:
@@ -376,6 +390,13 @@ class _Run:
                 )
             done = self._restore(saved)
             log(INFO, "%s: resumed after round %s", type(self.strategy).__name__, done)
+            if not self._goes_on(done):
+                log(
+                    WARNING,
+                    "Run: nothing is left to train, since the run in %s is complete; for a new run "
+                    "use another folder, for more rounds raise their number or the budget",
+                    folder.path.absolute(),
+                )
         # Round 0 is saved too: a run that is killed in round 1 resumes with the same session.
         if not done:
             self._evaluate_on_server(0)
@@ -447,6 +468,10 @@ class _Run:
         log(INFO, "\t├── ArrayRecord (%.2f MB)", data_bytes(self.result.arrays) / 1024**2)
         config = config_to_str(self.train_config) if self.train_config else "(empty!)"
         log(INFO, "\t├── ConfigRecord (train): %s", config)
+        # Absolute: the working directory of a ServerApp is that of the SuperLink's first start.
+        for name, at in (("Checkpoints", self.checkpoints), ("History", self.manager.log.history)):
+            if at is not None and at.path is not None:
+                log(INFO, "\t├── %s: %s", name, at.path.absolute())
         self.strategy.summary()
 
     def _log_events(self) -> None:

@@ -21,7 +21,7 @@ class Log(Protocol):
         """The records of the complete rounds."""
 
     def note(self, **metrics: Mapping[str, Any] | None) -> None:
-        """Set metrics of the record (train_metrics=, evaluate_metrics=, server_metrics=)."""
+        """Set metrics of the record (train_metrics=, evaluate_metrics=, site_metrics=, ...)."""
 
     def note_traffic(self, traffic: RoundTraffic) -> None:
         """Add the traffic and the events of training."""

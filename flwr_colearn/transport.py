@@ -1,7 +1,7 @@
 """Transport: recovery, normalization and compression for the exchanges of any Flower strategy."""
 
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from flwr.app import ArrayRecord, Message, MessageType
@@ -11,7 +11,7 @@ from ._version import __version__
 from .aggregation import check_train_reply
 from .compression import Compression, CompressionGrid, Uncompressed, as_compression
 from .errors import ColearnError, expected
-from .grids import MeteringGrid, WrappingGrid
+from .grids import MeteringGrid, SelectingGrid, WrappingGrid
 from .normalization import Normalization, NormalizationGrid, Pooled, as_normalization
 from .policy import Recovery
 from .records import SentTypes, config_of, kind_of
@@ -49,6 +49,9 @@ class Transport:
     roles : mapping or sequence, optional
         The arrays that are weights, batch-norm means and variances, counters; see
         `flwr_colearn.Role`. The default depends on their names.
+    participants : sequence of str, optional
+        The registered names of the only SuperNodes that take part, see `SelectingGrid`; by default
+        any connected SuperNode may.
 
     Raises
     ------
@@ -67,12 +70,19 @@ class Transport:
     normalization: Normalization = field(default_factory=Pooled)
     compression: Compression = field(default_factory=Compression)
     roles: Roles = None
+    participants: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.recovery is not None and not isinstance(self.recovery, Recovery):
             raise expected("recovery", "a Recovery, or None", self.recovery)
         as_normalization(self.normalization)
         as_compression(self.compression)
+        if self.participants is not None and (
+            isinstance(self.participants, str)
+            or not self.participants
+            or len(set(self.participants)) < len(self.participants)
+        ):
+            raise expected("participants", "a sequence of different names", self.participants)
 
     def connect(
         self, grid: Grid, check: Check = check_train_reply, like: ArrayRecord | None = None
@@ -178,7 +188,8 @@ class ConnectedGrid(WrappingGrid):
         self.session = secrets.token_hex(8)
         self._asked: list[int] = []
         self._types = SentTypes(like)
-        self._meter = MeteringGrid(grid)
+        names = transport.participants
+        self._meter = MeteringGrid(grid if names is None else SelectingGrid(grid, names))
         self._compressing: CompressionGrid | None = None
         self._normalizing: NormalizationGrid | None = None
         self._recovering: RecoveringGrid | None = None
@@ -266,6 +277,11 @@ class ConnectedGrid(WrappingGrid):
         """Set the reference model of differences where participants keep their own models."""
         if self._compressing is not None:
             self._compressing.reference = model
+
+    @property
+    def participants(self) -> Sequence[str] | None:
+        """The registered names of the only participants; None if any SuperNode may take part."""
+        return self.transport.participants
 
     @property
     def node_ids(self) -> list[int]:

@@ -23,7 +23,9 @@ def main() -> int:
     # The summary of an earlier run would hide that this one failed.
     summary_path.unlink(missing_ok=True)
     started = time.monotonic()
-    run_app(ROOT, PARTICIPANTS, {"output-dir": str(output)}, output / "flwr-home", options.timeout)
+    # Without checkpoints, with which a second demo would find that nothing is left to train.
+    config = {"output-dir": str(output), "checkpoints": ""}
+    run_app(ROOT, PARTICIPANTS, config, output / "flwr-home", options.timeout)
     # Flower's exit code is 0 for failed runs too. The summary is written last, so it shows whether
     # the run has finished.
     if not summary_path.exists():

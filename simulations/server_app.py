@@ -1,24 +1,26 @@
 """The server of this repository's Flower app: co-learning from a run config."""
 
 import json
-import time
 from collections.abc import Callable
 from logging import INFO
 from pathlib import Path
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Context, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
 
+from clients.app import AGREEMENT
 from clients.settings import ParticipantSettings
-from clients.tasks.registry import load_task, server_trainer
+from clients.tasks.registry import server_task, server_trainer
 from clients.trainer import Trainer
-from flwr_colearn import CoLearn, ColearnError, History, Normalization, Pooled
+from clients.weights import read_weights
+from flwr_colearn import CoLearn, ColearnError, History, Normalization, Pooled, Transport
 from flwr_colearn.compression import Compression, codec_named
 from flwr_colearn.reporting import curve, save_figure
 from simulations.arms import arm_named, schedules
+from simulations.run_folder import RunFolder
 from simulations.settings import RunSettings
 
 app = ServerApp()
@@ -26,34 +28,47 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Train with co-learning; write history, model, figure and summary to the output folder."""
+    """Train with co-learning; write history, model, figure and summary to the run's folder."""
     # Flower merges the app's defaults and the user's overrides into one run config, from which each
     # side reads its own keys.
     participants = ParticipantSettings.from_config(context.run_config)
     settings = RunSettings.from_config(context.run_config)
-    output = Path(settings.output_dir or time.strftime("outputs/run-%Y%m%d-%H%M%S")).absolute()
-    trainer = server_trainer(participants)
+    folder = RunFolder.of(settings, context.run_config)
+    log(INFO, "History, checkpoints and model are in %s", folder.path)
+    task = server_task(participants)
+    trainer = server_trainer(participants, task)
+    if settings.initial_weights:
+        trainer.set_weights(read_weights(settings.initial_weights))
+    has_test_set = len(task.test_set) > 0
+    if not has_test_set:
+        log(INFO, "The server has no test set: the sites evaluate the shared model on their own")
+    settings = settings.with_evaluation(has_test_set)
     strategy = make_strategy(
-        settings, trainer, output / "history.jsonl", normalization=participants.scheme
+        settings,
+        trainer,
+        folder.resolve(settings.history),
+        folder.resolve(settings.checkpoints),
+        normalization=participants.scheme,
     )
+    transport = Transport(participants=settings.participant_names)
     try:
         result = strategy.start(
-            grid,
+            transport.connect(grid),
             to_record(trainer),
             num_rounds=settings.num_server_rounds or None,
-            # Flower's default, one hour a round, is too short for rounds of many epochs.
-            timeout=float("inf"),
-            evaluate_fn=evaluate_with(trainer),
+            timeout=settings.timeout or float("inf"),
+            train_config=ConfigRecord({AGREEMENT: task.agreement} if task.agreement else {}),
+            evaluate_fn=evaluate_with(trainer) if has_test_set else None,
+            resume=settings.resume,  # type: ignore[arg-type]  # start checks it
         )
     except ColearnError as error:
         # A run that fails in a later round has a usable model of the round before.
         if error.result is not None and len(strategy.history):
-            save_model(error.result, output)
-            log(INFO, "The model of the last completed round is in %s", output)
+            save_model(error.result, folder.path)
+            log(INFO, "The model of the last completed round is in %s", folder.path)
         raise
-    save_model(result, output)
-    headline = load_task(participants).objective.headline
-    summarise(result, strategy.history, settings, output, headline)
+    save_model(result, folder.path)
+    summarise(result, strategy.history, settings, folder.path, task.objective.headline)
 
 
 def make_strategy(
@@ -75,7 +90,7 @@ def make_strategy(
             f"{settings.arm!r}; python -m simulations.study runs it"
         )
     return CoLearn(
-        settings.num_participants,
+        len(settings.participant_names or ()) or settings.num_participants,
         **schedules(arm, settings),
         weighting=settings.weighting,  # type: ignore[arg-type]  # CoLearn checks it
         roles=trainer.roles(),
@@ -84,8 +99,9 @@ def make_strategy(
         compression=Compression(
             codec_named(settings.compression_up), codec_named(settings.compression_down)
         ),
-        fraction_evaluate=settings.fraction_evaluate,
+        fraction_evaluate=max(settings.fraction_evaluate, 0.0),
         wait_for_participants=settings.wait_for_participants,
+        recovery=settings.recovery,
         normalization=normalization,
     )
 
@@ -117,8 +133,10 @@ def summarise(
 ) -> None:
     """Write ``summary.json`` and a figure of the headline metric, and log the summary."""
     last = history.records[-1]
+    metrics = last.server_metrics or last.evaluate_metrics
     summary = {
-        headline: last.server_metrics[headline],
+        **({headline: metrics[headline]} if headline in metrics else {}),
+        **({"sites": last.site_metrics} if last.site_metrics else {}),
         "rounds": len(history),
         "local-epochs": last.epochs_done,
         "epochs-path": history.epochs_path,

@@ -2,12 +2,12 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clients.settings import FromConfig, ParticipantSettings
-from flwr_colearn import ColearnError
+from flwr_colearn import ColearnError, Quorum, Recovery
 
 CONF = Path(__file__).parent / "conf"
 """The folder of the run configs."""
@@ -43,11 +43,38 @@ class RunSettings(FromConfig):
         "int8-last-axis", with one for each channel.
     fraction_evaluate : float
         The share of participants that evaluate the shared model on their own data after each
-        round; the server evaluates on the common test set in any case.
+        round. The default, -1, stands for all of them if the server has no test set, else none.
     wait_for_participants : float
-        The seconds to wait for K participants to connect.
+        The seconds to wait for K participants to connect; a day by default.
+    participants : str
+        The registered names of the sites that take part, separated by commas: no other gets the
+        model. `num_participants` is their number then. Empty for any K sites that are connected.
+    policy : str
+        What happens if a participant's restarts are spent: "fail" ends the run with the model of
+        the last completed round, "wait" restarts without a limit.
+    quorum : int
+        The number of participants with which a round may be completed, in place of `policy`; 0 for
+        none.
+    timeout : float
+        The seconds that one attempt of a participant may take at least; the limit grows with T.
+        After it the participant is restarted. "inf" is not possible in a run config: 0 stands for
+        no limit.
+    initial_weights : str
+        A file of pretrained weights by name, ``.npz``, ``.safetensors`` or ``.pt`` (a state dict);
+        empty for the model's own initialisation.
+    run_name : str
+        The name of the run, under which a run that is started again goes on; by default one made
+        of all settings.
+    resume : str
+        "auto" goes on from the newest checkpoint; with "never" a run whose folder has checkpoints
+        is refused.
+    checkpoints : str
+        The folder of the checkpoints; empty for none.
+    history : str
+        The file of the history.
     output_dir : str
-        The folder for history, model, figure and summary; empty for a new one in ``outputs``.
+        The folder for history, checkpoints, model, figure and summary. Relative paths, of this
+        folder too, are below ``$FLWR_HOME/colearn/<run-name>`` (see `simulations.run_folder`).
     """
 
     arm: str = "clr-ile"
@@ -62,9 +89,35 @@ class RunSettings(FromConfig):
     weighting: str = "uniform"
     compression_up: str = "float32"
     compression_down: str = "float32"
-    fraction_evaluate: float = 0.0
-    wait_for_participants: float = 60.0
+    fraction_evaluate: float = -1.0
+    wait_for_participants: float = 86_400.0
+    participants: str = ""
+    policy: str = "fail"
+    quorum: int = 0
+    timeout: float = 3600.0
+    initial_weights: str = ""
+    run_name: str = ""
+    resume: str = "auto"
+    checkpoints: str = "checkpoints"
+    history: str = "history.jsonl"
     output_dir: str = ""
+
+    @property
+    def participant_names(self) -> tuple[str, ...] | None:
+        """The names in `participants`; None if there are none."""
+        return tuple(filter(None, map(str.strip, self.participants.split(",")))) or None
+
+    def with_evaluation(self, has_test_set: bool) -> "RunSettings":
+        """Return the settings with the default of `fraction_evaluate` replaced by its value."""
+        if self.fraction_evaluate >= 0:
+            return self
+        return replace(self, fraction_evaluate=0.0 if has_test_set else 1.0)
+
+    @property
+    def recovery(self) -> Recovery:
+        """The policy and the quorum."""
+        policy = Quorum(self.quorum) if self.quorum else self.policy
+        return Recovery(policy=policy)  # type: ignore[arg-type]  # Recovery checks it
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

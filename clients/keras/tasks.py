@@ -5,7 +5,7 @@ from clients.keras.models import densenet40, resnet8, resnet152, small_cnn, vgg1
 from clients.keras.normalization import convert
 from clients.keras.trainer import KerasTrainer
 from clients.settings import ParticipantSettings
-from clients.tasks.kit import Kit, kit_for
+from clients.tasks.kit import OWN, Kit, check_arrays, check_model, kit_for
 from clients.tensorflow.setup import keras
 from clients.tensorflow.transforms import augment, no_transform, normalise
 
@@ -16,6 +16,7 @@ KITS = {
         normalise,
         augment,
     ),
+    OWN: Kit({}, no_transform, no_transform),
 }
 
 
@@ -25,12 +26,14 @@ def build_model(settings: ParticipantSettings, task: Task) -> keras.Model:
     Raises
     ------
     ColearnError
-        If the task has no such model.
+        If the task has no such model, or the user's function returns no Keras model.
     """
     build = kit_for(KITS, settings).model(settings)
     # Seeded, so that the initial weights do not depend on what the process drew before.
     keras.utils.set_random_seed(settings.seed)
-    return convert(build(**task.model_options), settings.scheme)
+    model = build(**task.model_options)
+    check_model(model, keras.Model, settings)
+    return convert(model, settings.scheme)
 
 
 def participant_trainer(settings: ParticipantSettings, task: Task) -> KerasTrainer:
@@ -45,6 +48,7 @@ def server_trainer(settings: ParticipantSettings, task: Task) -> KerasTrainer:
 
 def _trainer(settings: ParticipantSettings, task: Task, device: str | None = None) -> KerasTrainer:
     settings.refuse("channels_last", "workers", "image_size")
+    check_arrays(task, settings)
     return KerasTrainer(
         build_model(settings, task),
         task.train_set,

@@ -4,7 +4,7 @@ from clients.data import Task
 from clients.settings import ParticipantSettings
 from clients.slim.models import resnet8, resnet_152, small_cnn, vgg_19
 from clients.slim.trainer import SlimTrainer
-from clients.tasks.kit import Kit, kit_for
+from clients.tasks.kit import OWN, Kit, check_arrays, kit_for
 from clients.tensorflow.transforms import augment, no_transform, normalise
 from flwr_colearn import Average, ColearnError, LocalBN, LocalStatistics, Pooled
 
@@ -13,6 +13,7 @@ KITS = {
     "cifar10": Kit(
         {"resnet8": resnet8, "vgg19": vgg_19, "resnet152": resnet_152}, normalise, augment
     ),
+    OWN: Kit({}, no_transform, no_transform),
 }
 
 
@@ -28,6 +29,7 @@ def server_trainer(settings: ParticipantSettings, task: Task) -> SlimTrainer:
 
 def _trainer(settings: ParticipantSettings, task: Task, device: str | None = None) -> SlimTrainer:
     settings.refuse("precision", "jit_compile", "channels_last", "workers", "image_size")
+    check_arrays(task, settings)
     _check_scheme(settings)
     kit = kit_for(KITS, settings)
     return SlimTrainer(

@@ -25,11 +25,15 @@ from tqdm import tqdm
 from clients.data import Examples, Task
 from clients.metrics import audio_tagging
 from clients.objective import Objective
+from clients.settings import ParticipantSettings
 from clients.trainer import NDArray
 from flwr_colearn import ColearnError
 
 SHAPE = (240, 64)
 """The shape of a clip: frames and mel bins."""
+CLASSES = 527
+"""The number of AudioSet's tags."""
+OBJECTIVE = Objective(audio_tagging, headline="map", multi_label=True)
 ROWS = 1024
 """The number of rows that are read at a time."""
 
@@ -64,15 +68,45 @@ def load(data_dir: str) -> Task:
         )
     # A fixed order, so that the first N examples are the same random subset at every site.
     order = np.random.default_rng(0).permutation(len(train))
-    objective = Objective(audio_tagging, headline="map", multi_label=True)
-    return Task(train.take(order), test, objective, {"num_classes": classes})
+    return Task(train.take(order), test, OBJECTIVE, {"num_classes": classes})
+
+
+def definition(settings: ParticipantSettings) -> Task:
+    """Return the task without data; its tags are AudioSet's 527, or those of `classes`."""
+    number = len(settings.class_names) or CLASSES
+    none = Examples(np.empty((0, *SHAPE), np.float32), np.empty((0, number), np.float32))
+    return Task(none, objective=OBJECTIVE, model_options={"num_classes": number})
+
+
+def read(settings: ParticipantSettings, folder: Path, part: str) -> Examples | None:
+    """Return a site's own clips, of ``train`` or of ``eval``; None if there is no such file.
+
+    Raises
+    ------
+    ColearnError
+        If the file is not as the module describes, or has another number of tags than the run.
+    """
+    path = _found(folder, "train" if part == "train" else "eval")
+    if path is None:
+        return None
+    examples, number = _read(path), len(settings.class_names) or CLASSES
+    if examples.labels.shape[1] != number:
+        raise ColearnError(
+            f"{path}: expected {number} columns of y, one for each tag of the run (its 'classes', "
+            f"else AudioSet's {CLASSES}), found {examples.labels.shape[1]}"
+        )
+    return examples
+
+
+def _found(folder: Path, part: str) -> Path | None:
+    paths = (folder / f"{part}.{suffix}" for suffix in ("h5", "npz"))
+    return next(filter(Path.is_file, paths), None)
 
 
 def _path(folder: Path, part: str) -> Path:
-    for suffix in ("h5", "npz"):
-        path = folder / f"{part}.{suffix}"
-        if path.is_file():
-            return path
+    path = _found(folder, part)
+    if path is not None:
+        return path
     raise ColearnError(
         f"run config 'data-dir': expected a folder that holds {part}.h5 or {part}.npz with x "
         f"[N, 240, 64] and y [N, classes], found neither in {str(folder)!r}"

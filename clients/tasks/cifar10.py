@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from clients.data import Examples, Task
+from clients.settings import ParticipantSettings
+from clients.tasks.image_arrays import bytes_of, no_images, read_images
 from flwr_colearn import ColearnError
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
+
+SHAPE = (32, 32, 3)
 
 FOLDER = "cifar-10-batches-py"
 CHECKSUMS = {
@@ -46,6 +50,26 @@ def load(data_dir: str) -> Task:
         _download(data_dir)
     *training, test = CHECKSUMS
     return Task(_read(folder, training), _read(folder, [test]))
+
+
+def definition(settings: ParticipantSettings) -> Task:
+    """Return the task without data."""
+    return Task(no_images(SHAPE, np.uint8))
+
+
+def read(settings: ParticipantSettings, folder: Path, part: str) -> Examples | None:
+    """Return a site's own images: ``PART.npz``, x [N, 32, 32, 3] of uint8, or the official files.
+
+    Raises
+    ------
+    ColearnError
+        If a file is damaged, of another shape, or not the official one.
+    """
+    if (folder / FOLDER).is_dir():
+        task = load(str(folder))
+        return task.train_set if part == "train" else task.test_set
+    examples = read_images(folder, part, SHAPE)
+    return None if examples is None else bytes_of(examples, folder / f"{part}.npz")
 
 
 def _download(data_dir: str) -> None:

@@ -9,7 +9,9 @@ from flwr.common import log
 
 from clients.data import Examples, Task
 from clients.objective import Objective
+from clients.settings import ParticipantSettings
 from clients.tasks.image_scan import unreadable_images
+from clients.tasks.own_data import agreed_classes, numbered_classes
 from clients.trainer import NDArray, accuracy
 from flwr_colearn import ColearnError
 
@@ -34,7 +36,7 @@ def top_metrics(outputs: NDArray, targets: NDArray) -> dict[str, float]:
 
 
 @cache
-def load(data_dir: str) -> Task:
+def load(data_dir: str, classes: tuple[str, ...] = ()) -> Task:
     """Return the task: paths of images as inputs, numbers of their class folders as labels.
 
     Images are read while training. Here every file is read once, to leave out those that are not
@@ -45,6 +47,8 @@ def load(data_dir: str) -> Task:
     data_dir : str
         The folder that holds ``train`` and ``val``, each with one folder a class. Files in folders
         within these count too.
+    classes : tuple of str
+        The classes in the order of their numbers; by default the folders' names, sorted.
 
     Raises
     ------
@@ -52,8 +56,8 @@ def load(data_dir: str) -> Task:
         If a part is missing, has no image, or its classes are not those of the other part.
     """
     root = Path(data_dir)
-    classes = _common_classes(root)
-    samples = {part: _samples(root / part) for part in PARTS}
+    classes = classes or tuple(_common_classes(root))
+    samples = {part: _samples(root / part, classes) for part in PARTS}
     paths = [path for part in PARTS for path, _ in samples[part]]
     bad = unreadable_images(root, paths)
     if bad:
@@ -64,6 +68,41 @@ def load(data_dir: str) -> Task:
     return Task(
         train.take(order), val, Objective(top_metrics), model_options={"num_classes": len(classes)}
     )
+
+
+def definition(settings: ParticipantSettings) -> Task:
+    """Return the task without data, with the classes that the run config names.
+
+    Raises
+    ------
+    ColearnError
+        If it names none.
+    """
+    none = Examples(np.empty(0, str), np.empty(0, np.int64))
+    number = len(agreed_classes(settings))
+    return Task(none, objective=Objective(top_metrics), model_options={"num_classes": number})
+
+
+def read(settings: ParticipantSettings, folder: Path, part: str) -> Examples | None:
+    """Return a site's own images; None if the folder has no such part.
+
+    Training images are ``train/CLASS/*``, or ``CLASS/*`` if there is no folder ``train``; test
+    images are ``test/CLASS/*`` or ``val/CLASS/*``.
+
+    Raises
+    ------
+    ColearnError
+        If a class is not one of the run config's, or no image is readable.
+    """
+    names = ("train", ".") if part == "train" else ("test", "val")
+    place = next((folder / name for name in names if (folder / name).is_dir()), None)
+    if place is None:
+        return None
+    samples = _samples(place, agreed_classes(settings))
+    bad = unreadable_images(folder, [path for path, _ in samples])
+    if bad:
+        _report(folder, bad, len(samples))
+    return _examples(place, samples, bad)
 
 
 def _common_classes(root: Path) -> list[str]:
@@ -92,12 +131,25 @@ def _classes(folder: Path) -> list[str]:
     return names
 
 
-def _samples(folder: Path) -> list[tuple[str, int]]:
+def _samples(folder: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
     """Return (path, class) of every file; the scan, not the file name, decides which are images."""
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import make_dataset
 
-    every = ImageFolder(str(folder), is_valid_file=lambda path: True, allow_empty=True)
-    return list(every.samples)
+    numbers = numbered_classes(_folders_with_files(folder), classes, folder)
+    # A class without a folder is a class that this site lacks.
+    return list(make_dataset(folder, numbers, is_valid_file=lambda path: True, allow_empty=True))
+
+
+def _folders_with_files(folder: Path) -> set[str]:
+    """Return the names of the folders with files in them, without hidden ones and the test sets."""
+    return {
+        place.name
+        for place in folder.iterdir()
+        if place.is_dir()
+        and not place.name.startswith((".", "_"))
+        and place.name not in ("test", "val")
+        and any(path.is_file() for path in place.rglob("*"))
+    }
 
 
 def _report(root: Path, bad: dict[str, str], total: int) -> None:

@@ -6,9 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from clients.data import Examples, Task
+from clients.settings import ParticipantSettings
+from clients.tasks.image_arrays import bytes_of, no_images, read_images
+from clients.trainer import NDArray
 from flwr_colearn import ColearnError
 
 MEAN, STD = 0.1307, 0.3081
+SHAPE = (28, 28, 1)
 
 
 @cache
@@ -41,8 +45,35 @@ def load(data_dir: str) -> Task:
     return Task(train, test)
 
 
+def definition(settings: ParticipantSettings) -> Task:
+    """Return the task without data."""
+    return Task(no_images(SHAPE, np.float32))
+
+
+def read(settings: ParticipantSettings, folder: Path, part: str) -> Examples | None:
+    """Return a site's own images: ``PART.npz`` with x [N, 28, 28] of uint8, or MNIST's own files.
+
+    Raises
+    ------
+    ColearnError
+        If a file is damaged or of another shape.
+    """
+    if (folder / "MNIST" / "raw").is_dir():
+        task = load(str(folder))
+        return task.train_set if part == "train" else task.test_set
+    examples = read_images(folder, part, SHAPE)
+    if examples is None:
+        return None
+    pixels = bytes_of(examples, folder / f"{part}.npz").inputs
+    return Examples(_standardised(pixels), examples.labels)
+
+
 def _examples(images: object) -> Examples:
     # The whole array at once; the data set's own items are PIL images, one by one.
-    pixels = images.data.numpy()[..., None].astype(np.float32)  # type: ignore[attr-defined]
-    labels = images.targets.numpy()  # type: ignore[attr-defined]
-    return Examples((pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD), labels)
+    pixels = images.data.numpy()[..., None]  # type: ignore[attr-defined]
+    return Examples(_standardised(pixels), images.targets.numpy())  # type: ignore[attr-defined]
+
+
+def _standardised(pixels: NDArray) -> NDArray:
+    scaled = pixels.astype(np.float32) / np.float32(255)
+    return (scaled - np.float32(MEAN)) / np.float32(STD)

@@ -1,14 +1,18 @@
 """The registry that builds tasks, shards and trainers from the participants' settings."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, Protocol, cast
+from pathlib import Path
+from typing import Protocol, cast
 
-from clients.data import Task
+import numpy as np
+
+from clients.data import Examples, Task, take
 from clients.partition import Shards, class_shards, dirichlet_shards, equal_shards
 from clients.settings import ParticipantSettings
+from clients.tasks.own_data import with_held_out
+from clients.tasks.sources import SOURCES, ImportedTask, Source
 from clients.trainer import Trainer
 from flwr_colearn import ColearnError
 
@@ -31,36 +35,66 @@ class Framework(Protocol):
 
 
 def load_task(settings: ParticipantSettings) -> Task:
-    """Return the task that the settings name, its data loaded once a process.
+    """Return the task that the settings name with its whole data set, loaded once a process.
+
+    In a simulation every participant trains on its part of this data set.
 
     Raises
     ------
     ColearnError
-        If there is no such task.
+        If there is no such task, or its data is not there.
     """
-    if settings.task not in _LOADERS:
+    return _source(settings).load(settings)
+
+
+def own_task(settings: ParticipantSettings) -> Task:
+    """Return the task with a site's own data: all of `data_dir`, of which a part is held out.
+
+    Raises
+    ------
+    ColearnError
+        If there is no such task, or the folder has no training examples or an unknown class.
+    """
+    folder = Path(settings.data_dir or "data")
+    if not folder.is_dir():
         raise ColearnError(
-            f"run config 'task': expected one of {', '.join(_LOADERS)}, found {settings.task!r}"
+            "node config 'data-dir': expected the folder of this site's own data, found no folder "
+            f"{str(folder)!r}; start the SuperNode with --node-config 'data-dir=\"/srv/data\"', or "
+            "in a simulation with 'partition-id' and 'num-partitions'"
         )
-    return _LOADERS[settings.task](settings)
+    task = _source(settings).own(settings, folder)
+    if len(task.train_set) == 0:
+        raise ColearnError(
+            f"task {settings.task!r}: expected training examples in {folder}, found none"
+        )
+    return with_held_out(task, settings, folder)
 
 
-def _loader(name: str) -> Any:
-    return import_module(f"clients.tasks.{name}").load
+def server_task(settings: ParticipantSettings) -> Task:
+    """Return the task of the server: with the test set if the server has one, else without data.
+
+    Raises
+    ------
+    ColearnError
+        If there is no such task, or the settings lack what defines its model, such as `classes`.
+    """
+    return _source(settings).server(settings, Path(settings.data_dir or "data"))
 
 
-_LOADERS: dict[str, Callable[[ParticipantSettings], Task]] = {
-    "digits": lambda settings: _loader("digits")(),
-    "mnist": lambda settings: _loader("mnist")(settings.data_dir or "data"),
-    "cifar10": lambda settings: _loader("cifar10")(settings.data_dir or "data"),
-    "imagefolder": lambda settings: _loader("imagefolder")(settings.data_dir or "data"),
-    "toxic": lambda settings: _loader("toxic")(
-        settings.data_dir or "data", settings.vectors, settings.vocabulary
-    ),
-    "speech": lambda settings: _loader("speech")(settings.data_dir or "data", settings.split),
-    "audioset": lambda settings: _loader("audioset")(settings.data_dir or "data"),
-}
-"""The function that loads each task; it imports the task's module on first use."""
+def agreement(settings: ParticipantSettings) -> str:
+    """Return the digest of what all sites must have alike besides the settings, see `Task`."""
+    return _source(settings).agreement(settings)
+
+
+def _source(settings: ParticipantSettings) -> Source:
+    if ":" in settings.task:
+        return ImportedTask(settings.task)
+    if settings.task not in SOURCES:
+        raise ColearnError(
+            f"run config 'task': expected one of {', '.join(SOURCES)}, or a function of an "
+            f"installed package, 'package.module:function', found {settings.task!r}"
+        )
+    return SOURCES[settings.task]
 
 
 @lru_cache(maxsize=8)
@@ -74,12 +108,17 @@ def shards(settings: ParticipantSettings, num_partitions: int) -> Shards:
         while examples have several labels.
     """
     task = load_task(settings)
-    labels = task.train_set.labels
+    labels = getattr(task.train_set, "labels", np.empty(len(task.train_set)))
     if settings.examples:
         # Every task's examples are in random order, so the first ones are a random subset.
         labels = labels[: settings.examples]
     if settings.partition == "iid":
         return equal_shards(len(labels), num_partitions, settings.seed)
+    if settings.partition in ("dirichlet", "classes") and not hasattr(task.train_set, "labels"):
+        raise ColearnError(
+            f"run config 'partition': expected 'iid' for task {settings.task}, whose data set has "
+            f"no array of labels, found {settings.partition!r}"
+        )
     if settings.partition in ("dirichlet", "classes") and task.objective.multi_label:
         raise ColearnError(
             f"run config 'partition': expected 'iid' for task {settings.task}, whose examples have "
@@ -101,17 +140,42 @@ def participant_trainer(
     """Return the trainer of one participant, which trains and evaluates on its own shard only."""
     task = load_task(settings)
     # Test examples stay with the server, so a participant evaluates on its training shard.
-    shard = task.train_set.take(shards(settings, num_partitions)[partition_id])
-    objective = task.own_objective or task.objective
-    own = replace(task, train_set=shard, test_set=shard, objective=objective)
-    return framework(settings).participant_trainer(settings, own)
+    shard = take(task.train_set, shards(settings, num_partitions)[partition_id])
+    return _participant_trainer(settings, replace(task, train_set=shard, test_set=shard))
 
 
-def server_trainer(settings: ParticipantSettings) -> Trainer:
-    """Return the server's trainer, which evaluates on the common test set."""
-    task = load_task(settings)
-    # Trainers refuse an empty training set; the server never trains, so any data will do.
-    return framework(settings).server_trainer(settings, replace(task, train_set=task.test_set))
+def site_trainer(settings: ParticipantSettings) -> Trainer:
+    """Return the trainer of a site with data of its own, see `own_task`."""
+    return _participant_trainer(settings, own_task(settings))
+
+
+def _participant_trainer(settings: ParticipantSettings, task: Task) -> Trainer:
+    task = replace(task, objective=task.own_objective or task.objective)
+    return framework(settings).participant_trainer(settings, task)
+
+
+def server_trainer(settings: ParticipantSettings, task: Task | None = None) -> Trainer:
+    """Return the server's trainer, with the initial model.
+
+    Parameters
+    ----------
+    settings : ParticipantSettings
+        The settings of the run.
+    task : Task, optional
+        The task, on whose test set the trainer evaluates; by default the whole one of `load_task`.
+        A task without a test set is enough for the model.
+    """
+    task = load_task(settings) if task is None else task
+    # Trainers refuse an empty training set. The server never trains, so any data will do.
+    any_data = task.test_set if len(task.test_set) else _placeholder(task.train_set)
+    task = replace(task, train_set=any_data, test_set=any_data)
+    return framework(settings).server_trainer(settings, task)
+
+
+def _placeholder(examples: Examples) -> Examples:
+    """Return one example of zeros in the shape of the given ones."""
+    arrays = (examples.inputs, examples.labels)
+    return Examples(*(np.zeros((1, *array.shape[1:]), array.dtype) for array in arrays))
 
 
 def framework(settings: ParticipantSettings) -> Framework:

@@ -20,8 +20,10 @@ from tqdm import tqdm
 from clients.data import Examples, Task
 from clients.metrics import validation_and_test
 from clients.objective import CLASSES, Objective
+from clients.settings import ParticipantSettings
 from clients.tasks import spectrogram
 from clients.tasks.array_cache import cache_places, cached_arrays
+from clients.tasks.own_data import agreed_classes, numbered_classes
 from clients.trainer import NDArray
 from flwr_colearn import ColearnError
 
@@ -37,7 +39,7 @@ MAX_NUM_WAVS_PER_CLASS = 2**27 - 1
 
 
 @cache
-def load(data_dir: str, split: str) -> Task:
+def load(data_dir: str, split: str, classes: tuple[str, ...] = ()) -> Task:
     """Return the task; inputs are log-mel spectrograms [98, 40, 1] of `clients.tasks.spectrogram`.
 
     The server's test set is the validation set followed by the test set; ``accuracy`` is measured
@@ -52,6 +54,8 @@ def load(data_dir: str, split: str) -> Task:
     split : {"official", "speaker"}
         The data set's own parts (`which_set`), or parts of our own (`speaker_set`) for subsets of
         the data whose words do not have all official parts.
+    classes : tuple of str
+        The words in the order of their numbers; by default those of the folders, sorted.
 
     Raises
     ------
@@ -61,16 +65,12 @@ def load(data_dir: str, split: str) -> Task:
     if split not in SPLITS:
         raise ColearnError(f"run config 'split': expected {' or '.join(SPLITS)}, found {split!r}")
     folder, names = _listing(data_dir)
-    arrays = _prepared(folder, names)
-    _warn(folder, arrays["faults"].tolist(), len(names))
     # The classes are those of all files, so that an unreadable clip does not renumber the words.
-    words = sorted({name.partition("/")[0] for name in names})
-    kept = arrays["names"].tolist()
-    labels = np.array([words.index(name.partition("/")[0]) for name in kept], np.int64)
+    words = classes or tuple(sorted({_word(name) for name in names}))
+    clips, kept = _clips(folder, names, words)
     places = _parts(kept, split, folder)
     order = np.random.default_rng(0).permutation(places["training"])
     held_out = np.concatenate([places["validation"], places["testing"]])
-    clips = Examples(arrays["inputs"], labels)
     metrics = partial(
         validation_and_test, validation=len(places["validation"]), test=len(places["testing"])
     )
@@ -81,6 +81,59 @@ def load(data_dir: str, split: str) -> Task:
         {"num_classes": len(words)},
         own_objective=CLASSES,
     )
+
+
+def definition(settings: ParticipantSettings) -> Task:
+    """Return the task without data, with the words that the run config's `classes` names.
+
+    Raises
+    ------
+    ColearnError
+        If it names none.
+    """
+    shape = (0, spectrogram.FRAMES, spectrogram.BINS, 1)
+    none = Examples(np.empty(shape, np.float32), np.empty(0, np.int64))
+    return Task(none, model_options={"num_classes": len(agreed_classes(settings))})
+
+
+def read(settings: ParticipantSettings, folder: Path, part: str) -> Examples | None:
+    """Return a site's own clips; None if the folder has no such part.
+
+    Training clips are ``WORD/*.wav`` in the folder, in ``train``, or in ``SpeechCommands``; test
+    clips ``test/WORD/*.wav``. The parts of the data set's own split are for simulations: a site
+    with few speakers would have none in some part.
+
+    Raises
+    ------
+    ColearnError
+        If a word is not one of the run config's, or no clip is readable.
+    """
+    names = ("train", FOLDER, ".") if part == "train" else ("test",)
+    place = next((folder / name for name in names if (folder / name).is_dir()), None)
+    if place is None:
+        return None
+    place, files = _listing(str(place))
+    own = {name: stamp for name, stamp in files.items() if _word(name) != "test"}
+    clips, _ = _clips(place, own, agreed_classes(settings))
+    if not len(clips):
+        raise ColearnError(f"{place}: expected readable clips, found none")
+    return clips
+
+
+def _clips(
+    folder: Path, names: dict[str, tuple[int, int]], words: tuple[str, ...]
+) -> tuple[Examples, list[str]]:
+    """Return the readable clips of a folder and their names."""
+    numbers = numbered_classes({_word(name) for name in names}, words, folder)
+    arrays = _prepared(folder, names)
+    _warn(folder, arrays["faults"].tolist(), len(names))
+    kept = arrays["names"].tolist()
+    labels = np.array([numbers[_word(name)] for name in kept], np.int64)
+    return Examples(arrays["inputs"], labels), kept
+
+
+def _word(name: str) -> str:
+    return name.partition("/")[0]
 
 
 def _warn(folder: Path, faults: list[str], total: int) -> None:

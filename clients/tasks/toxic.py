@@ -2,9 +2,10 @@
 
 A comment is a sequence of 150 word numbers, cut or padded with 0 at the end; 1 is an unknown word.
 All sites of a federation must give the same number to the same word. A vocabulary of pooled text
-would reveal the sites' words, so a real federation takes it from a public file of word vectors
-(run config ``vectors``), the same at every site. Without such a file the vocabulary is made from
-the training text, which is for simulations only, where one process has all of the text.
+would reveal the sites' words. So sites with data of their own take it from a public file of word
+vectors (run config ``vectors``) or of words (``vocabulary-file``), the same at every site, or else
+number words by a hash. In a simulation, where one process has all of the text, the vocabulary is
+made from the training text unless there is a file of word vectors.
 """
 
 import csv
@@ -21,7 +22,9 @@ from flwr.common import log
 from clients.data import Examples, Task
 from clients.metrics import mean_roc_auc
 from clients.objective import Objective
+from clients.settings import ParticipantSettings
 from clients.tasks.array_cache import cache_places, cached_arrays
+from clients.tasks.vocabulary import agreed_vocabulary
 from clients.tasks.word_vectors import read_vectors
 from clients.tasks.words import FIRST_WORD, most_frequent, numbered, sequences
 from clients.trainer import NDArray
@@ -117,6 +120,36 @@ def load(data_dir: str, vectors: str = "", vocabulary: int = VOCABULARY) -> Task
         "num_labels": len(LABELS),
     }
     return Task(train, test, OBJECTIVE, options)
+
+
+def definition(settings: ParticipantSettings) -> Task:
+    """Return the task without data, with the vocabulary that the run config describes."""
+    vocabulary = agreed_vocabulary(settings)
+    none = Examples(np.empty((0, LENGTH), np.int64), np.empty((0, len(LABELS)), np.float32))
+    options = {
+        "vocabulary": vocabulary.size,
+        "vectors": vocabulary.vectors,
+        "num_labels": len(LABELS),
+    }
+    return Task(none, objective=OBJECTIVE, model_options=options, agreement=vocabulary.digest)
+
+
+def read(settings: ParticipantSettings, folder: Path, part: str) -> Examples | None:
+    """Return a site's own comments, of ``train.csv``, or of ``test.csv`` and ``test_labels.csv``.
+
+    Raises
+    ------
+    ColearnError
+        If a file lacks a column. Malformed rows are logged and left out.
+    """
+    if part == "train":
+        comments = read_comments(_folder(str(folder)) / "train.csv")
+    elif _has_test_files(folder):
+        comments = read_test(folder / "test.csv", folder / "test_labels.csv")
+    else:
+        return None
+    numbers = agreed_vocabulary(settings).numbers
+    return Examples(sequences(comments.texts, numbers, LENGTH), comments.labels)
 
 
 def _folder(data_dir: str) -> Path:

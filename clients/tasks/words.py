@@ -1,8 +1,11 @@
 """The conversion of text to numbers: tokens, a vocabulary, and sequences of equal length."""
 
 import re
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -40,7 +43,34 @@ def numbered(words: Sequence[str]) -> dict[str, int]:
     return {word: number for number, word in enumerate(words, FIRST_WORD)}
 
 
-def sequences(texts: Sequence[str], numbers: Mapping[str, int], length: int) -> NDArray:
+class Numbers(Protocol):
+    """The number of every word, a mapping or `HashedNumbers`."""
+
+    def get(self, word: str, default: int, /) -> int:
+        """Return the number of a word, or the default for a word without one."""
+
+
+@dataclass(frozen=True)
+class HashedNumbers:
+    """Numbers of words by a hash, the same at every site without any exchange of words.
+
+    Different words may have the same number (feature hashing, Weinberger et al., 2009).
+
+    Attributes
+    ----------
+    size : int
+        The number of different hash values.
+    """
+
+    size: int
+
+    def get(self, word: str, default: int, /) -> int:
+        """Return the number of a word, from 2; every word has one."""
+        # Not hash(), which differs from process to process.
+        return FIRST_WORD + zlib.crc32(word.encode()) % self.size
+
+
+def sequences(texts: Sequence[str], numbers: Numbers, length: int) -> NDArray:
     """Return the texts as numbers, int64 [N, length], cut or padded with 0 at the end."""
     result = np.full((len(texts), length), PAD, np.int64)
     progress = tqdm(texts, "numbering words", disable=None, leave=False)

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from clients.data import Examples, Task
 from clients.settings import ParticipantSettings
-from clients.tasks.kit import Kit, kit_for
+from clients.tasks.kit import OWN, Kit, check_model, kit_for
 from clients.torch.image_files import image_files
 from clients.torch.models import audio, image
 from clients.torch.models.small import densenet40, mnist_cnn, resnet8, small_cnn
@@ -53,6 +53,7 @@ KITS = {
     ),
     "speech": Kit(audio.SPEECH, no_transform, no_transform),
     "audioset": Kit(audio.AUDIOSET, no_transform, no_transform),
+    OWN: Kit({}, no_transform, no_transform),
 }
 
 
@@ -62,12 +63,14 @@ def build_model(settings: ParticipantSettings, task: Task) -> nn.Module:
     Raises
     ------
     ColearnError
-        If the task has no such model.
+        If the task has no such model, or the user's function returns no module.
     """
     build = kit_for(KITS, settings).model(settings)
     # Seeded, so that the initial weights do not depend on what the process drew before.
     torch.manual_seed(settings.seed)
-    return convert(build(**task.model_options), settings.scheme)
+    model = build(**task.model_options)
+    check_model(model, nn.Module, settings)
+    return convert(model, settings.scheme)
 
 
 def participant_trainer(
@@ -115,7 +118,7 @@ def _dataset(settings: ParticipantSettings, examples: Examples) -> Dataset[Any]:
             f"run config 'image-size': expected 0, since the examples of task {settings.task!r} "
             f"are of one size, found {settings.image_size}"
         )
-    return tensors_of(examples)
+    return tensors_of(examples) if isinstance(examples, Examples) else examples
 
 
 def tensors_of(examples: Examples) -> TensorDataset:

@@ -4,6 +4,7 @@ from .all_reduce import GROUP, RANK, AllReduceGroup, group_of, new_group
 from .in_process import InProcessGrid
 from .metering import MeteringGrid, control_bytes
 from .rewriting import RewritingGrid
+from .selecting import SelectingGrid
 from .threaded import ThreadedGrid
 from .wrapping import WrappingGrid
 
@@ -14,6 +15,7 @@ __all__ = [
     "InProcessGrid",
     "MeteringGrid",
     "RewritingGrid",
+    "SelectingGrid",
     "ThreadedGrid",
     "WrappingGrid",
     "control_bytes",

@@ -1,5 +1,6 @@
 """The choice of a round's nodes: exactly K participants, or a quorum of them."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,12 @@ from random import Random
 from flwr.common import log
 from flwr.serverapp import Grid
 
+from .._flwr import node_names
 from ..errors import ColearnError
 from ..policy import Quorum, Recovery
+
+LOG_EVERY = 60.0
+"""The seconds between two lines in the log while the server waits for participants."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +96,30 @@ def wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:
         If fewer nodes are connected after `seconds`.
     """
     deadline = time.monotonic() + seconds
+    logged_at, logged = -math.inf, -1
     while len(nodes := sorted(set(grid.get_node_ids()))) < wanted:
-        if time.monotonic() >= deadline:
+        now = time.monotonic()
+        if now >= deadline:
             raise ColearnError(
                 f"participants: expected {wanted}, found {len(nodes)} connected after "
-                f"{seconds:g} s. In a deployment start the missing SuperNodes; a simulation has as "
-                "many as its federation config says: flwr run . --stream --federation-config "
-                f'"num-supernodes={wanted} client-resources-num-cpus=1"'
+                f"{seconds:g} s{_named(grid, nodes)}. In a deployment start the missing "
+                "SuperNodes; a simulation has as many as its federation config says: flwr run . "
+                f'--stream --federation-config "num-supernodes={wanted} '
+                'client-resources-num-cpus=1"'
             )
-        log(INFO, "Waiting for participants: %s of %s connected", len(nodes), wanted)
-        time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+        # The wait for a site may take days, so a line a second would fill the disk.
+        if len(nodes) != logged or now - logged_at >= LOG_EVERY:
+            logged_at, logged = now, len(nodes)
+            found = _named(grid, nodes)
+            log(INFO, "Waiting for participants: %s of %s connected%s", len(nodes), wanted, found)
+        time.sleep(min(1.0, max(0.0, deadline - now)))
     return nodes
+
+
+def _named(grid: Grid, nodes: Sequence[int]) -> str:
+    """Return the names of the connected nodes and of the missing participants, as far as known."""
+    names = node_names(grid)
+    connected = ", ".join(names.get(node, str(node)) for node in nodes)
+    wanted = getattr(grid, "participants", None) or ()
+    missing = ", ".join(name for name in wanted if name not in names.values())
+    return (f" ({connected})" if nodes else "") + (f"; missing: {missing}" if missing else "")

@@ -33,7 +33,9 @@ class Curve:
 
 
 def curve(records: Iterable[RoundRecord], label: str, metric: str = "accuracy") -> Curve:
-    """Return the curve of a server metric over the rounds of a history.
+    """Return the curve of a metric over the rounds of a history.
+
+    The metric is that of the server's evaluation, or without one that of the participants'.
 
     Raises
     ------
@@ -41,16 +43,17 @@ def curve(records: Iterable[RoundRecord], label: str, metric: str = "accuracy") 
         If a round does not have the metric.
     """
     records = list(records)
-    for record in records:
-        if metric not in record.server_metrics:
+    values = [record.server_metrics or record.evaluate_metrics for record in records]
+    for record, metrics in zip(records, values, strict=True):
+        if metric not in metrics:
             raise ColearnError(
-                f"curve: expected the metric '{metric}' from the server's evaluation in every "
-                f"round, found {sorted(record.server_metrics)} in round {record.round}"
+                f"curve: expected the metric '{metric}' from an evaluation in every round, found "
+                f"{sorted(metrics)} in round {record.round}"
             )
     return Curve(
         label,
         [record.epochs_done for record in records],
-        [record.server_metrics[metric] for record in records],
+        [metrics[metric] for metrics in values],
         doublings(records),
     )
 

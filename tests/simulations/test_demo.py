@@ -46,7 +46,7 @@ def test_the_demo_is_five_participants_of_the_app_in_its_output_folder(tmp_path,
     assert run_demo(monkeypatch, tmp_path, run_app) == 0
     assert (asked["app"] / "pyproject.toml").exists()
     assert (asked["participants"], asked["timeout"]) == (5, 7.0)
-    assert asked["config"] == {"output-dir": str(tmp_path)}
+    assert asked["config"] == {"output-dir": str(tmp_path), "checkpoints": ""}
     assert asked["home"].is_relative_to(tmp_path)
 
 
@@ -65,4 +65,4 @@ def test_help_says_what_it_is(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["demo", "--help"])
     with pytest.raises(SystemExit, match="0"):
         demo.main()
-    assert "co-learning with five participants" in capsys.readouterr().out
+    assert "co-learning of five participants" in capsys.readouterr().out

@@ -20,6 +20,8 @@ from flwr_colearn import (
     History,
     IncreasingEpochs,
     Int8,
+    Quorum,
+    Recovery,
 )
 from flwr_colearn import InProcessGrid as Grid
 from simulations import server_app
@@ -250,3 +252,123 @@ def test_frozen_by_name_with_keras(tmp_path):
 def test_schemes_that_cannot_be_had_are_refused(tmp_path, config, message):
     with pytest.raises(ColearnError, match=message):
         run(tmp_path, **config)
+
+
+# Own data, and a server without any
+
+
+def own_sites(tmp_path, k=2, **config):
+    """A grid of sites, each with 40 images of its own, of which 4 are held out."""
+    rng = np.random.default_rng(0)
+    config = {**CONFIG, "task": "cifar10", "examples": 0, "num-participants": k, **config}
+    grid = Grid(client_app, k, run_config=config)
+    for node in grid.contexts:
+        folder = tmp_path / f"site-{node}"
+        folder.mkdir()
+        x = rng.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+        np.savez(folder / "train.npz", x=x, y=np.arange(40) % 10)
+        grid.contexts[node].node_config = {"data-dir": str(folder), "name": f"site-{node}"}
+    return grid, config
+
+
+def test_without_data_at_the_server_the_sites_evaluate_and_the_history_has_each(
+    tmp_path, monkeypatch, flower_log
+):
+    monkeypatch.chdir(tmp_path)
+    grid, config = own_sites(tmp_path)
+    run(tmp_path / "out", grid, **{**config, "output-dir": str(tmp_path / "out")})
+    assert "The server has no test set" in flower_log.text
+    records = History.read(tmp_path / "out" / "history.jsonl").records
+    assert all(record.server_metrics == {} for record in records)
+    for record in records:
+        sites = record.site_metrics
+        assert sites.keys() == {"site-1", "site-2"}
+        assert [site["num-examples"] for site in sites.values()] == [4, 4]
+        mean = (sites["site-1"]["accuracy"] + sites["site-2"]["accuracy"]) / 2
+        assert record.site_means["accuracy"] == pytest.approx(mean)
+        assert record.evaluate_metrics["accuracy"] == pytest.approx(mean)  # of as many examples
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["sites"] == records[-1].site_metrics
+    assert summary["accuracy"] == records[-1].evaluate_metrics["accuracy"]
+    assert (tmp_path / "out" / "accuracy.png").exists()
+
+
+def test_weighted_and_plain_means_differ_where_sites_have_different_numbers(tmp_path):
+    from flwr_colearn.history import plain_means
+
+    sites = [{"accuracy": 1.0, "num-examples": 30, "a": 1}, {"accuracy": 0.5, "num-examples": 10}]
+    assert plain_means(sites) == {"accuracy": 0.75}
+    assert plain_means([]) == {}
+
+
+def test_a_run_that_is_started_again_goes_on_and_a_finished_one_says_so(tmp_path, flower_log):
+    config = {"output-dir": str(tmp_path), "run-name": "again"}
+    run(tmp_path, **config, **{"num-server-rounds": 2})
+    assert len(list((tmp_path / "checkpoints").glob("round-*.npz"))) == 3
+    model = saved(tmp_path)
+    run(tmp_path, **config, **{"num-server-rounds": 2})
+    assert "nothing is left to train" in flower_log.text
+    assert all(np.array_equal(model[name], array) for name, array in saved(tmp_path).items())
+    flower_log.clear()
+    run(tmp_path, **config, **{"num-server-rounds": 3})  # with a larger number it goes on
+    assert "resumed after round 2" in flower_log.text
+    assert "nothing is left" not in flower_log.text
+    whole = tmp_path / "whole"
+    run(whole)
+    assert all(np.array_equal(saved(whole)[n], array) for n, array in saved(tmp_path).items())
+
+
+def test_without_a_run_name_the_settings_decide_where_results_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    for seed in (0, 1):
+        run("", seed=seed, **{"num-server-rounds": 1})
+    folders = list((tmp_path / "colearn").iterdir())
+    assert len(folders) == 2
+    for folder in folders:
+        assert folder.name.startswith("digits-clr-ile-")
+        files = {path.name for path in folder.iterdir()}
+        assert files == {
+            "accuracy.png",
+            "checkpoints",
+            "history.jsonl",
+            "model.npz",
+            "summary.json",
+        }
+
+
+def test_checkpoints_may_be_switched_off(tmp_path):
+    run(tmp_path, checkpoints="", history="other.jsonl", **{"num-server-rounds": 1})
+    assert not (tmp_path / "checkpoints").exists()
+    assert len(History.read(tmp_path / "other.jsonl")) == 1
+
+
+def test_pretrained_weights_are_what_the_run_starts_from(tmp_path):
+    weights = server_trainer(ParticipantSettings(seed=5)).get_weights()
+    np.savez(tmp_path / "start.npz", **weights)
+    seen = []
+
+    def watching(message, context):
+        seen.append(message.content["arrays"].to_numpy_ndarrays()[0])
+        return client_app(message, context)
+
+    config = {"initial-weights": str(tmp_path / "start.npz"), "num-server-rounds": 1}
+    run(tmp_path / "out", Grid(watching, K, run_config=CONFIG), **config)
+    assert np.array_equal(seen[0], next(iter(weights.values())))
+
+
+def test_weights_of_another_model_are_refused_before_the_run(tmp_path):
+    np.savez(tmp_path / "start.npz", other=np.zeros(3))
+    with pytest.raises(ColearnError, match="weights: expected those of"):
+        run(tmp_path / "out", **{"initial-weights": str(tmp_path / "start.npz")})
+
+
+def test_policy_quorum_and_participants_reach_the_strategy():
+    settings = RunSettings(policy="wait", participants="delft, utrecht", num_participants=9)
+    strategy = make_strategy(settings, server_trainer(ParticipantSettings()), None)
+    assert strategy.num_participants == 2
+    assert strategy.transport.recovery.policy == "wait"
+    assert settings.participant_names == ("delft", "utrecht")
+    assert RunSettings(quorum=3).recovery == Recovery(policy=Quorum(3))
+    assert RunSettings().participant_names is None
+    with pytest.raises(ColearnError, match="policy: expected 'fail', 'wait'"):
+        _ = RunSettings(policy="never").recovery

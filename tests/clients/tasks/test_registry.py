@@ -19,7 +19,7 @@ from flwr_colearn import ColearnError
         ),
         (
             ParticipantSettings(model="vgg"),
-            "'model': expected one of cnn for task digits with torch, found 'vgg'",
+            "'model': expected cnn or package.module:function for task digits with torch",
         ),
         (
             ParticipantSettings(partition="uneven"),
