@@ -1,5 +1,6 @@
 """Deployments that run this folder's app unless told otherwise."""
 
+import re
 import signal
 from pathlib import Path
 
@@ -23,3 +24,8 @@ class Deployment(simulations.launch.deployment.Deployment):
             site.kill(signal.SIGTERM)
         await_that(lambda: all(s.process not in old for s in self.sites), 60, "new SuperNodes")
         self.await_nodes(len(self.sites))
+
+
+def node_of(site):
+    """The id of a site's node, which its SuperNode writes to its log."""
+    return int(re.findall(r"SuperNode ID: (\d+)", site.log.read_text())[-1])

@@ -1,5 +1,6 @@
 """A stranger at the proxy's port: with nothing, or with the CA certificate that every site has."""
 
+import base64
 import http.client
 import json
 import os
@@ -9,11 +10,18 @@ import subprocess
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from flwr_colearn import History
 from simulations.launch.deployment import nginx_program
 from simulations.launch.simulation import flower
-from tests.e2e.deployment import APP, Deployment, Site, await_that
+from tests.e2e.deployment import APP, Deployment, Site, await_that, node_of
 
 pytestmark = pytest.mark.skipif(nginx_program() is None, reason="nginx is not installed")
 SITES = 2
@@ -199,6 +207,32 @@ def test_the_same_commands_get_in_where_no_proxy_is_in_front(deployment):
 def test_a_sites_request_without_a_registered_key_is_refused(deployment):
     for path in ("pull-messages", "push-messages", "register-node", "get-fab", "pull-object"):
         assert ask(deployment.public_address, "POST", f"/v1/fleet/{path}") == 401, path
+
+
+def signed(site):
+    """The headers with which a site proves that it has its key, as its SuperNode makes them."""
+    key = load_ssh_private_key((site.home / "site.key").read_bytes(), None)
+    timestamp = now().isoformat()
+    encoded = {
+        FLEET_HTTP_PUBLIC_KEY_HEADER: public_key_to_bytes(key.public_key()),
+        FLEET_HTTP_SIGNATURE_HEADER: sign_message(key, timestamp.encode()),
+    }
+    headers = {name: base64.b64encode(value).decode() for name, value in encoded.items()}
+    return {**PROTOBUF, TIMESTAMP_HEADER: timestamp, **headers}
+
+
+def test_a_sites_key_is_good_for_its_own_node_only(deployment):
+    first, second = deployment.sites
+    own, others = (
+        PullMessagesRequest(node=Node(node_id=node_of(site))).SerializeToString()
+        for site in (first, second)
+    )
+    address = deployment.public_address
+    pull = {"headers": signed(first), "source": "127.0.0.1"}
+    assert ask(address, "POST", "/v1/fleet/pull-messages", body=own, **pull) == 200
+    assert ask(address, "POST", "/v1/fleet/pull-messages", body=others, **pull) == 401
+    # And it is a key for the sites' API alone.
+    assert ask(address, "POST", "/v1/control/list-nodes", **pull) == 403
 
 
 def test_a_body_above_the_limit_is_refused_before_it_is_sent(deployment):
