@@ -117,6 +117,10 @@ def test_the_wheel_holds_the_licence(wheel):
     assert wheel.read(name) == (ROOT / "LICENSE").read_bytes()
 
 
+def test_the_wheel_names_the_licence_as_an_spdx_expression(wheel):
+    assert metadata(wheel)["License-Expression"] == "Apache-2.0"
+
+
 def test_the_wheel_has_the_packages_version(wheel):
     assert metadata(wheel)["Version"] == flwr_colearn.__version__
 
