@@ -9,12 +9,12 @@ import numpy as np
 from tqdm import tqdm
 
 from clients.data import Examples, shuffled_batches
-from clients.keras.normalization import normalised, recalibrated
 from clients.objective import CLASSES, Objective
 from clients.tensorflow.setup import check_device, keras, tf
 from clients.tensorflow.transforms import Transform, no_transform
 from clients.trainer import EpochResult, NDArray, check_settings, check_weights, derive_seed
 from flwr_colearn import ColearnError, Role
+from flwr_colearn.keras import normalised, recalibrated
 
 FIRST_LOSS_SCALE = 2.0**15
 
@@ -222,7 +222,7 @@ class KerasTrainer:
         Returns
         -------
         arrays : dict
-            The moving means and variances by name, see `clients.keras.normalization.recalibrated`.
+            The moving means and variances by name, see `flwr_colearn.keras.recalibrated`.
         examples : int
             The number of examples; a last batch of a single one is left out, as in training.
         """
@@ -241,7 +241,7 @@ class KerasTrainer:
         """Apply the server's normalization scheme within the block.
 
         Under `Synchronised`, `gradients` computes eagerly in it, see
-        `clients.keras.normalization.normalised`.
+        `flwr_colearn.keras.normalised`.
         """
         compiled = self._gradients
         if config.get("normalization") == "synchronised":

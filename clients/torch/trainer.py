@@ -13,10 +13,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 from tqdm import tqdm
 
 from clients.objective import CLASSES, Objective
-from clients.torch.normalization import normalised, recalibrated
 from clients.torch.transforms import Transform
 from clients.trainer import EpochResult, NDArray, check_settings, derive_seed
 from flwr_colearn import ColearnError, Role
+from flwr_colearn.torch import normalised, recalibrated
 
 _NORMS_WITH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -212,7 +212,7 @@ class TorchTrainer:
         Returns
         -------
         arrays : dict
-            The running means and variances by name, see `clients.torch.normalization.recalibrated`.
+            The running means and variances by name, see `flwr_colearn.torch.recalibrated`.
         examples : int
             The number of examples.
         """

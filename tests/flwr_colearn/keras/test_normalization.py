@@ -19,7 +19,7 @@ from flwr_colearn.roles import assign_roles
 
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
-normalization = pytest.importorskip("clients.keras.normalization")
+normalization = pytest.importorskip("flwr_colearn.keras")
 batch_norms, convert = normalization.batch_norms, normalization.convert
 normalised, recalibrated = normalization.normalised, normalization.recalibrated
 

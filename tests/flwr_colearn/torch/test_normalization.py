@@ -11,9 +11,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
 
-from clients.torch.layers import BatchRenormLayer
 from clients.torch.models.small import resnet8
-from clients.torch.normalization import convert, normalised, recalibrated
 from clients.torch.trainer import TorchTrainer, roles_of
 from flwr_colearn import (
     BatchRenorm,
@@ -28,6 +26,7 @@ from flwr_colearn import (
 from flwr_colearn.grids import GROUP, RANK, AllReduceGroup
 from flwr_colearn.grids.all_reduce import _groups
 from flwr_colearn.normalization import layer_arrays
+from flwr_colearn.torch import BatchRenormLayer, convert, normalised, recalibrated
 
 CHANNELS = 4
 

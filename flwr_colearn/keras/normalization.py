@@ -9,19 +9,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
+import keras
 import numpy as np
+import tensorflow as tf
 
-from clients.tensorflow.setup import keras, tf
-from clients.trainer import NDArray
-from flwr_colearn import (
-    BatchRenorm,
-    ColearnError,
-    Frozen,
-    GroupNorm,
-    LayerNorm,
-    Normalization,
-)
-from flwr_colearn.grids import AllReduceGroup, group_of
+from ..errors import ColearnError
+from ..grids import AllReduceGroup, group_of
+from ..normalization import BatchRenorm, Frozen, GroupNorm, LayerNorm, Normalization
+from ..roles import NDArray
 
 ops = keras.ops
 BatchNorm: TypeAlias = keras.layers.BatchNormalization
@@ -152,7 +147,7 @@ def convert(model: keras.Model, scheme: Normalization) -> keras.Model:
 def normalised(model: keras.Model, config: Mapping[str, Any]) -> Iterator[None]:
     """Apply the server's normalization scheme to a model's batch-norm layers, within the block.
 
-    See `clients.torch.normalization.normalised`. For `Frozen` the model must be converted. For
+    See `flwr_colearn.torch.normalised`. For `Frozen` the model must be converted. For
     `Synchronised` gradients must be computed eagerly, with no ``tf.function`` around the model.
 
     Raises
@@ -170,7 +165,7 @@ def normalised(model: keras.Model, config: Mapping[str, Any]) -> Iterator[None]:
         if not isinstance(layer, FreezableBatchNormalization):
             raise ColearnError(
                 f"normalization frozen: expected layers that can be frozen, found "
-                f"{type(layer).__name__}; clients.keras.normalization.convert(model, Frozen(...)) "
+                f"{type(layer).__name__}; flwr_colearn.keras.convert(model, Frozen(...)) "
                 "makes them"
             )
     for layer in layers:
@@ -189,7 +184,7 @@ def recalibrated(
 ) -> dict[str, NDArray]:
     """Return the statistics of all data under the model's weights.
 
-    As in `clients.torch.normalization.recalibrated`, every layer normalises with its batch, and the
+    As in `flwr_colearn.torch.recalibrated`, every layer normalises with its batch, and the
     mean and the variance are taken over all batches together.
 
     Parameters
