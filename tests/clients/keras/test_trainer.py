@@ -227,7 +227,10 @@ def test_another_loss_can_be_given():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_set": Examples(np.zeros((0, 4)), np.zeros(0))}, "at least one example, found none"),
+        (
+            {"train_set": Examples(np.zeros((0, 4)), np.zeros(0))},
+            "at least one example, found none",
+        ),
         ({"precision": "half"}, "expected float32, bfloat16 or float16, found 'half'"),
         ({"batch_size": 0}, "batch_size: expected"),
         ({"device": "GPU:7"}, r"device: expected one of CPU:0.*found 'GPU:7'"),

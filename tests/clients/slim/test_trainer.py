@@ -204,7 +204,10 @@ def test_regularizers_of_the_arg_scope_count():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_set": Examples(np.zeros((0, 4)), np.zeros(0))}, "at least one example, found none"),
+        (
+            {"train_set": Examples(np.zeros((0, 4)), np.zeros(0))},
+            "at least one example, found none",
+        ),
         ({"batch_size": 0}, "batch_size: expected"),
         ({"device": "GPU:7"}, r"device: expected one of CPU:0.*found 'GPU:7'"),
         ({"model": lambda inputs, is_training: inputs}, "a function that makes variables, found"),
