@@ -139,3 +139,8 @@ def test_what_the_function_must_return_is_said(returned, reason):
     recalibrate(app)(lambda context: returned())
     with pytest.raises(ColearnError, match=reason):
         co_learn(app)
+
+
+def test_an_app_without_the_function_is_told_which_one_is_missing():
+    with pytest.raises(ColearnError, match=r"needs a function .* flwr_colearn.torch.recalibrate"):
+        co_learn(own_app(participant_mod))
