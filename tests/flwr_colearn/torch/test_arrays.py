@@ -11,6 +11,7 @@ from flwr_colearn.torch import get_arrays, set_arrays
 from flwr_colearn.torch import roles as roles_of
 
 
+@pytest.mark.filterwarnings("error")  # as torch's for arrays that are read-only
 def test_arrays_are_copies_and_are_loaded_as_copies():
     model = nn.BatchNorm1d(2)
     taken = get_arrays(model)
