@@ -89,7 +89,7 @@ def normalised(model: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
                 if isinstance(layer, BatchRenormLayer):
                     raise ColearnError(
                         "synchronised normalization: expected batch norm, found a layer with batch "
-                        "renorm, which would train as plain batch norm; convert the model anew"
+                        "renorm, which would train as plain batch norm; convert the original model"
                     )
                 acts = holds_activation(layer)
                 forward = partial(_synchronised_forward, layer, acts, group, rank)
