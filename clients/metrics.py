@@ -68,7 +68,7 @@ def mean_roc_auc(outputs: NDArray, targets: NDArray) -> dict[str, float]:
     Returns
     -------
     dict
-        ``roc-auc``, and ``labels-judged``: the number of labels in the mean. Labels that all or
+        ``roc-auc``, and ``labels-evaluated``: the number of labels in the mean. Labels that all or
         none of the examples have are left out; with none left, ``roc-auc`` is NaN.
 
     Raises
@@ -79,10 +79,10 @@ def mean_roc_auc(outputs: NDArray, targets: NDArray) -> dict[str, float]:
     from sklearn.metrics import roc_auc_score
 
     _check_finite(outputs)
-    judged = np.flatnonzero(targets.min(axis=0) != targets.max(axis=0))
-    areas = [roc_auc_score(targets[:, label], outputs[:, label]) for label in judged]
+    evaluated = np.flatnonzero(targets.min(axis=0) != targets.max(axis=0))
+    areas = [roc_auc_score(targets[:, label], outputs[:, label]) for label in evaluated]
     mean = float(np.mean(areas)) if areas else float("nan")
-    return {"roc-auc": mean, "labels-judged": float(len(areas))}
+    return {"roc-auc": mean, "labels-evaluated": float(len(areas))}
 
 
 def validation_and_test(

@@ -82,7 +82,7 @@ _GRAVEST = ("no", "undecided", f"no, {ONE_SEED}", f"yes, {ONE_SEED}", "yes")
 """Verdicts on one of several conditions, the one that decides on all of them first."""
 
 
-def judged(holds: bool, evidence: str, units: Units, arms: Sequence[str]) -> Finding:
+def finding_of(holds: bool, evidence: str, units: Units, arms: Sequence[str]) -> Finding:
     """Return a finding by the means, which says if it rests on a single seed of some arm."""
     fewest = min(len(scores(units, arm)) for arm in arms)
     verdict = "yes" if holds else "no"
@@ -109,7 +109,7 @@ def epochs_before_rates(units: Units) -> Finding | None:
     increasing = (means["clr-ile"] + means["elr-ile"] - means["clr-fle"] - means["elr-fle"]) / 2
     cyclical = (means["clr-ile"] + means["clr-fle"] - means["elr-ile"] - means["elr-fle"]) / 2
     evidence = f"ILE {increasing:+.2f}, CLR {cyclical:+.2f}"
-    return judged(increasing > max(cyclical, 0), evidence, units, FOUR_ARMS)
+    return finding_of(increasing > max(cyclical, 0), evidence, units, FOUR_ARMS)
 
 
 def better_after_doublings(units: Units) -> Finding | None:
@@ -130,7 +130,7 @@ def better_after_doublings(units: Units) -> Finding | None:
         f"{gain:+.2f} in the round after, of twice the epochs, {usual:+.2f} in the round before; "
         f"doublings: {len(after)}"
     )
-    return judged(gain > max(usual, 0), evidence, units, ["clr-ile"])
+    return finding_of(gain > max(usual, 0), evidence, units, ["clr-ile"])
 
 
 def ensemble_far_behind(units: Units) -> Finding | None:
@@ -140,7 +140,7 @@ def ensemble_far_behind(units: Units) -> Finding | None:
         return None
     loss = statistics.mean(vanilla) - statistics.mean(ensemble)
     holds = loss >= ENSEMBLE_LOSS
-    return judged(holds, f"{loss:.2f} behind", units, ["vanilla-elr", "ensemble"])
+    return finding_of(holds, f"{loss:.2f} behind", units, ["vanilla-elr", "ensemble"])
 
 
 def at_least_vanilla(units: Units) -> Finding | None:
@@ -175,7 +175,7 @@ def intervals_stretch(units: Units) -> Finding | None:
         return Finding("undecided", "T was not doubled, or rounds were not timed")
     ratio = statistics.mean(ratios)
     evidence = f"rounds of 2 T0 take {ratio:.2f} times as long"
-    return judged(ratio > 1.5, evidence, units, ["clr-ile"])
+    return finding_of(ratio > 1.5, evidence, units, ["clr-ile"])
 
 
 CLAIMS: dict[str, Callable[[Units], Finding | None]] = {

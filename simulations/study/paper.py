@@ -254,7 +254,7 @@ and of [dynamic averaging](dynamic.md) have pages of their own.
 What our runs say of each, study by study: yes or no, the figures, and on how few seeds it rests.
 With several seeds a difference between arms counts if it is larger than twice its standard error,
 which with two or three seeds is a weak test (one false finding in six to eight). Of claims 2, 3, 4
-and 6 the means are judged.
+and 6 the means are compared.
 """
 
 OPEN_QUESTIONS = """With the same number of local epochs a participant makes 1/K of vanilla's

@@ -15,7 +15,7 @@ def test_the_area_is_the_share_of_pairs_in_the_right_order():
     expected = (0.75 + 2.5 / 3) / 2
     assert mean_roc_auc(outputs, targets) == {
         "roc-auc": pytest.approx(expected),
-        "labels-judged": 2.0,
+        "labels-evaluated": 2.0,
     }
 
 
@@ -35,14 +35,14 @@ def test_labels_of_one_class_are_left_out_and_counted():
     theirs = np.mean([roc_auc_score(targets[:, i], outputs[:, i]) for i in (0, 2)])
     assert mean_roc_auc(outputs, targets) == {
         "roc-auc": pytest.approx(theirs),
-        "labels-judged": 2.0,
+        "labels-evaluated": 2.0,
     }
 
 
 def test_without_any_label_to_judge_it_is_no_number():
     found = mean_roc_auc(np.zeros((3, 2)), np.zeros((3, 2)))
     assert math.isnan(found["roc-auc"])
-    assert found["labels-judged"] == 0
+    assert found["labels-evaluated"] == 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -137,7 +137,7 @@ def test_what_takes_no_part_has_gradient_zero():
     assert arrays["dense_1/kernel"].any()
 
 
-@pytest.mark.parametrize("examples_of", [(300, 300), (257, 256)], ids=["all", "less the lonely"])
+@pytest.mark.parametrize("examples_of", [(300, 300), (257, 256)], ids=["all", "less the last"])
 def test_recalibrated_statistics_are_those_of_the_whole_data(examples_of):
     count, used = examples_of
     data = examples(count, seed=1)

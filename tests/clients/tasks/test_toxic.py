@@ -253,7 +253,7 @@ def test_every_model_trains_and_is_judged_by_roc_auc(settings, model):
     found = server_trainer(named).evaluate()
     assert found["num-examples"] == 6
     assert 0 <= found["roc-auc"] <= 1
-    assert found["labels-judged"] == 2
+    assert found["labels-evaluated"] == 2
 
 
 @needs_data

@@ -105,8 +105,8 @@ def test_nothing_that_it_started_is_left(five):
 @pytest.mark.parametrize("framework", ["keras", "slim"])
 def test_a_run_with_tensorflow_and_compressed_models_reaches_its_end(framework, tmp_path):
     config = {"framework": framework, "num-participants": 2, "num-server-rounds": 1}
-    wire = {"compression-up": "int8-last-axis", "compression-down": "float16"}
-    output, completed, alive = run(tmp_path, 2, **{**config, **wire, "initial-epochs": 4})
+    codecs = {"compression-up": "int8-last-axis", "compression-down": "float16"}
+    output, completed, alive = run(tmp_path, 2, **{**config, **codecs, "initial-epochs": 4})
     assert completed.returncode == 0
     summary = json.loads((output / "summary.json").read_text())
     assert summary["epochs-path"] == [4]

@@ -146,7 +146,7 @@ def test_other_failures_of_a_cell_are_not_taken_for_divergence(monkeypatch):
 def test_local_accuracy_weighs_classes_as_the_participants_data_do(monkeypatch):
     """A model that is always right about even digits, and never about odd ones."""
 
-    class Judge:
+    class Evaluator:
         train_set = None
 
         def set_weights(self, weights):
@@ -160,7 +160,7 @@ def test_local_accuracy_weighs_classes_as_the_participants_data_do(monkeypatch):
     class Grid:
         contexts = dict.fromkeys(range(1, 6))
 
-    overall, local = evaluate(Judge(), {}, Grid(), PARTICIPANTS, is_local=False)
+    overall, local = evaluate(Evaluator(), {}, Grid(), PARTICIPANTS, is_local=False)
     assert overall == [0.5] * 5
     labels = _labels(PARTICIPANTS)
     for found, shard in zip(local, shards(PARTICIPANTS, 5), strict=True):
