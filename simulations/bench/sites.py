@@ -119,8 +119,8 @@ def accuracy(
         run_name=name,
         participants=",".join(sites),
         total_epochs=epochs,
-        initial_epochs=2,
-        max_local_epochs=4,
+        initial_epochs=8,
+        max_local_epochs=8,
         batch_size=16,
         seed=seed,
     ).wait(timeout=1800)
@@ -130,7 +130,8 @@ def accuracy(
             f"run {name}: expected it to finish, found no summary; its log is "
             f"{deployment.folder / 'run.log'}"
         )
-    print(name, json.dumps(History.read(output / "history.jsonl").records[-1].site_metrics))
+    last = History.read(output / "history.jsonl").records[-1]
+    print(name, json.dumps(last.site_metrics), flush=True)
     settings = ParticipantSettings(**TASK, data_dir=str(folder / "test"), seed=seed)
     trainer = server_trainer(settings, server_task(settings))
     with np.load(output / "model.npz") as arrays:
