@@ -8,6 +8,7 @@ from flwr.app import ConfigRecord, Context, Message
 from clients.client_app import make_client_app
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import agreement, participant_trainer, site_trainer
+from clients.tasks.sources import imported_task
 from clients.trainer import Trainer
 from flwr_colearn import ColearnError
 
@@ -108,6 +109,7 @@ def forget_trainers() -> None:
     """Free the models and data that this process caches for its participants."""
     _trainer.cache_clear()
     _site_trainer.cache_clear()
+    imported_task.cache_clear()
 
 
 app = make_client_app(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,20 +102,14 @@ class ImportedTask:
     name: str
 
     def load(self, settings: ParticipantSettings) -> Task:
-        """Return the task that the function returns.
+        """Return the task that the function returns, which is called once for the same settings.
 
         Raises
         ------
         ColearnError
             If it cannot be imported, or returns something else.
         """
-        task = imported("task", self.name)(settings)
-        if not isinstance(task, Task):
-            raise ColearnError(
-                f"run config 'task': expected {self.name}(settings) to return a clients.data.Task, "
-                f"for example Task(Examples(inputs, labels)), found {type(task).__name__}"
-            )
-        return task
+        return imported_task(self.name, settings)
 
     def own(self, settings: ParticipantSettings, folder: Path) -> Task:
         """Return the same; the settings have the folder."""
@@ -127,6 +122,18 @@ class ImportedTask:
     def agreement(self, settings: ParticipantSettings) -> str:
         """Return the digest that the user's function gives."""
         return self.load(settings).agreement
+
+
+@lru_cache(maxsize=8)
+def imported_task(name: str, settings: ParticipantSettings) -> Task:
+    """Return the task of a user's function, see `ImportedTask`."""
+    task = imported("task", name)(settings)
+    if not isinstance(task, Task):
+        raise ColearnError(
+            f"run config 'task': expected {name}(settings) to return a clients.data.Task, for "
+            f"example Task(Examples(inputs, labels)), found {type(task).__name__}"
+        )
+    return task
 
 
 SOURCES: dict[str, Source] = {

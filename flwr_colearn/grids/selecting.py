@@ -34,4 +34,5 @@ class SelectingGrid(WrappingGrid):
 
     def get_nodes(self) -> Iterable[Any]:
         """Return Flower's descriptions of the participants' nodes that are connected."""
-        return [node for node in super().get_nodes() if node.name in self.participants]
+        nodes = super().get_nodes()
+        return [node for node in nodes if getattr(node, "name", "") in self.participants]
