@@ -70,7 +70,7 @@ def link(found, folder):
 def source(tmp_path_factory):
     """A copy of the repository."""
     folder = tmp_path_factory.mktemp("source") / "repository"
-    leave_out = shutil.ignore_patterns("__pycache__", ".*", "outputs", "data")
+    leave_out = shutil.ignore_patterns("__pycache__", ".[!g]*", ".git", "outputs", "data")
     shutil.copytree(ROOT, folder, ignore=leave_out)
     return folder
 
