@@ -1,6 +1,6 @@
 """The Message API ClientApp that serves any Trainer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from flwr_colearn import (
     LocalPlan,
     participant_mod,
 )
+from flwr_colearn.normalization import answer_recalibration
 from flwr_colearn.records import to_record, view
 from flwr_colearn.strategies import GRADIENTS
 
@@ -64,11 +65,12 @@ def make_client_app(
             )
         return _reply(trainer.get_weights(), metrics, message)
 
-    @app.train("recalibrate")
-    def recalibrate(message: Message, context: Context) -> Message:
-        trainer = _load(build(context), message)
-        arrays, examples = _offered(trainer, "recalibrated")()
-        return _reply(arrays, {"num-examples": examples}, message)
+    def statistics_of(arrays: Mapping[str, NDArray], context: Context) -> Any:
+        trainer = build(context)
+        trainer.set_weights(arrays)
+        return _offered(trainer, "recalibrated")()
+
+    answer_recalibration(app, statistics_of)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:

@@ -106,40 +106,6 @@ def check_settings(train_set: Sized, batch_size: int, precision: str = "float32"
         raise ColearnError(f"precision: expected float32, bfloat16 or float16, found {precision!r}")
 
 
-def check_weights(weights: Mapping[str, NDArray], own: Mapping[str, NDArray], model: str) -> None:
-    """Raise a ColearnError unless `weights` have the names, types and shapes of `own`.
-
-    Parameters
-    ----------
-    weights : mapping
-        The arrays that were received, by name.
-    own : mapping
-        The arrays (or objects with a shape and a dtype) of the participant's model, by name.
-    model : str
-        The name of that model in the error message.
-    """
-    # Types are compared too: an assignment would convert them and lose precision unnoticed.
-    missing = [name for name in own if name not in weights]
-    unknown = [name for name in weights if name not in own]
-    differing = [
-        f"'{name}' {_kind(weights[name])} in place of {_kind(array)}"
-        for name, array in own.items()
-        if name in weights and _kind(weights[name]) != _kind(array)
-    ]
-    if missing or unknown or differing:
-        raise ColearnError(
-            f"weights: expected those of this participant's {model}, found others; is it the "
-            f"server's model, in the server's framework? {len(missing)} arrays missing "
-            f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}, {len(differing)} of another "
-            f"type or shape {differing[:3]}"
-        )
-
-
-def _kind(array: Any) -> str:
-    # numpy's and TensorFlow's types have an attribute `name`; Keras's types are plain strings.
-    return f"{getattr(array.dtype, 'name', array.dtype)} {tuple(array.shape)}"
-
-
 def accuracy(outputs: NDArray, targets: NDArray) -> float:
     """Return the share of examples [N] whose target has the largest output [N, classes]."""
     return float((outputs.argmax(1) == targets).mean())

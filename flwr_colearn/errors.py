@@ -20,6 +20,19 @@ class ColearnError(Exception):
     result: Any = None
 
 
+class MissingExtraError(ColearnError, ModuleNotFoundError):
+    """Raised by the import of a package of this plugin whose framework is not installed."""
+
+    @classmethod
+    def of(cls, package: str, extra: str, error: ModuleNotFoundError) -> "MissingExtraError":
+        """Return the error for a package, with the extra that installs what it imports."""
+        return cls(
+            f"{package}: expected the framework to be installed, found no module {error.name!r}; "
+            f"pip install 'flwr-colearn[{extra}]'",
+            name=error.name,
+        )
+
+
 class NotAnsweredError(ColearnError):
     """Raised for a valid reply that does not contain the answer yet.
 

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import suppress
+from importlib.util import find_spec
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -12,6 +13,9 @@ with suppress(ImportError):
     import triton  # noqa: F401
 
 collect_ignore_glob = ["dropin/*_app.py"]  # they need libraries that may be missing
+for folder, library in (("torch", "torch"), ("keras", "tensorflow")):
+    if find_spec(library) is None:
+        collect_ignore_glob.append(f"flwr_colearn/{folder}/*")
 
 settings.register_profile(
     "tests",

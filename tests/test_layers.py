@@ -17,12 +17,14 @@ LAYERS = [  # a module imports those of earlier lines, and those of its own line
     {"strategies", "dynamic", "reporting"},
     {"legacy", "secagg"},
     {"__init__"},
+    {"torch", "keras"},  # which only a client imports
 ]
 FEATURES = {"recovery", "compression", "normalization"}
 CLIENT_SIDE = {"client", "client_state", "local_arrays", "residuals", "participant", "state_dir"}
+CLIENT_SIDE |= {"answering"}
 FRAMEWORKS = {"torch", "torchvision", "timm", "tensorflow", "keras", "tf_keras", "tf_slim"}
 HOMES_OF_FRAMEWORKS = {
-    "flwr_colearn": set(),
+    "flwr_colearn": {"torch", "keras"},
     "clients": {"torch", "tensorflow", "keras", "slim"},
     "simulations": {"study", "bench"},  # which train PyTorch models of their own
 }
@@ -68,7 +70,7 @@ def test_a_module_imports_its_own_layer_and_those_below():
 
 
 def test_features_do_not_know_each_other_nor_strategies_each_other():
-    for packages in (FEATURES, {"strategies", "dynamic"}):
+    for packages in (FEATURES, {"strategies", "dynamic"}, {"torch", "keras"}):
         wrong = [(me, it) for me, it in OWN if {me[0], it[0]} <= packages and me[0] != it[0]]
         assert not wrong
 
@@ -96,6 +98,11 @@ def test_there_is_no_cycle():
     TopologicalSorter({me: its - {me} for me, its in graph.items()}).prepare()
 
 
+def test_nothing_inside_imports_the_packages_of_the_frameworks():
+    users = {me for me, it in OWN if it[0] in ("torch", "keras") and me[0] != it[0]}
+    assert not users
+
+
 def is_package(module):
     return (ROOT / "flwr_colearn").joinpath(*module).is_dir()
 
@@ -113,6 +120,30 @@ def test_frameworks_are_imported_where_they_are_at_home(folder):
         if not HOMES_OF_FRAMEWORKS[folder] & set(path.relative_to(ROOT).parts)
         for name in top_level_imports(path)
         if name in FRAMEWORKS
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("folder", "own"), [("torch", {"torch"}), ("keras", {"keras", "tensorflow"})]
+)
+def test_a_framework_s_package_imports_that_one_only(folder, own):
+    found = {
+        name.partition(".")[0]
+        for path in sources(f"flwr_colearn/{folder}")
+        for name in imports_of(path)
+    }
+    assert own == found & FRAMEWORKS
+    assert not found & {"clients", "simulations", "tqdm", "sklearn"}
+
+
+def test_within_the_plugin_frameworks_are_not_imported_later_either():
+    wrong = [
+        (str(path.relative_to(ROOT)), name)
+        for path in sources("flwr_colearn")
+        if path.relative_to(ROOT).parts[1] not in HOMES_OF_FRAMEWORKS["flwr_colearn"]
+        for name in imports_of(path)
+        if name.partition(".")[0] in FRAMEWORKS
     ]
     assert not wrong
 

@@ -2,12 +2,12 @@
 
 from clients.data import Task
 from clients.keras.models import densenet40, resnet8, resnet152, small_cnn, vgg19
-from clients.keras.normalization import convert
 from clients.keras.trainer import KerasTrainer
 from clients.settings import ParticipantSettings
 from clients.tasks.kit import OWN, Kit, check_arrays, check_model, kit_for
 from clients.tensorflow.setup import keras
 from clients.tensorflow.transforms import augment, no_transform, normalise
+from flwr_colearn.keras import convert
 
 KITS = {
     "digits": Kit({"cnn": small_cnn}, no_transform, no_transform),

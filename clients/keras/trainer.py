@@ -1,6 +1,5 @@
 """KerasTrainer, the trainer of any Keras 3 model on TensorFlow."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -9,12 +8,14 @@ import numpy as np
 from tqdm import tqdm
 
 from clients.data import Examples, shuffled_batches
-from clients.keras.normalization import normalised, recalibrated
 from clients.objective import CLASSES, Objective
 from clients.tensorflow.setup import check_device, keras, tf
 from clients.tensorflow.transforms import Transform, no_transform
-from clients.trainer import EpochResult, NDArray, check_settings, check_weights, derive_seed
+from clients.trainer import EpochResult, NDArray, check_settings, derive_seed
 from flwr_colearn import ColearnError, Role
+from flwr_colearn.aggregation import check_weights
+from flwr_colearn.keras import named_variables, normalised, recalibrated, roles
+from flwr_colearn.normalization import UsableBatches
 
 FIRST_LOSS_SCALE = 2.0**15
 
@@ -88,11 +89,6 @@ class KerasTrainer:
         clip_norm: float | None = None,
     ) -> None:
         check_settings(train_set, batch_size, precision)
-        if keras.backend.backend() != "tensorflow":
-            raise ColearnError(
-                f"Keras: expected the backend tensorflow, found {keras.backend.backend()}; set the "
-                "environment variable KERAS_BACKEND=tensorflow"
-            )
         self.model = model
         self.train_set, self.test_set = train_set, test_set
         self.batch_size = batch_size
@@ -136,7 +132,7 @@ class KerasTrainer:
         self._predict_batch = tf.function(self._outputs, input_signature=[batch])
 
     def get_weights(self) -> dict[str, NDArray]:
-        """Return the model's arrays by `named_variables`' names."""
+        """Return the model's arrays by the names of `flwr_colearn.keras.get_arrays`."""
         return {name: np.array(variable.numpy()) for name, variable in self._variables.items()}
 
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
@@ -155,7 +151,7 @@ class KerasTrainer:
 
     def roles(self) -> dict[str, Role]:
         """Return the role of every array, by layer type."""
-        return roles_of(self.model)
+        return roles(self.model)
 
     def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
         """Train one full pass over the local data; see `Trainer.train_epoch`."""
@@ -222,26 +218,23 @@ class KerasTrainer:
         Returns
         -------
         arrays : dict
-            The moving means and variances by name, see `clients.keras.normalization.recalibrated`.
+            The moving means and variances by name, see `flwr_colearn.keras.recalibrated`.
         examples : int
             The number of examples; a last batch of a single one is left out, as in training.
         """
-        names = {id(variable): name for name, variable in self._variables.items()}
-        size, count = max(self.batch_size, 256), len(self.train_set)
-        one_left = count > 1 and count % size == 1
-        chunks = [c for c in self.train_set.chunks(size) if len(c) > 1 or not one_left]
+        chunks = self.train_set.chunks(max(self.batch_size, 256))
+        usable = UsableBatches(chunk.inputs for chunk in chunks)
         no_seed = tf.zeros(2, tf.int64)  # nothing is drawn without augmentation
         with self._on_device():
-            batches = (self.transform(tf.constant(c.inputs), False, no_seed) for c in chunks)
-            arrays = recalibrated(self.model, batches, lambda variable: names[id(variable)])
-        return arrays, count - one_left
+            batches = (self.transform(tf.constant(inputs), False, no_seed) for inputs in usable)
+            return recalibrated(self.model, batches), usable.examples
 
     @contextmanager
     def normalised(self, config: Mapping[str, Any]) -> Iterator[None]:
         """Apply the server's normalization scheme within the block.
 
         Under `Synchronised`, `gradients` computes eagerly in it, see
-        `clients.keras.normalization.normalised`.
+        `flwr_colearn.keras.normalised`.
         """
         compiled = self._gradients
         if config.get("normalization") == "synchronised":
@@ -350,79 +343,7 @@ class KerasTrainer:
         return tf.device(self.device) if self.device else nullcontext()
 
 
-def named_variables(model: keras.Model) -> Iterator[tuple[str, Any, keras.Layer]]:
-    """Yield the name, variable and layer of each of a model's arrays.
-
-    A name consists of the layers' types and their order, ``resnet_block_1/conv2d/kernel``. Keras's
-    own names count all layers that a process has made (``dense_7``), so they would differ between
-    participants. The states of random layers are left out, since they are no weights.
-    """
-    yield from _walk(model, "", set())
-
-
-def roles_of(model: keras.Model) -> dict[str, Role]:
-    """Return the role of every array of a model, by layer type, never by name.
-
-    Trained variables are ``trainable``. Moving means and variances of
-    ``keras.layers.BatchNormalization`` have the roles of these names. Integers are ``counter``.
-    Frozen variables and all others (for example spectral norm's vectors) are ``buffer``.
-    """
-    trained = {id(variable) for variable in model.trainable_variables}
-    roles = {}
-    for name, variable, layer in named_variables(model):
-        if isinstance(layer, keras.layers.BatchNormalization) and variable is layer.moving_mean:
-            roles[name] = Role.MEAN
-        elif isinstance(layer, keras.layers.BatchNormalization) and (
-            variable is layer.moving_variance
-        ):
-            roles[name] = Role.VARIANCE
-        elif id(variable) in trained:
-            roles[name] = Role.TRAINABLE
-        else:
-            is_float = tf.as_dtype(variable.dtype).is_floating
-            roles[name] = Role.BUFFER if is_float else Role.COUNTER
-    return roles
-
-
 def _loss_of(objective: Objective) -> keras.losses.Loss:
     if objective.multi_label:
         return keras.losses.BinaryCrossentropy(from_logits=True)
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
-def _walk(
-    layer: keras.Layer, prefix: str, seen: set[int]
-) -> Iterator[tuple[str, Any, keras.Layer]]:
-    # A layer's `weights` include its children's, which are named after the child; `seen` has those
-    # of layers that occur twice in a model.
-    children = layer._flatten_layers(include_self=False, recursive=False)
-    of_children = {id(variable) for child in children for variable in child.weights}
-    taken: set[str] = set()
-    for variable in layer.weights:
-        if id(variable) not in of_children | seen:
-            seen.add(id(variable))
-            # Keras numbers unnamed variables through the whole process, as it does with layers.
-            name = re.sub(r"^variable_\d+$", "variable", variable.name)
-            yield prefix + _unique(name, taken), variable, layer
-    for child in children:
-        # A layer that a normalization scheme converted keeps the name of its original type, so that
-        # converted and plain models exchange arrays.
-        kind = getattr(child, "converted_from", type(child)).__name__
-        label = _unique(_snake_case(kind), taken)
-        yield from _walk(child, f"{prefix}{label}/", seen)
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    """Return `name`, or `name` with the first number that is not taken, and add it to `taken`."""
-    free, number = name, 0
-    while free in taken:
-        number += 1
-        free = f"{name}_{number}"
-    taken.add(free)
-    return free
-
-
-def _snake_case(name: str) -> str:
-    """Return a class name in Keras's snake case: ``Conv2D`` is conv2d, ``LSTMCell`` lstm_cell."""
-    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
-    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()

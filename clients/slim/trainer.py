@@ -13,8 +13,9 @@ from clients.objective import CLASSES, Objective
 from clients.slim.compat import slim, tf
 from clients.tensorflow.setup import check_device
 from clients.tensorflow.transforms import Transform, no_transform
-from clients.trainer import EpochResult, NDArray, check_settings, check_weights, derive_seed
+from clients.trainer import EpochResult, NDArray, check_settings, derive_seed
 from flwr_colearn import ColearnError, Role
+from flwr_colearn.aggregation import check_weights
 
 tf1 = tf.compat.v1
 

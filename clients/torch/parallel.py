@@ -19,15 +19,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, Dataset
 
-from clients.torch.layers import (
-    BatchNorm,
-    BatchRenormLayer,
-    holds_activation,
-    timm_layers,
-)
-from clients.torch.trainer import TorchTrainer, roles_of
+from clients.torch.trainer import TorchTrainer
 from clients.trainer import EpochResult, NDArray, derive_seed
 from flwr_colearn import ColearnError, Role
+from flwr_colearn.torch import BatchRenormLayer, holds_activation, roles, timm_layers
 
 
 class ParallelTrainer:
@@ -81,7 +76,7 @@ class ParallelTrainer:
                 f"synchronises on them only, found {list(devices)}"
             )
         for module in model.modules():
-            if isinstance(module, BatchNorm):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 holds_activation(module)  # raises for a layer that the conversion would truncate
         self.model = model
         # The processes find each other by a file, which needs no free port.
@@ -116,7 +111,7 @@ class ParallelTrainer:
 
     def roles(self) -> dict[str, Role]:
         """Return the role of every array of the state dict, by module type."""
-        return roles_of(self.model)
+        return roles(self.model)
 
     def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
         """Train one full pass over the local data; each device trains its part of every batch."""

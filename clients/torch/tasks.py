@@ -15,11 +15,11 @@ from clients.torch.image_files import image_files
 from clients.torch.models import audio, image
 from clients.torch.models.small import densenet40, mnist_cnn, resnet8, small_cnn
 from clients.torch.models.text import BiGRU, Capsules, bigru_small
-from clients.torch.normalization import convert
 from clients.torch.parallel import ParallelTrainer
 from clients.torch.trainer import TorchTrainer
 from clients.torch.transforms import augment, no_transform, normalise, normalise_imagenet
 from flwr_colearn import ColearnError, Frozen, Recalibrated
+from flwr_colearn.torch import convert
 
 KITS = {
     "digits": Kit({"cnn": small_cnn}, no_transform, no_transform),

@@ -13,12 +13,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 from tqdm import tqdm
 
 from clients.objective import CLASSES, Objective
-from clients.torch.normalization import normalised, recalibrated
 from clients.torch.transforms import Transform
 from clients.trainer import EpochResult, NDArray, check_settings, derive_seed
 from flwr_colearn import ColearnError, Role
-
-_NORMS_WITH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+from flwr_colearn.normalization import UsableBatches
+from flwr_colearn.torch import get_arrays, normalised, recalibrated, roles, set_arrays
 
 
 class TorchTrainer:
@@ -111,9 +110,7 @@ class TorchTrainer:
 
     def get_weights(self) -> dict[str, NDArray]:
         """Return the state dict as numpy arrays."""
-        # Copies: on the CPU .numpy() shares memory with the model, which trains on.
-        state = self.model.state_dict()
-        return {name: tensor.cpu().numpy().copy() for name, tensor in state.items()}
+        return get_arrays(self.model)
 
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
         """Load the state dict and reinitialise the optimizer.
@@ -123,20 +120,12 @@ class TorchTrainer:
         ColearnError
             If names or shapes differ from the model's.
         """
-        # A copy, because the arrays may be read-only views of a message.
-        tensors = {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}
-        try:
-            self.model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ColearnError(
-                f"weights: expected those of this participant's {type(self.model).__name__}, "
-                f"found others; is it the server's model? {error}"
-            ) from error
+        set_arrays(self.model, weights)
         self.optimizer = self._new_optimizer()
 
     def roles(self) -> dict[str, Role]:
         """Return the role of every array of the state dict, by module type."""
-        return roles_of(self.model)
+        return roles(self.model)
 
     def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
         """Train one full pass over the local data; see `Trainer.train_epoch`."""
@@ -212,17 +201,16 @@ class TorchTrainer:
         Returns
         -------
         arrays : dict
-            The running means and variances by name, see `clients.torch.normalization.recalibrated`.
+            The running means and variances by name, see `flwr_colearn.torch.recalibrated`.
         examples : int
             The number of examples.
         """
         size = max(self.batch_size, 256)
-        # Batch norm cannot train on a single example.
-        one_left = len(self.train_set) % size == 1 and len(self.train_set) > 1  # type: ignore[arg-type]
         order = range(len(self.train_set))  # type: ignore[arg-type]
-        loader = self._loader(self.train_set, BatchSampler(order, size, drop_last=one_left))
-        batches = (self._prepare(inputs, training=False) for inputs, _ in loader)
-        return recalibrated(self.model, batches), len(order) - one_left
+        loader = self._loader(self.train_set, BatchSampler(order, size, drop_last=False))
+        usable = UsableBatches(inputs for inputs, _ in loader)
+        batches = (self._prepare(inputs, training=False) for inputs in usable)
+        return recalibrated(self.model, batches), usable.examples
 
     def normalised(self, config: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Return a context manager that applies the server's normalization scheme."""
@@ -381,28 +369,3 @@ class IndexedBatches:
         for batch in self.indices:
             index = torch.tensor(batch).to(self.tensors[0].device, non_blocking=True)
             yield [tensor[index] for tensor in self.tensors]
-
-
-def roles_of(model: nn.Module) -> dict[str, Role]:
-    """Return the role of every array of a model's state dict, by module type, never by name.
-
-    Trained parameters are ``trainable``. Running means, variances and counters of normalization
-    layers have the roles of these names. Frozen parameters and other buffers are ``buffer``.
-    """
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    roles = {
-        name: _role_by_type(tensor, name in trained) for name, tensor in model.state_dict().items()
-    }
-    for layer, module in model.named_modules():
-        if isinstance(module, _NORMS_WITH_STATISTICS):
-            prefix = f"{layer}." if layer else ""
-            for buffer, role in (("running_mean", Role.MEAN), ("running_var", Role.VARIANCE)):
-                if prefix + buffer in roles:
-                    roles[prefix + buffer] = role
-    return roles
-
-
-def _role_by_type(tensor: Tensor, is_trained: bool) -> Role:
-    if not tensor.is_floating_point():
-        return Role.COUNTER
-    return Role.TRAINABLE if is_trained else Role.BUFFER

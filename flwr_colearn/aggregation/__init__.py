@@ -15,7 +15,7 @@ from .replies import (
 )
 from .round import RoundMean, Weighting, as_weighting
 from .sgd import SGD
-from .validation import check_model
+from .validation import check_model, check_weights
 
 __all__ = [
     "ECHO",
@@ -29,6 +29,7 @@ __all__ = [
     "check_echo",
     "check_model",
     "check_train_reply",
+    "check_weights",
     "echo_of",
     "empty_array",
     "examples_of",

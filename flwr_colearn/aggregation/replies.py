@@ -16,6 +16,13 @@ _EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
 
 _LONGEST_REASON = 300
 
+# Flower's error where a ClientApp has no function for the messages of `Recalibrated`.
+_NO_RECALIBRATION = "No train function registered with name 'recalibrate'"
+_ADD_RECALIBRATION = (
+    "; under Recalibrated() the ClientApp needs a function that is decorated with "
+    "flwr_colearn.torch.recalibrate(app) or flwr_colearn.keras.recalibrate(app)"
+)
+
 ECHO = "colearn"
 """The key of the ConfigRecord in which a participant echoes its name, the round and versions."""
 
@@ -31,7 +38,8 @@ def failure_of(reply: Message) -> str | None:
     # Only the exception and its message, which may have several lines, from the end of a traceback.
     last = max((i for i, line in enumerate(lines) if _EXCEPTION.match(line)), default=-1)
     shown = " ".join(line.strip() for line in lines[last:] if line.strip())
-    return f"the participant failed (code {reply.error.code}): {shown[:_LONGEST_REASON]}"
+    remedy = _ADD_RECALIBRATION if _NO_RECALIBRATION in shown else ""
+    return f"the participant failed (code {reply.error.code}): {shown[:_LONGEST_REASON]}{remedy}"
 
 
 def examples_of(reply: Message, weighted_by_key: str) -> float:

@@ -1,6 +1,7 @@
-"""Checks of a model before it is averaged: names, shapes, types and finite numbers."""
+"""Checks of a model before it is averaged or loaded: names, shapes, types, finite numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -58,3 +59,37 @@ def refuse_first(wrong: Sequence[str | None]) -> None:
     for name in wrong:
         if name is not None:
             raise ColearnError(f"array '{name}': {NOT_FINITE}")
+
+
+def check_weights(weights: Arrays, own: Mapping[str, Any], model: str) -> None:
+    """Raise a ColearnError unless `weights` have the names, types and shapes of `own`.
+
+    Parameters
+    ----------
+    weights : mapping
+        The arrays that were received, by name.
+    own : mapping
+        The arrays (or objects with a shape and a dtype) of the participant's model, by name.
+    model : str
+        The name of that model in the error message.
+    """
+    # Types are compared too: an assignment would convert them and lose precision unnoticed.
+    missing = [name for name in own if name not in weights]
+    unknown = [name for name in weights if name not in own]
+    differing = [
+        f"'{name}' {_kind(weights[name])} in place of {_kind(array)}"
+        for name, array in own.items()
+        if name in weights and _kind(weights[name]) != _kind(array)
+    ]
+    if missing or unknown or differing:
+        raise ColearnError(
+            f"weights: expected those of this participant's {model}, found others; is it the "
+            f"server's model, in the server's framework? {len(missing)} arrays missing "
+            f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}, {len(differing)} of another "
+            f"type or shape {differing[:3]}"
+        )
+
+
+def _kind(array: Any) -> str:
+    # numpy's and TensorFlow's types have an attribute `name`; Keras's types are plain strings.
+    return f"{getattr(array.dtype, 'name', array.dtype)} {tuple(array.shape)}"

@@ -1,5 +1,6 @@
 """Schemes for normalization layers where participants' data differ, and their implementation."""
 
+from .answering import UsableBatches, answer_recalibration, model_and_batches
 from .client import with_local_arrays
 from .grid import NormalizationGrid
 from .messages import LOCAL, RECALIBRATE
@@ -43,8 +44,11 @@ __all__ = [
     "Recalibrated",
     "Recalibration",
     "Synchronised",
+    "UsableBatches",
+    "answer_recalibration",
     "as_normalization",
     "layer_arrays",
+    "model_and_batches",
     "scheme_named",
     "statistics_of",
     "with_local_arrays",

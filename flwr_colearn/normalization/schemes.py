@@ -80,8 +80,7 @@ class Normalization:
             raise ColearnError(
                 f"normalization {self.name}: expected a model without running statistics, found "
                 f"{found} layers that have them; convert the model on the server and at every "
-                "participant (clients.torch_normalization.convert, "
-                "clients.keras_normalization.convert)"
+                "participant (flwr_colearn.torch.convert, flwr_colearn.keras.convert)"
             )
 
     @property
@@ -134,7 +133,8 @@ class Recalibrated(Normalization):
 
     Every participant evaluates the averaged model on its data (the idea of SWA's ``update_bn``,
     arXiv 1803.05407) and returns means and variances only. The cost is a second exchange (the model
-    down, the statistics up) and a pass over the data.
+    down, the statistics up) and a pass over the data. The ClientApp answers it with a function
+    that is decorated with ``recalibrate(app)`` of ``flwr_colearn.torch`` or ``flwr_colearn.keras``.
 
     Parameters
     ----------

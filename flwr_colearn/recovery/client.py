@@ -69,10 +69,12 @@ def echoed(message: Message, context: Context, call_next: Next) -> Message:
 def name_of(context: Context) -> dict[str, str]:
     """Return the participant's name as the entry ``participant``; empty if it has no name.
 
-    The name is ``name`` in the SuperNode's node config, else ``partition-<partition-id>``.
+    The name is ``name`` in the SuperNode's node config, else ``client-name``, which NVFlare sets to
+    the name of its site, else ``partition-<partition-id>``.
     """
-    if "name" in context.node_config:
-        return {"participant": str(context.node_config["name"])}
+    for key in ("name", "client-name"):
+        if key in context.node_config:
+            return {"participant": str(context.node_config[key])}
     if "partition-id" in context.node_config:
         number = str(context.node_config["partition-id"])
         return {"participant": f"partition-{number}"}

@@ -1,5 +1,6 @@
 """Averaging: federated averaging with an exact mean, recovery and a history; a base class."""
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping
 from logging import INFO
@@ -32,6 +33,9 @@ from .arguments import participant_arguments, patience
 from .foreign_loop import refuse_in_foreign_loop
 from .metrics import aggregated, evaluations_of
 from .shared_model import SharedModel
+
+UNLIMITED = 365 * 86_400.0
+"""The time to live of messages in seconds where an attempt has no time limit."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -250,8 +254,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
         )
         # A copy of the config, since Flower passes the same ConfigRecord to every round.
         content = self._content(arrays, ConfigRecord({**config, **entries}))
-        # Flower drops a reply that arrives after the message's time to live.
-        ttl = max(float(DEFAULT_TTL), 2.0 * (self.time_limit or 0.0))
+        # Flower drops a reply that arrives after the message's time to live, by default 12 hours.
+        longest = UNLIMITED if self._timeout == math.inf else 2.0 * (self.time_limit or 0.0)
+        ttl = max(float(DEFAULT_TTL), longest)
         return [Message(content, node, MessageType.TRAIN, ttl=ttl) for node in members.nodes]
 
     @folds

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-NAMES = ("aggregation", "overhead", "communication", "scale", "peers")
+NAMES = ("aggregation", "overhead", "communication", "scale", "peers", "sites")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

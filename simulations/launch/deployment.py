@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Deployment:
         The folder for certificates, keys, logs, and the FLWR_HOME of every program.
     proxy : bool, optional
         Whether nginx is in front of the SuperLink; by default if nginx is installed.
+    prefix : sequence of str
+        A command under which the SuperLink runs, such as one that takes rights from it.
 
     Attributes
     ----------
@@ -47,8 +49,9 @@ class Deployment:
         The address that the sites are given: the proxy's, or without one the SuperLink's.
     """
 
-    def __init__(self, folder: Path, proxy: bool | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, proxy: bool | None = None, prefix: Sequence[str] = ()) -> None:
+        self.folder, self.prefix = folder, prefix
+        self.home = folder / "home"
         self.sites: list[Site] = []
         self.superlink: subprocess.Popen[bytes] | None = None
         self.nginx: subprocess.Popen[bytes] | None = None
@@ -58,7 +61,7 @@ class Deployment:
         self.public_address = f"127.0.0.1:{free_port()}" if self.proxy else self.address
         self.environment = {
             **os.environ,
-            "FLWR_HOME": str(folder / "home"),
+            "FLWR_HOME": str(self.home),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             # The apps' processes import the plugin and the clients from here.
@@ -83,18 +86,20 @@ class Deployment:
             self.start_proxy()
         self._connect()
 
-    def add_site(self, node_config: str | None = None) -> "Site":
+    def add_site(self, node_config: str | None = None, name: str | None = None) -> "Site":
         """Make a key, register it and start a site with it.
 
         Parameters
         ----------
         node_config : str, optional
             The site's node config; by default that of a simulation's partition.
+        name : str, optional
+            The name to register the site with.
         """
         index = len(self.sites)
         # The SuperLink refuses a SuperNode whose key is not registered yet.
         self.run_script("site-key.sh", self.folder / f"site-{index}")
-        self.register(self.folder / f"site-{index}" / "site.key.pub")
+        self.register(self.folder / f"site-{index}" / "site.key.pub", name)
         site = Site(self, index, node_config=node_config).start()
         self.sites.append(site)
         return site
@@ -111,15 +116,16 @@ class Deployment:
         )  # fmt: skip
         return done.stdout + done.stderr
 
-    def register(self, public_key: Path) -> None:
-        """Register a site's key.
+    def register(self, public_key: Path, name: str | None = None) -> None:
+        """Register a site's key, with a name if one is given.
 
         Raises
         ------
         ColearnError
             If the SuperLink does not accept it.
         """
-        output = self.flwr("supernode", "register", public_key, "site")
+        named = () if name is None else ("--name", name)
+        output = self.flwr("supernode", "register", public_key, "site", *named)
         # The text is checked, because Flower's commands may exit with 0 after a failure.
         if "success" not in output.lower():
             raise ColearnError(f"registering {public_key}: expected success, found {output}")
@@ -169,6 +175,7 @@ class Deployment:
         with self.log.open("a") as log_file:
             self.superlink = subprocess.Popen(
                 [
+                    *self.prefix,
                     flower("flower-superlink"),
                     "--ssl-ca-certfile", str(self.ca),
                     "--ssl-certfile", str(certificates / "superlink.pem"),
@@ -217,9 +224,8 @@ class Deployment:
 
     def _connect(self) -> None:
         # Without a config, a flwr command starts a local SuperLink of its own.
-        home = Path(self.environment["FLWR_HOME"])
-        home.mkdir(exist_ok=True)
-        (home / "config.toml").write_text(
+        self.home.mkdir(exist_ok=True)
+        (self.home / "config.toml").write_text(
             '[superlink]\ndefault = "site"\n\n[superlink.site]\n'
             f'address = "{self.address}"\nroot-certificates = "{self.ca}"\n'
         )

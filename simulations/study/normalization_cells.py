@@ -15,8 +15,7 @@ from torch.utils.data import TensorDataset
 from clients.client_app import make_client_app
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import load_task, participant_trainer, server_trainer, shards
-from clients.torch.normalization import convert
-from clients.torch.trainer import TorchTrainer, roles_of
+from clients.torch.trainer import TorchTrainer
 from clients.trainer import NDArray
 from flwr_colearn import (
     Averaging,
@@ -32,6 +31,8 @@ from flwr_colearn import (
 from flwr_colearn.errors import NOT_FINITE
 from flwr_colearn.normalization import scheme_named
 from flwr_colearn.records import data_bytes
+from flwr_colearn.torch import convert
+from flwr_colearn.torch import roles as roles_of
 from simulations.arms import ARMS, schedules
 from simulations.server_app import to_record
 from simulations.settings import RunSettings

@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 from clients.client_app import make_client_app
 from clients.local_training import OPTIMIZER
-from clients.torch.trainer import TorchTrainer, roles_of
+from clients.torch.trainer import TorchTrainer
 from clients.trainer import derive_seed, follow
 from flwr_colearn import (
     CoLearn,
@@ -18,6 +18,7 @@ from flwr_colearn import (
     InProcessGrid,
     LocalPlan,
 )
+from flwr_colearn.torch import roles
 from simulations.server_app import to_record
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
@@ -133,7 +134,7 @@ def test_a_round_is_the_mean_of_the_participants_trained_alone():
         3,
         local_epochs=2,
         learning_rate=CyclicalRate(0.1),
-        roles=roles_of(network()),
+        roles=roles(network()),
         fraction_evaluate=0.0,
     )
     result = strategy.start(InProcessGrid(app_of(), 3), shared_model(), num_rounds=1)

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from clients.client_app import make_client_app
 from clients.local_training import train_locally
-from clients.torch.trainer import TorchTrainer, roles_of
+from clients.torch.trainer import TorchTrainer
 from flwr_colearn import (
     CoLearn,
     CyclicalRate,
@@ -23,6 +23,7 @@ from flwr_colearn import (
     legacy,
     numpy_client_app,
 )
+from flwr_colearn.torch import roles as roles_of
 from simulations.server_app import to_record
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from clients.trainer import EpochResult, accuracy, check_weights, derive_seed, follow
-from flwr_colearn import ColearnError, CyclicalRate, LocalPlan
+from clients.trainer import EpochResult, accuracy, derive_seed, follow
+from flwr_colearn import CyclicalRate, LocalPlan
 
 
 class Diary:
@@ -71,25 +71,3 @@ def test_derived_seeds_fit_every_generator_and_depend_on_every_number_and_its_pl
 def test_accuracy_by_hand():
     outputs = np.array([[3.0, 1.0], [0.0, 2.0], [5.0, 4.0]])
     assert accuracy(outputs, np.array([0, 1, 1])) == pytest.approx(2 / 3)
-
-
-OWN = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.int64)}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"a": None}, r"1 arrays missing \['a'\], 0 unknown"),
-        ({"c": np.zeros(1)}, r"0 arrays missing \[\], 1 unknown \['c'\]"),
-        ({"a": np.zeros((3, 2), np.float32)}, r"'a' float32 \(3, 2\) in place of float32 \(2, 3\)"),
-        ({"b": np.zeros(4, np.float32)}, r"'b' float32 \(4,\) in place of int64 \(4,\)"),
-    ],
-)
-def test_weights_of_another_model_are_refused_with_what_differs(change, message):
-    given = {name: array for name, array in {**OWN, **change}.items() if array is not None}
-    with pytest.raises(ColearnError, match=f"expected those of this participant's net.*{message}"):
-        check_weights(given, OWN, "net")
-
-
-def test_weights_of_the_same_model_are_accepted_in_any_order():
-    check_weights(dict(reversed(OWN.items())), OWN, "net")

@@ -79,4 +79,6 @@ def main(grid, context):
         train_config=ConfigRecord({"lr": 0.05}),
         num_rounds=context.run_config["num-server-rounds"],
     )
-    OUTCOME.update(strategy=strategy, metrics=result.evaluate_metrics_clientapp)
+    OUTCOME.update(
+        strategy=strategy, metrics=result.evaluate_metrics_clientapp, arrays=result.arrays
+    )

@@ -6,10 +6,12 @@ from pathlib import Path
 from textwrap import dedent
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
 
-from flwr_colearn import InProcessGrid
+from flwr_colearn import ColearnError, InProcessGrid
+from tests.dropin.digits import part
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parents[1] / "docs" / "drop-in.md"
@@ -55,11 +57,20 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def sections_of(text, level="##"):
+    """Return the sections of a document by heading."""
+    return dict(re.findall(rf"^{level} (.*?)\n(.*?)(?=^{level} |\Z)", text, re.M | re.S))
+
+
+def diffs_in(text):
+    return re.findall(r"```diff\n(.*?)```", text, re.S)
+
+
 def diffs_of(heading):
     """Return the diffs of a section, the server's first."""
-    sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", DOCUMENT.read_text(), re.M | re.S))
-    above = diffs_of("scikit-learn")[:1] if "as above, `client" in sections[heading] else []
-    return above + re.findall(r"```diff\n(.*?)```", sections[heading], re.S)
+    section = sections_of(DOCUMENT.read_text())[heading]
+    above = diffs_of("scikit-learn")[:1] if "as above, `client" in section else []
+    return above + diffs_in(section)
 
 
 def hunks_of(diff):
@@ -87,14 +98,17 @@ def added(diff):
     return statements
 
 
-def run(heading, colearn, changes=(), rounds=None):
-    """Run an app over K participants in this process; return what its server reports."""
+def run(heading, colearn, changes=(), rounds=None, more=()):
+    """Run an app over K participants in this process; return what its server reports.
+
+    `more` are diffs that are applied after those of the heading.
+    """
     app = APPS[heading]
     pytest.importorskip(app.library)
     path = HERE / f"{app.module}.py"
     source = path.read_text()
     if colearn:
-        source = patched(source, diffs_of(heading))
+        source = patched(source, [*diffs_of(heading), *more])
     for old, new in [*app.changes.items(), *changes]:
         source = source.replace(old, new)
     module = {"__name__": app.module}
@@ -148,3 +162,62 @@ def test_participants_train_as_many_epochs_at_the_rate_that_the_plan_says(headin
 def test_the_epochs_grow_when_the_shared_model_settles():
     outcome = run("PyTorch", True, [("epsilon=0.01", "epsilon=0.1")])
     assert outcome["strategy"].history.epochs_path[-1] > 5
+
+
+# Normalization schemes
+
+SCHEMES = sections_of(sections_of(DOCUMENT.read_text())["PyTorch with batch norm"], "###")
+
+
+def run_with(scheme, without_client=False, **options):
+    """Run the app under a scheme; return what its server reports, and the arrays."""
+    server, client = diffs_in(SCHEMES[scheme])
+    outcome = run("PyTorch", True, more=[server] if without_client else [server, client], **options)
+    return outcome, {name: array.numpy() for name, array in outcome["arrays"].items()}
+
+
+def test_the_clients_diffs_of_the_page_on_normalization_are_those_that_are_run_here():
+    page = sections_of((DOCUMENT.parent / "normalization.md").read_text())["At the participants"]
+    assert diffs_in(page) == [diffs_in(section)[1] for section in SCHEMES.values()]
+    assert list(SCHEMES) == ["Recalibrated", "Frozen", "GroupNorm"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_app_learns_under_a_normalization_scheme(scheme):
+    outcome, _ = run_with(scheme)
+    history = outcome["strategy"].history
+    assert outcome["metrics"][6]["accuracy"] > 0.85
+    assert not any(record.refusals for record in history)
+
+
+def test_recalibrated_statistics_are_those_of_all_participants_data():
+    _, arrays = run_with("Recalibrated", rounds=2)
+    inputs = [part(k, K, "float64")[0] for k in range(K)]
+    reached = [x @ arrays["0.weight"].astype("float64").T + arrays["0.bias"] for x in inputs]
+    # Uniform weights.
+    mean = np.mean([values.mean(0) for values in reached], 0)
+    variance = np.mean([(values**2).mean(0) for values in reached], 0) - mean**2
+    np.testing.assert_allclose(arrays["1.running_mean"], mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(arrays["1.running_var"], variance, rtol=1e-4)
+
+
+def test_recalibrated_without_the_clients_function_ends_with_what_is_missing():
+    changes = [("normalization=", "recovery=Recovery(max_restarts=0),\n        normalization=")]
+    changes.append(("import CoLearn,", "import CoLearn, Recovery,"))
+    with pytest.raises(ColearnError, match=r"flwr_colearn.torch.recalibrate\(app\)"):
+        run_with("Recalibrated", without_client=True, changes=changes, rounds=1)
+
+
+def test_frozen_statistics_stay_and_are_used_in_training():
+    _, before = run_with("Frozen", rounds=4)
+    _, after = run_with("Frozen", rounds=6)
+    _, unused = run_with("Frozen", rounds=6, without_client=True)
+    for name in ("1.running_mean", "1.running_var"):
+        assert np.array_equal(before[name], after[name])
+    assert not np.array_equal(before["0.weight"], after["0.weight"])
+    assert not np.allclose(after["0.weight"], unused["0.weight"], rtol=1e-3)
+
+
+def test_group_norm_keeps_the_names_of_what_remains():
+    _, arrays = run_with("GroupNorm", rounds=1)
+    assert list(arrays) == [f"{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias")]

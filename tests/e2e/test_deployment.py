@@ -1,96 +1,133 @@
-"""Real SuperLink, SuperNodes, TLS and authentication on loopback; a different fault each round."""
+"""The repository's app in a real deployment, sites with data of their own; a fault each round."""
 
 import json
+import shutil
 import signal
-import subprocess
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from flwr_colearn import History
 from tests.e2e.deployment import ROOT, Deployment, Site, await_that
 
 ROUNDS = 6
-SITES = [f"partition-{index}" for index in range(5)]
-TIME_LIMIT = 20.0
+SITES = ["delft", "leiden", "utrecht"]
+TIME_LIMIT = 60.0
+CONFIG = {
+    "task": "tests.e2e.faulty:task",
+    "model": "tests.e2e.faulty:net",
+    "num_participants": 3,
+    "num_server_rounds": ROUNDS,
+    "total_epochs": 0,
+    "epsilon": 0.9,
+    "max_local_epochs": 2,
+    "fraction_evaluate": 0.0,
+}
 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory):
     deployed = Deployment(tmp_path_factory.mktemp("deployment"))
     try:
-        deployed.start()
+        deployed.start_servers()
+        digits = load_digits()
+        for index, name in enumerate(SITES):
+            data = deployed.folder / name
+            data.mkdir()
+            own = slice(300 * index, 300 * index + 100 * (index + 1))
+            np.savez(data / "train.npz", x=digits.images[own], y=digits.target[own])
+            deployed.add_site(f'name="{name}" data-dir="{data}"')
+        deployed.await_nodes(len(SITES))
         yield deployed
     finally:
         deployed.stop()
 
 
+def run(deployment, name, faults=None, **config):
+    """Start a run for whose rounds the sites have orders, as {(round, site): fault}."""
+    for site in SITES:
+        data = deployment.folder / site
+        shutil.rmtree(data / "faults", ignore_errors=True)
+        (data / "faults").mkdir()
+    for (server_round, site), fault in (faults or {}).items():
+        (deployment.folder / SITES[site] / "faults" / f"round-{server_round}").write_text(fault)
+    return deployment.run(ROOT, **{**CONFIG, "run_name": name, **config})
+
+
+def folder_of(deployment, name):
+    """The run's folder, in the FLWR_HOME of the SuperLink."""
+    return deployment.folder / "home" / "colearn" / name
+
+
+def model_of(folder):
+    with np.load(folder / "model.npz") as arrays:
+        return dict(arrays)
+
+
 @pytest.fixture(scope="module")
 def clean(deployment):
     """The run without faults: its model and history."""
-    output = deployment.folder / "clean"
-    faults = output / "faults"
-    faults.mkdir(parents=True)
-    run = deployment.run(output_dir=output, faults_dir=faults, rounds=ROUNDS)
-    run.wait(timeout=600)
-    return np.load(output / "model.npy"), History.read(output / "history.jsonl")
+    run(deployment, "clean").wait(timeout=600)
+    folder = folder_of(deployment, "clean")
+    return model_of(folder), History.read(folder / "history.jsonl")
 
 
 def test_a_clean_run_has_every_participant_in_every_round(clean):
     _, history = clean
     assert [record.round for record in history] == list(range(1, ROUNDS + 1))
     for record in history:
-        assert sorted(record.participants) == SITES
+        assert record.participants == SITES
         assert record.restarts == record.refusals == record.absences == []
 
 
+def test_a_site_says_what_it_found_in_its_folder(deployment, clean):
+    for index, site in enumerate(deployment.sites):
+        found = 100 * (index + 1)
+        text = f"{found - found // 10} training examples in 10 classes in {deployment.folder}"
+        assert text in site.log.read_text()
+
+
+@pytest.mark.timeout(1800)
 def test_a_run_with_a_fault_in_every_round_ends_with_the_same_model(deployment, clean):
-    output = deployment.folder / "faulty"
-    faults = output / "faults"
-    faults.mkdir(parents=True)
-    config = {
-        "output_dir": output,
-        "faults_dir": faults,
-        "rounds": ROUNDS,
-        "timeout": TIME_LIMIT,
-    }
-
-    def order(server_round, site, fault):
-        (faults / f"round-{server_round}-site-{site}").write_text(fault)
-
     def await_fault(server_round, site):
-        done = faults / f"round-{server_round}-site-{site}.done"
-        await_that(done.exists, 400, f"the fault of round {server_round}")
+        done = deployment.folder / SITES[site] / "faults" / f"round-{server_round}.done"
+        await_that(done.exists, 600, f"the fault of round {server_round}")
 
-    order(1, 0, "raise")
-    order(2, 1, "kill")
-    order(3, 2, "hang")
-    for server_round, site in ((4, 3), (5, 4), (6, 1)):
-        order(server_round, site, "wait")
-    run = deployment.run(**config)
-    await_fault(4, 3)
-    deployment.sites[3].kill(signal.SIGTERM)
-    await_fault(5, 4)
-    deployment.sites[4].kill(signal.SIGKILL)
-    await_fault(6, 1)
+    faults = {
+        (1, 0): "raise", (2, 1): "kill", (3, 2): "hang", (4, 0): "wait", (5, 1): "wait",
+        (6, 2): "wait",
+    }  # fmt: skip
+    first = run(deployment, "faulty", faults, timeout=TIME_LIMIT)
+    await_fault(4, 0)
+    deployment.sites[0].kill(signal.SIGTERM)
+    await_fault(5, 1)
+    deployment.sites[1].kill(signal.SIGKILL)
+    await_fault(6, 2)
     deployment.process_named("flwr-serverapp").kill()
-    run.terminate()
-    run.wait(timeout=60)
-    assert not (output / "model.npy").exists()
-    deployment.run(**config).wait(timeout=600)
+    first.terminate()
+    first.wait(timeout=60)
+    folder = folder_of(deployment, "faulty")
+    assert not (folder / "model.npz").exists()
+    # The same command again: the run's name is that of its checkpoints.
+    deployment.run(ROOT, **{**CONFIG, "run_name": "faulty", "timeout": TIME_LIMIT}).wait(
+        timeout=600
+    )
 
     model, history = clean
-    np.testing.assert_array_equal(np.load(output / "model.npy"), model)
-    faulty = History.read(output / "history.jsonl")
+    found = model_of(folder)
+    assert found.keys() == model.keys()
+    assert all(np.array_equal(found[name], array) for name, array in model.items())
+    faulty = History.read(folder / "history.jsonl")
     assert [record.round for record in faulty] == list(range(1, ROUNDS + 1))
     for record, expected in zip(faulty, history, strict=True):
-        assert sorted(record.participants) == SITES
+        assert record.participants == SITES
         assert record.relative_change == expected.relative_change
         assert record.local_epochs == expected.local_epochs
     restarted = [{entry["participant"] for entry in record.restarts} for record in faulty]
     # In round 1 nobody is known by name yet, so the restart is recorded by node id.
     assert [len(names) for names in restarted] == [1, 1, 1, 1, 1, 0]
-    assert restarted[1:5] == [{"partition-1"}, {"partition-2"}, {"partition-3"}, {"partition-4"}]
+    assert restarted[1:5] == [{"leiden"}, {"utrecht"}, {"delft"}, {"leiden"}]
     # The text of an exception reaches the server (docs/security.md says so).
     assert "injected fault" in faulty.records[0].restarts[0]["reason"]
     for record, expected in zip(faulty, history, strict=True):
@@ -105,7 +142,7 @@ def test_an_unregistered_supernode_is_refused(deployment):
         await_that(lambda: stranger.process is not None, 10, "a SuperNode")
         stranger.process.wait(timeout=60)
         assert stranger.process.returncode != 0
-        assert deployment.nodes_online() == 5
+        assert deployment.nodes_online() == len(SITES)
     finally:
         stranger.stop()
 
@@ -122,22 +159,6 @@ def test_a_superlink_with_another_certificate_is_refused(deployment):
     ).start()
     try:
         await_that(lambda: "CERTIFICATE_VERIFY_FAILED" in site.log.read_text(), 60, "a refusal")
-        assert deployment.nodes_online() == 5
+        assert deployment.nodes_online() == len(SITES)
     finally:
         site.stop()
-
-
-def test_the_pytorch_participant_trains_in_a_deployment(deployment):
-    output = deployment.folder / "torch"
-    run = deployment.run(
-        app=ROOT, output_dir=output, num_server_rounds=1, total_epochs=1, initial_epochs=1
-    )
-    try:
-        run.wait(timeout=300)
-    except subprocess.TimeoutExpired:
-        run.kill()
-    summary = json.loads((output / "summary.json").read_text())
-    assert summary["rounds"] == 1
-    assert summary["accuracy"] > 0.5
-    (record,) = History.read(output / "history.jsonl")
-    assert sorted(record.participants) == SITES

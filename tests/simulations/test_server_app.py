@@ -10,7 +10,6 @@ from flwr.app import Context, RecordDict
 from clients.app import app as client_app
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import server_trainer
-from clients.torch.layers import BatchRenormLayer
 from flwr_colearn import (
     CoLearn,
     ColearnError,
@@ -24,6 +23,7 @@ from flwr_colearn import (
     Recovery,
 )
 from flwr_colearn import InProcessGrid as Grid
+from flwr_colearn.torch import BatchRenormLayer
 from simulations import server_app
 from simulations.server_app import evaluate_with, make_strategy, save_model, to_record
 from simulations.settings import RunSettings

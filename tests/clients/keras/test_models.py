@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from clients.keras.models import resnet152, vgg19
-from clients.keras.trainer import roles_of
 from clients.tensorflow.setup import keras
 from flwr_colearn import Role
+from flwr_colearn.keras import roles as roles_of
 
 
 def built(build):

@@ -8,7 +8,6 @@ from torch import nn
 
 from clients.client_app import make_client_app
 from clients.data import Examples
-from clients.keras.normalization import convert
 from clients.keras.trainer import KerasTrainer
 from clients.tensorflow.setup import keras, tf
 from flwr_colearn import (
@@ -25,6 +24,7 @@ from flwr_colearn import (
     SynchronousSGD,
     ThreadedGrid,
 )
+from flwr_colearn.keras import convert
 
 layers = keras.layers
 

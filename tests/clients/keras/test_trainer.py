@@ -11,11 +11,11 @@ from torch.utils.data import TensorDataset
 from clients.data import Examples
 from clients.keras import trainer as keras_trainer
 from clients.keras.models import densenet40, resnet8, small_cnn
-from clients.keras.trainer import KerasTrainer, named_variables, roles_of
+from clients.keras.trainer import KerasTrainer
 from clients.tensorflow.setup import keras, tf
 from clients.torch.trainer import TorchTrainer
 from flwr_colearn import ColearnError, Role
-from flwr_colearn.roles import pair_statistics
+from flwr_colearn.keras import roles as roles_of
 
 layers = keras.layers
 
@@ -242,12 +242,6 @@ def test_bad_arguments_say_what_was_expected(options, message):
         KerasTrainer(**{"model": network(), "train_set": examples(), **options})
 
 
-def test_another_backend_is_refused(monkeypatch):
-    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-    with pytest.raises(ColearnError, match="expected the backend tensorflow, found jax; set"):
-        make()
-
-
 def test_a_device_can_be_named():
     assert make(device="cpu").train_epoch(0.1, 0).num_examples == 50
 
@@ -296,135 +290,6 @@ def test_weights_of_another_model_are_refused(change, message):
     change(weights)
     with pytest.raises(ColearnError, match=f"this participant's Keras model.*{message}"):
         trainer.set_weights(weights)
-
-
-# Names
-
-
-class Twins(layers.Layer):
-    """A layer whose weights and sublayers have no names, one of them used twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = self.add_weight(shape=(4,))
-        self.second = self.add_weight(shape=(4,))
-        self.branches = [layers.Dense(4), layers.Dense(4)]
-        self.again = self.branches[0]
-        self.noise = layers.GaussianDropout(0.5)
-
-    def build(self, shape):
-        for branch in self.branches:
-            branch.build(shape)
-
-    def call(self, inputs, training=False):
-        total = self.branches[0](inputs) + self.branches[1](inputs) + self.again(inputs)
-        return self.noise(total * self.first + self.second, training=training)
-
-
-def nested():
-    inputs = keras.Input((4,))
-    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.Dropout(0.5)])
-    sequence = layers.Reshape((2, 2))(inner(Twins()(inputs)))
-    outputs = layers.Dense(3, name="head")(layers.Bidirectional(layers.LSTM(2))(sequence))
-    return keras.Model(inputs, outputs)
-
-
-NESTED = [
-    "twins/variable",
-    "twins/variable_1",
-    "twins/dense/kernel",
-    "twins/dense/bias",
-    "twins/dense_1/kernel",
-    "twins/dense_1/bias",
-    "sequential/dense/kernel",
-    "sequential/dense/bias",
-    *(
-        f"bidirectional/lstm{number}/lstm_cell/{name}"
-        for number in ("", "_1")
-        for name in ("kernel", "recurrent_kernel", "bias")
-    ),
-    "dense/kernel",
-    "dense/bias",
-]
-
-
-def test_names_come_from_the_structure_however_many_models_a_process_has_made():
-    for _ in range(2):
-        model = nested()
-        assert [name for name, _, _ in named_variables(model)] == NESTED
-        assert len({id(variable) for _, variable, _ in named_variables(model)}) == len(NESTED)
-        assert {id(v) for _, v, _ in named_variables(model)} == {id(v) for v in model.weights}
-
-
-def test_a_layer_of_two_parents_is_named_once():
-    shared = layers.Dense(4)
-    first, second = (keras.Sequential([keras.Input((4,)), shared]) for _ in range(2))
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, layers.Add()([first(inputs), second(inputs)]))
-    names = [name for name, _, _ in named_variables(model)]
-    assert names == ["sequential/dense/kernel", "sequential/dense/bias"]
-
-
-def test_seeds_of_random_layers_are_no_weights():
-    model = nested()
-    states = [v for v in model.variables if "seed" in v.path]
-    assert len(states) >= 2  # Twins's noise and the dropout, at least
-    named = {id(variable) for _, variable, _ in named_variables(model)}
-    assert not named & {id(state) for state in states}
-    assert len(make(model)._seeds) == len(states)
-
-
-# Roles
-
-
-class Misleading(layers.Layer):
-    """Weights whose names say one thing and whose types another."""
-
-    def build(self, shape):
-        self.mean = self.add_weight(shape=(4,), name="moving_mean")
-        self.spread = self.add_weight(shape=(4,), name="moving_variance", trainable=False)
-        self.steps = self.add_weight(shape=(), name="steps", dtype="int64", trainable=False)
-        self.norm = layers.BatchNormalization(name="plain")
-        self.norm.build(shape)
-
-    def call(self, inputs, training=False):
-        return self.norm(inputs, training=training) + self.mean
-
-
-class OwnNorm(layers.BatchNormalization):
-    pass
-
-
-def test_layer_types_decide_the_roles_not_names():
-    model = keras.Sequential([keras.Input((4,)), Misleading(), OwnNorm(scale=False)])
-    trainer = make(model)
-    roles = trainer.roles()
-    assert roles == roles_of(model)
-    assert roles == {
-        "misleading/moving_mean": Role.TRAINABLE,
-        "misleading/moving_variance": Role.BUFFER,
-        "misleading/steps": Role.COUNTER,
-        "misleading/batch_normalization/gamma": Role.TRAINABLE,
-        "misleading/batch_normalization/beta": Role.TRAINABLE,
-        "misleading/batch_normalization/moving_mean": Role.MEAN,
-        "misleading/batch_normalization/moving_variance": Role.VARIANCE,
-        "own_norm/beta": Role.TRAINABLE,
-        "own_norm/moving_mean": Role.MEAN,
-        "own_norm/moving_variance": Role.VARIANCE,
-    }
-    assert pair_statistics(trainer.get_weights(), roles) == [
-        (f"{layer}/moving_mean", f"{layer}/moving_variance")
-        for layer in ("misleading/batch_normalization", "own_norm")
-    ]
-
-
-def test_frozen_weights_do_not_count_and_statistics_of_a_frozen_layer_still_pair():
-    model = network()
-    model.layers[0].trainable = model.layers[1].trainable = False
-    roles = roles_of(model)
-    assert roles["dense/kernel"] is roles["batch_normalization/gamma"] is Role.BUFFER
-    assert roles["batch_normalization/moving_variance"] is Role.VARIANCE
-    assert roles["dense_1/kernel"] is Role.TRAINABLE
 
 
 # Optimizer
@@ -505,3 +370,9 @@ def test_networks_have_the_parameters_of_their_pytorch_namesakes(build, paramete
     assert sum(np.prod(v.shape) for v in model.trainable_variables) == parameters
     assert model.output_shape == (None, 10)
     assert all(role != Role.BUFFER for role in roles_of(model).values())
+
+
+def test_random_layers_at_any_depth_are_seeded():
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.Dropout(0.5)])
+    model = keras.Sequential([keras.Input((4,)), inner, layers.GaussianDropout(0.5)])
+    assert len(make(model)._seeds) == 2

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import TensorDataset
 
 from clients.client_app import make_client_app, normalising
-from clients.torch.trainer import TorchTrainer, roles_of
+from clients.torch.trainer import TorchTrainer
 from flwr_colearn import (
     CoLearn,
     ColearnError,
@@ -25,6 +25,7 @@ from flwr_colearn import (
     ThreadedGrid,
 )
 from flwr_colearn.records import data_bytes
+from flwr_colearn.torch import roles
 
 K, STEPS, BATCHES = 3, 6, (4, 5, 7)  # examples of each participant, all in one batch
 
@@ -77,7 +78,7 @@ def single_site(model, shards, steps, **sgd):
 
 def synchronous(model, shards, steps, lr, grid=InProcessGrid, normalization=None, **sgd):
     options = {} if normalization is None else {"normalization": normalization}
-    strategy = SynchronousSGD(K, learning_rate=lr, roles=roles_of(model), **sgd, **options)
+    strategy = SynchronousSGD(K, learning_rate=lr, roles=roles(model), **sgd, **options)
     app = participants(model, shards)
     result = strategy.start(grid(app, K), record_of(model), num_rounds=steps)
     return {name: array.numpy() for name, array in result.arrays.items()}, strategy
@@ -157,7 +158,7 @@ def test_synchronised_with_a_participant_that_fails_ends_with_the_reason():
     strategy = SynchronousSGD(
         K,
         learning_rate=0.1,
-        roles=roles_of(model),
+        roles=roles(model),
         normalization=Synchronised(),
         recovery=Recovery(max_restarts=0),
     )

@@ -8,12 +8,10 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 from torch.nn.functional import cross_entropy, l1_loss, softmax
 from torch.utils.data import Dataset, TensorDataset
-from torchvision.models import resnet18
 
-from clients.torch.models.small import densenet40, resnet8, small_cnn
-from clients.torch.trainer import TorchTrainer, roles_of
-from flwr_colearn import ColearnError, Role
-from flwr_colearn.roles import assign_roles, pair_statistics
+from clients.torch.models.small import resnet8, small_cnn
+from clients.torch.trainer import TorchTrainer
+from flwr_colearn import ColearnError
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
@@ -447,75 +445,19 @@ def test_evaluation_without_a_test_set_is_refused():
         make().evaluate()
 
 
-# Roles
+# Recalibration
 
 
-class Buffers(nn.Module):
-    """Parameters and buffers whose names say one thing and whose types another."""
+def test_trainers_recalibrate_over_their_whole_shard_without_augmentation():
+    seen = []
 
-    def __init__(self):
-        super().__init__()
-        self.running_mean = nn.Parameter(torch.zeros(2))
-        self.frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
-        self.register_buffer("running_var", torch.ones(2))
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("steps", torch.zeros(3, dtype=torch.int32))
-        self.register_buffer("mask", torch.ones(3, dtype=torch.bool))
-        self.register_buffer("scratch", torch.ones(3), persistent=False)
-        self.norm = nn.InstanceNorm2d(2, affine=True, track_running_stats=True)
-        self.plain_norm = nn.BatchNorm1d(2, track_running_stats=False)
+    def transform(inputs, training):
+        seen.append((len(inputs), training))
+        return inputs.double()
 
-
-def test_types_decide_the_roles_not_names():
-    model = Buffers()
-    roles = roles_of(model)
-    assert make(model).roles() == roles
-    assert list(roles) == list(model.state_dict())
-    assert names_of(roles, Role.TRAINABLE) == {
-        "running_mean",
-        "norm.weight",
-        "norm.bias",
-        "plain_norm.weight",
-        "plain_norm.bias",
-    }
-    assert names_of(roles, Role.COUNTER) == {"steps", "mask", "norm.num_batches_tracked"}
-    # Only these two are pooled: the frozen parameter and the other buffers are not statistics.
-    assert names_of(roles, Role.VARIANCE) == {"norm.running_var"}
-    pairs = pair_statistics(numpy_state(model), roles)
-    assert pairs == [("norm.running_mean", "norm.running_var")]
-
-
-def names_of(roles, wanted):
-    return {name for name, role in roles.items() if role is wanted}
-
-
-def test_batch_norm_in_torchvisions_shortcuts_is_found():
-    with torch.device("meta"):
-        roles = roles_of(resnet18())
-    layer = "layer2.0.downsample.1."
-    assert {name.removeprefix(layer): roles[name] for name in roles if name.startswith(layer)} == {
-        "weight": Role.TRAINABLE,
-        "bias": Role.TRAINABLE,
-        "running_mean": Role.MEAN,
-        "running_var": Role.VARIANCE,
-        "num_batches_tracked": Role.COUNTER,
-    }
-    assert sum(role is Role.VARIANCE for role in roles.values()) == 20
-
-
-def test_a_lone_layer_has_roles_too():
-    assert roles_of(nn.BatchNorm2d(2))["running_var"] is Role.VARIANCE
-
-
-@pytest.mark.parametrize("build", [small_cnn, resnet8, densenet40])
-def test_roles_of_a_plain_network_are_the_plugins_defaults(build):
-    model = build()
-    assert roles_of(model) == assign_roles(numpy_state(model))
-
-
-@pytest.mark.parametrize("freeze", [False, True])
-def test_running_statistics_pair_with_each_other_even_if_the_layer_is_frozen(freeze):
-    model = network()
-    model[1].requires_grad_(not freeze)
-    pairs = pair_statistics(numpy_state(model), roles_of(model))
-    assert pairs == [("1.running_mean", "1.running_var")]
+    shard, model = examples(257), network().double()
+    arrays, count = make(model, shard, transform=transform).recalibrated()
+    assert count == 256  # a single one that is left over cannot be normalised
+    assert seen == [(256, False)]
+    reached = model[0](shard.tensors[0][:256].double()).transpose(0, 1).flatten(1)
+    np.testing.assert_allclose(arrays["1.running_var"], reached.detach().var(1, unbiased=False))

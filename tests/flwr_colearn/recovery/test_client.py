@@ -48,6 +48,13 @@ def answer(message, context):
         ({"partition-id": 3, "name": "Genoa"}, {"participant": "Genoa"}),
         ({"partition-id": 0}, {"participant": "partition-0"}),
         ({"name": 12}, {"participant": "12"}),
+        # What NVFlare's Flower integration passes.
+        (
+            {"client-name": "site-1", "partition-id": 0, "num-partitions": 5},
+            {"participant": "site-1"},
+        ),
+        ({"client-name": "site-1"}, {"participant": "site-1"}),
+        ({"client-name": "site-1", "name": "Genoa"}, {"participant": "Genoa"}),
         ({"data": "/srv"}, {}),
         ({}, {}),
     ],

@@ -612,6 +612,8 @@ def test_without_a_limit_nobody_is_given_up(clock):
     grid.seconds_per_epoch = 1e5
     run(grid, rounds=2, timeout=math.inf)
     assert {each.time_limit for each in grid.attempts} == {None}
+    # A round of weeks: Flower's 12 hours would drop its replies.
+    assert {each.ttl for each in grid.attempts} == {365 * 86_400.0}
     assert len(grid.attempts) == 2 * K
 
 

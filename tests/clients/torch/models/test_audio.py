@@ -17,8 +17,8 @@ from clients.torch.models.audio import (
     MaxHead,
     MultiAttentionHead,
 )
-from clients.torch.trainer import roles_of
 from flwr_colearn import Role
+from flwr_colearn.torch import roles as roles_of
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from clients.torch.models import image
 from clients.torch.models.image import SMALLEST_INCEPTION, AtLeast
-from clients.torch.trainer import roles_of
 from flwr_colearn import ColearnError, Role
+from flwr_colearn.torch import roles as roles_of
 
 torch.set_num_threads(1)  # small batches: more threads only get in each other's way
 

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients.torch.layers import (
+from ..errors import ColearnError
+from ..grids import AllReduceGroup, group_of
+from ..normalization import BatchRenorm, GroupNorm, LayerNorm, Normalization
+from .layers import (
     ActingBatchRenorm,
     ActingGroupNorm,
     BatchNorm,
     BatchRenormLayer,
     holds_activation,
 )
-from flwr_colearn import BatchRenorm, ColearnError, GroupNorm, LayerNorm, Normalization
-from flwr_colearn.grids import AllReduceGroup, group_of
 
 
 def convert(model: nn.Module, scheme: Normalization) -> nn.Module:

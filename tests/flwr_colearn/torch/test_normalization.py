@@ -8,13 +8,9 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
 
-from clients.torch.layers import BatchRenormLayer
 from clients.torch.models.small import resnet8
-from clients.torch.normalization import convert, normalised, recalibrated
-from clients.torch.trainer import TorchTrainer, roles_of
 from flwr_colearn import (
     BatchRenorm,
     ColearnError,
@@ -28,6 +24,8 @@ from flwr_colearn import (
 from flwr_colearn.grids import GROUP, RANK, AllReduceGroup
 from flwr_colearn.grids.all_reduce import _groups
 from flwr_colearn.normalization import layer_arrays
+from flwr_colearn.torch import BatchRenormLayer, convert, normalised, recalibrated
+from flwr_colearn.torch import roles as roles_of
 
 CHANNELS = 4
 
@@ -520,23 +518,3 @@ def test_layers_of_a_torchvision_model_are_found_by_type():
     assert found == wanted
     assert any(name.startswith("layer2.0.downsample.1.") for name in found)
     assert LocalBN().local(arrays, roles_of(net)) == wanted
-
-
-# Trainer -----------------------------------------------------------------------------------------
-
-
-def test_trainers_recalibrate_over_their_whole_shard_without_augmentation():
-    seen = []
-
-    def transform(x, training):
-        seen.append((len(x), training))
-        return x
-
-    (x,) = batches([257])
-    shard = TensorDataset(x, torch.zeros(257, dtype=torch.int64))
-    trainer = TorchTrainer(network(), shard, device="cpu", transform=transform)
-    arrays, examples = trainer.recalibrated()
-    assert examples == 256  # a single one that is left over cannot be normalised
-    assert seen == [(256, False)]
-    values = trainer.model[0](x[:256]).transpose(0, 1).flatten(1).detach().numpy()
-    np.testing.assert_allclose(arrays["1.running_var"], values.var(1), rtol=1e-10)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flwr_colearn import BatchRenorm, ColearnError
+from ..errors import ColearnError
+from ..normalization import BatchRenorm
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """The base class of torch's batch norms of all dimensions."""

@@ -19,7 +19,7 @@ from flwr_colearn.roles import assign_roles
 
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
-normalization = pytest.importorskip("clients.keras.normalization")
+normalization = pytest.importorskip("flwr_colearn.keras")
 batch_norms, convert = normalization.batch_norms, normalization.convert
 normalised, recalibrated = normalization.normalised, normalization.recalibrated
 
@@ -96,7 +96,7 @@ def reference_moments(model, x):
 def test_recalibrated_and_pooled_are_the_moments_of_the_joint_data():
     model, parts = network(), data(4, 6, 11)
     before = arrays_of(model)
-    each = [recalibrated(model, np.array_split(x, 2)) for x in parts]
+    each = [recalibrated(model, np.array_split(x, 2), lambda v: v.path) for x in parts]
     path = model.get_layer("odd_name").moving_mean.path.rpartition("/")[0]
     names = [f"{path}/moving_mean", f"{path}/moving_variance"]
     assert set(names) < set(each[0])

@@ -9,19 +9,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
+import keras
 import numpy as np
+import tensorflow as tf
 
-from clients.tensorflow.setup import keras, tf
-from clients.trainer import NDArray
-from flwr_colearn import (
-    BatchRenorm,
-    ColearnError,
-    Frozen,
-    GroupNorm,
-    LayerNorm,
-    Normalization,
-)
-from flwr_colearn.grids import AllReduceGroup, group_of
+from ..errors import ColearnError
+from ..grids import AllReduceGroup, group_of
+from ..normalization import BatchRenorm, Frozen, GroupNorm, LayerNorm, Normalization
+from ..roles import NDArray
+from .arrays import named_variables
 
 ops = keras.ops
 BatchNorm: TypeAlias = keras.layers.BatchNormalization
@@ -105,8 +101,8 @@ def convert(model: keras.Model, scheme: Normalization) -> keras.Model:
 
     `GroupNorm` and `LayerNorm` keep gamma and beta and drop the moving statistics; `BatchRenorm`
     keeps all arrays and adds a counter of steps; `Frozen` adds a switch and changes no array. Other
-    schemes change no layer. Convert a model before it is compiled, traced or given to a
-    `KerasTrainer`, in which the remaining arrays keep their names.
+    schemes change no layer. Convert a model before it is compiled, traced or trained. The
+    remaining arrays keep their names in `flwr_colearn.keras.get_arrays`.
 
     Parameters
     ----------
@@ -152,7 +148,7 @@ def convert(model: keras.Model, scheme: Normalization) -> keras.Model:
 def normalised(model: keras.Model, config: Mapping[str, Any]) -> Iterator[None]:
     """Apply the server's normalization scheme to a model's batch-norm layers, within the block.
 
-    See `clients.torch.normalization.normalised`. For `Frozen` the model must be converted. For
+    See `flwr_colearn.torch.normalised`. For `Frozen` the model must be converted. For
     `Synchronised` gradients must be computed eagerly, with no ``tf.function`` around the model.
 
     Raises
@@ -170,7 +166,7 @@ def normalised(model: keras.Model, config: Mapping[str, Any]) -> Iterator[None]:
         if not isinstance(layer, FreezableBatchNormalization):
             raise ColearnError(
                 f"normalization frozen: expected layers that can be frozen, found "
-                f"{type(layer).__name__}; clients.keras.normalization.convert(model, Frozen(...)) "
+                f"{type(layer).__name__}; flwr_colearn.keras.convert(model, Frozen(...)) "
                 "makes them"
             )
     for layer in layers:
@@ -185,11 +181,11 @@ def normalised(model: keras.Model, config: Mapping[str, Any]) -> Iterator[None]:
 def recalibrated(
     model: keras.Model,
     batches: Iterable[Any],
-    name_of: Callable[[Any], str] = lambda variable: variable.path,
+    name_of: Callable[[Any], str] | None = None,
 ) -> dict[str, NDArray]:
     """Return the statistics of all data under the model's weights.
 
-    As in `clients.torch.normalization.recalibrated`, every layer normalises with its batch, and the
+    As in `flwr_colearn.torch.recalibrated`, every layer normalises with its batch, and the
     mean and the variance are taken over all batches together.
 
     Parameters
@@ -197,9 +193,10 @@ def recalibrated(
     model : keras.Model
         The model, which is not changed.
     batches : iterable of arrays
-        The inputs.
+        The inputs, without labels.
     name_of : callable, optional
-        The function from a variable to its array's name; by default Keras's path.
+        The function from a variable to its array's name; by default the names are those of
+        `flwr_colearn.keras.get_arrays`.
     """
     layers = list(batch_norms(model))
     moments = [_Moments() for _ in layers]
@@ -215,6 +212,8 @@ def recalibrated(
         raise ColearnError(
             "recalibration: expected batch-norm layers and at least one batch of data, found none"
         )
+    ours = {id(variable): name for name, variable, _ in named_variables(model)}
+    name_of = name_of or (lambda variable: ours[id(variable)])
     arrays = {}
     for layer, seen in zip(layers, moments, strict=True):
         values = ((layer.moving_mean, seen.mean), (layer.moving_variance, seen.variance))

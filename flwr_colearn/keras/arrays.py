@@ -1,0 +1,135 @@
+"""A Keras model's arrays by name, and their roles."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from ..aggregation import check_weights
+from ..roles import NDArray, Role
+
+
+def get_arrays(model: keras.Model) -> dict[str, NDArray]:
+    """Return copies of a model's arrays, by names that are the same at every participant.
+
+    A name consists of the layers' types and their order, ``resnet_block_1/conv2d/kernel``. Keras's
+    own names (``variable.path``) count all layers that a process has made (``dense_7``), so they
+    may differ between participants. The states of random layers are left out, since they are no
+    weights.
+    """
+    return {name: np.array(variable.numpy()) for name, variable, _ in named_variables(model)}
+
+
+def set_arrays(model: keras.Model, arrays: Mapping[str, NDArray]) -> None:
+    """Load arrays into a model.
+
+    Parameters
+    ----------
+    model : keras.Model
+        A built model.
+    arrays : mapping
+        The arrays by the names of `get_arrays`, by Keras's paths, or numbered in the order of
+        ``model.get_weights()``, as in ``ArrayRecord(model.get_weights())``.
+
+    Raises
+    ------
+    ColearnError
+        If names, shapes or types differ from the model's.
+    """
+    variables = variables_as(model, arrays)
+    check_weights(arrays, variables, f"Keras model '{model.name}'")
+    for name, variable in variables.items():
+        variable.assign(arrays[name])
+
+
+def variables_as(model: keras.Model, names: Iterable[str]) -> dict[str, Any]:
+    """Return a model's variables by the one of the three kinds of names that `names` are.
+
+    If they are none of the three, the variables have the names of `get_arrays`.
+    """
+    ours = {name: variable for name, variable, _ in named_variables(model)}
+    numbered = {str(index): variable for index, variable in enumerate(model.weights)}
+    # The states of random layers are among `variables`, but not among `weights`.
+    paths = [
+        {variable.path: variable for variable in variables}
+        for variables in (model.weights, model.variables)
+        if len({variable.path for variable in variables}) == len(variables)
+    ]
+    wanted = set(names)
+    return next((kind for kind in (ours, *paths, numbered) if set(kind) == wanted), ours)
+
+
+def named_variables(model: keras.Model) -> Iterator[tuple[str, Any, keras.Layer]]:
+    """Yield the name in `get_arrays`, the variable and the layer of each of a model's arrays."""
+    yield from _walk(model, "", set())
+
+
+def roles(model: keras.Model) -> dict[str, Role]:
+    """Return the role of every array of a model, by layer type, never by name.
+
+    Trained variables are ``trainable``. Moving means and variances of
+    ``keras.layers.BatchNormalization`` have the roles of these names. Integers are ``counter``.
+    Frozen variables and all others (for example spectral norm's vectors) are ``buffer``.
+
+    Examples
+    --------
+    The names are those of `get_arrays`::
+
+        strategy = CoLearn(5, ..., roles=roles(model))
+    """
+    trained = {id(variable) for variable in model.trainable_variables}
+    found = {}
+    for name, variable, layer in named_variables(model):
+        if isinstance(layer, keras.layers.BatchNormalization) and variable is layer.moving_mean:
+            found[name] = Role.MEAN
+        elif isinstance(layer, keras.layers.BatchNormalization) and (
+            variable is layer.moving_variance
+        ):
+            found[name] = Role.VARIANCE
+        elif id(variable) in trained:
+            found[name] = Role.TRAINABLE
+        else:
+            is_float = tf.as_dtype(variable.dtype).is_floating
+            found[name] = Role.BUFFER if is_float else Role.COUNTER
+    return found
+
+
+def _walk(
+    layer: keras.Layer, prefix: str, seen: set[int]
+) -> Iterator[tuple[str, Any, keras.Layer]]:
+    # A layer's `weights` include its children's, which are named after the child; `seen` has those
+    # of layers that occur twice in a model.
+    children = layer._flatten_layers(include_self=False, recursive=False)
+    of_children = {id(variable) for child in children for variable in child.weights}
+    taken: set[str] = set()
+    for variable in layer.weights:
+        if id(variable) not in of_children | seen:
+            seen.add(id(variable))
+            # Keras numbers unnamed variables through the whole process, as it does with layers.
+            name = re.sub(r"^variable_\d+$", "variable", variable.name)
+            yield prefix + _unique(name, taken), variable, layer
+    for child in children:
+        # A layer that a normalization scheme converted keeps the name of its original type, so that
+        # converted and plain models exchange arrays.
+        kind = getattr(child, "converted_from", type(child)).__name__
+        label = _unique(_snake_case(kind), taken)
+        yield from _walk(child, f"{prefix}{label}/", seen)
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    """Return `name`, or `name` with the first number that is not taken, and add it to `taken`."""
+    free, number = name, 0
+    while free in taken:
+        number += 1
+        free = f"{name}_{number}"
+    taken.add(free)
+    return free
+
+
+def _snake_case(name: str) -> str:
+    """Return a class name in Keras's snake case: ``Conv2D`` is conv2d, ``LSTMCell`` lstm_cell."""
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
