@@ -46,6 +46,7 @@ def test_keys_are_for_their_owner_only(certificates, tmp_path):
     keys = [*certificates.glob("*.key"), tmp_path / "site" / "site.key"]
     assert {key.name for key in keys} == {"ca.key", "proxy.key", "superlink.key", "site.key"}
     assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
+    assert stat.S_IMODE((tmp_path / "site").stat().st_mode) == 0o700
 
 
 def test_the_proxys_certificate_has_the_public_names_and_the_superlinks_loopback_only(certificates):
