@@ -9,6 +9,7 @@ SuperLink runs without the right to read the files of others, whose the folders 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Return the accuracy of every run, and the gain of the joint ones with its standard error."""
     folder = options.folder or Path(tempfile.mkdtemp(prefix="sites-"))
     write_folders(folder, options.images)
-    deployment = Deployment(folder / "deployment", prefix=PREFIX if os.geteuid() == 0 else ())
+    deployment = Deployment(folder / "deployment", prefix=prefix())
     runs = {"both": SITES, **{site: (site,) for site in SITES}}
     rows: list[dict[str, float]] = []
     try:
@@ -86,6 +87,14 @@ def write_folders(folder: Path, images: int) -> None:
         (folder / name).chmod(0o700)
         if os.geteuid() == 0:
             os.chown(folder / name, OTHER_USER, -1)
+
+
+def prefix() -> tuple[str, ...]:
+    """Return `PREFIX` if this process is root's and may give up the rights, else nothing."""
+    if os.geteuid() != 0 or shutil.which(PREFIX[0]) is None:
+        return ()
+    trial = subprocess.run([*PREFIX, "true"], capture_output=True, check=False)
+    return PREFIX if trial.returncode == 0 else ()
 
 
 def can_read(deployment: Deployment, folder: Path) -> bool:

@@ -1,8 +1,5 @@
 """Two sites with images of their own; the server's process may not read them."""
 
-import os
-import shutil
-
 import pytest
 
 from flwr_colearn import History
@@ -16,8 +13,7 @@ def deployment(tmp_path_factory):
     for parent in folder.parents[:2]:
         parent.chmod(0o755)  # so that only the sites' own folders keep the server out
     sites.write_folders(folder, images=60)
-    prefix = sites.PREFIX if os.geteuid() == 0 and shutil.which("setpriv") else ()
-    deployed = Deployment(folder / "deployment", prefix=prefix)
+    deployed = Deployment(folder / "deployment", prefix=sites.prefix())
     try:
         sites.start(deployed, folder)
         yield deployed
