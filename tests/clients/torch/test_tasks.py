@@ -44,6 +44,7 @@ def test_the_models_of_each_task():
         "toxic": ["bigru", "capsule", "bigru-small"],
         "speech": ["cnn-trad-fpool3", "cnn-small"],
         "audioset": ["crnn-average", "crnn-max", "crnn-attention", "crnn-multi-attention"],
+        "package.module:function": [],
     }
 
 

@@ -521,7 +521,7 @@ def test_a_reply_that_does_not_say_how_it_was_sent_is_refused():
         return call_next(message, context)
 
     grid = InProcessGrid(client_app(mods=[swallow, participant_mod]), M)
-    match = r"as int8 by flwr_colearn\.participant_mod, found no word of"
+    match = r"as int8 by flwr_colearn\.participant_mod, found none"
     with pytest.raises(ColearnError, match=match):
         run(Never(), 1, Compression(Int8()), grid=grid, recovery=QUICK)
 
