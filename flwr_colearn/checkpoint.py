@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from flwr.common import log
 
 from .errors import ColearnError, whole_number
-from .roles import Arrays, NDArray
+from .roles import Arrays, NDArray, Role
 
 _NAME = re.compile(r"round-(\d{6,})-([0-9a-f]{16})\.npz")
 _STATE = "state"
@@ -189,15 +190,35 @@ def read(path: str | Path) -> Checkpoint:
         ) from None
 
 
-def check_same_configuration(saved: Mapping[str, str], current: Mapping[str, str]) -> None:
-    """Raise a ColearnError that names the first difference between two configurations."""
-    for key in {**saved, **current}:
-        if saved.get(key) != current.get(key):
-            raise ColearnError(
-                f"checkpoint: expected one of the same configuration, found another {key}: "
-                f"{saved.get(key)} there, {current.get(key)} now; use another folder, or the old "
-                "configuration"
-            )
+def check_same_configuration(
+    saved: Mapping[str, str], current: Mapping[str, str], may_grow: Collection[str] = ()
+) -> None:
+    """Raise a ColearnError that names every difference between two configurations.
+
+    Parameters
+    ----------
+    saved, current : mapping of str to str
+        The configuration in the checkpoint, and that of the run that is to resume it.
+    may_grow : collection of str
+        The settings whose number may be larger than the saved one; "None" is no limit.
+    """
+    differences = [
+        f"another {key}: {saved.get(key)} there, {current.get(key)} now"
+        for key in {**saved, **current}
+        if saved.get(key) != current.get(key)
+        and not (key in may_grow and _grows(saved.get(key), current.get(key)))
+    ]
+    if differences:
+        raise ColearnError(
+            "checkpoint: expected one of the same configuration, found "
+            f"{'; '.join(differences)}; use another folder, or the old configuration"
+        )
+
+
+def _grows(saved: str | None, current: str | None) -> bool:
+    if saved is None or not saved.isdecimal():
+        return False
+    return current == "None" or (str(current).isdecimal() and int(str(current)) > int(saved))
 
 
 def describe_arrays(arrays: Arrays) -> str:
@@ -207,6 +228,19 @@ def describe_arrays(arrays: Arrays) -> str:
     return (
         f"{len(arrays)} arrays of {sum(array.size for array in arrays.values())} elements, {digest}"
     )
+
+
+def describe_roles(roles: Mapping[str, Role]) -> str:
+    """Return a short text that differs for models of which an array has another role.
+
+    Examples
+    --------
+    >>> describe_roles({"w": Role.TRAINABLE, "b": Role.TRAINABLE, "n": Role.COUNTER})
+    '2 trainable, 1 counter (41d9abec)'
+    """
+    counts = Counter(role.value for role in roles.values())
+    digest = hashlib.sha256(repr([(n, r.value) for n, r in roles.items()]).encode()).hexdigest()[:8]
+    return f"{', '.join(f'{count} {role}' for role, count in counts.items())} ({digest})"
 
 
 def _write(path: Path, checkpoint: Checkpoint) -> None:

@@ -20,6 +20,7 @@ from .checkpoint import (
     as_folder,
     check_same_configuration,
     describe_arrays,
+    describe_roles,
 )
 from .errors import ColearnError, expected, whole_number
 from .history import History, RoundLog, plain_means
@@ -27,6 +28,7 @@ from .managed import Managed
 from .normalization import PARTIAL, Keys, Recalibration
 from .policy import reply_within
 from .records import cast_record, data_bytes, records_of, to_record, types_of, view
+from .roles import Arrays, assign_roles
 from .stock import Stock
 from .strategy_state import ForgottenAttributes, chain_of, restore_state, save_state
 from .transport import ConnectedGrid, Transport
@@ -417,7 +419,10 @@ class _Run:
 
     def _restore_state(self, saved: Checkpoint) -> None:
         state, history = saved.state, self.manager.log.history
-        check_same_configuration(state["configuration"], self._configuration())
+        # A run whose budget is spent may be given a larger one, as it may be given more rounds.
+        check_same_configuration(
+            state["configuration"], self._configuration(), may_grow=("total epochs",)
+        )
         # Participants keep their state by session, so a resumed run must have the same.
         self.grid.session = str(state["session"])
         self.result.arrays = to_record(dict(saved.arrays))
@@ -455,10 +460,21 @@ class _Run:
 
     def _configuration(self) -> dict[str, str]:
         """Return the settings that a resumed run must have in common with the saved one."""
+        arrays, transport = view(self.result.arrays), self.grid.transport
         return {
+            "normalization": str(transport.normalization),
+            "compression": str(transport.compression),
+            "model": describe_arrays(arrays),
+            "roles": self._described_roles(arrays),
             **self.manager.configuration(),
-            "model": describe_arrays(view(self.result.arrays)),
         }
+
+    def _described_roles(self, arrays: Arrays) -> str:
+        try:
+            return describe_roles(assign_roles(arrays, self.grid.transport.roles))
+        # Roles of another model: that difference is named, and the first round names the role.
+        except ColearnError:
+            return "not those of this model"
 
     # The log ------------------------------------------------------------------------------------
 

@@ -10,9 +10,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flwr_colearn import CheckpointFolder, ColearnError
+from flwr_colearn import CheckpointFolder, ColearnError, Role
 from flwr_colearn import checkpoint as module
-from flwr_colearn.checkpoint import Checkpoint, check_same_configuration, describe_arrays, read
+from flwr_colearn.checkpoint import (
+    Checkpoint,
+    check_same_configuration,
+    describe_arrays,
+    describe_roles,
+    read,
+)
 from tests.faults import EXPLOSIONS, Bomb, serialised
 
 STATE = {"rule": {"T": 4, "rate": 0.1, "none": None, "list": [1, "zwei", 3.5]}, "text": "π/2\n"}
@@ -396,6 +402,42 @@ def test_the_same_configuration_passes():
 def test_another_configuration_is_refused_with_the_difference(current, match):
     with pytest.raises(ColearnError, match=match):
         check_same_configuration({"a": "1", "b": "2"}, current)
+
+
+def test_every_difference_is_named():
+    with pytest.raises(ColearnError) as error:
+        check_same_configuration({"a": "1", "b": "2", "c": "3"}, {"a": "4", "b": "2", "c": "5"})
+    assert "found another a: 1 there, 4 now; another c: 3 there, 5 now;" in str(error.value)
+    assert "another b" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("saved", "current", "passes"),
+    [
+        ("9", "10", True),
+        ("9", "None", True),
+        ("10", "9", False),
+        ("None", "9", False),
+        ("9", "many", False),
+        (None, "9", False),
+        ("9", None, False),
+    ],
+)
+def test_a_setting_that_may_grow_may_not_shrink(saved, current, passes):
+    configurations = {"a": saved} if saved else {}, {"a": current} if current else {}
+    if passes:
+        check_same_configuration(*configurations, may_grow=["a"])
+    else:
+        with pytest.raises(ColearnError, match="found another a: "):
+            check_same_configuration(*configurations, may_grow=["a"])
+    with pytest.raises(ColearnError, match="found another a: "):
+        check_same_configuration(*configurations, may_grow=["b"])
+
+
+def test_a_description_of_roles_differs_for_another_role_of_an_array():
+    one, other = Role.TRAINABLE, Role.BUFFER
+    models = [{"w": one, "b": other}, {"w": other, "b": one}, {"w": one, "b": one}, {"w": one}]
+    assert len({describe_roles(roles) for roles in models}) == len(models)
 
 
 def test_a_description_differs_for_other_names_shapes_and_types():

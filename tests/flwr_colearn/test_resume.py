@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from flwr_colearn import (
     CheckpointFolder,
     ColearnError,
+    Compression,
     ConstantRate,
     CyclicalRate,
     FixedEpochs,
+    Float16,
     History,
     IncreasingEpochs,
+    LocalStatistics,
     Quorum,
     Recovery,
 )
@@ -438,6 +441,10 @@ OTHERS = {
     "another shape": ({"model": {**MODEL, "fc.bias": np.zeros(4)}}, "model"),
     "another type": ({"model": {**MODEL, "fc.bias": np.zeros(3, np.float32)}}, "model"),
     "another name": ({"model": {**MODEL, "more": np.zeros(3)}}, "model"),
+    "another role": ({"roles": {"fc.bias": "buffer"}}, "roles"),
+    "another wire": ({"compression": Compression(up=Float16())}, "compression"),
+    "another wire down": ({"compression": Compression(down=Float16())}, "compression"),
+    "another scheme": ({"normalization": LocalStatistics()}, "normalization"),
 }
 
 
@@ -451,6 +458,25 @@ def test_another_configuration_is_refused_with_the_difference(changed, what, ser
     assert server.attempts == []
     server.nodes = 4
     assert server.start() == uninterrupted  # the checkpoints are as they were
+
+
+def test_all_that_differs_is_named(server):
+    server.start(rounds=2)
+    with pytest.raises(ColearnError) as error:
+        server.start(learning_rate=ConstantRate(0.2), weighting="weighted", total_epochs=99)
+    for what in ("learning rate", "weighting", "total epochs"):
+        assert f"another {what}: " in str(error.value)
+
+
+def test_a_spent_budget_may_be_raised(server):
+    budget = {"rounds": None, "local_epochs": FixedEpochs(2)}
+    _, records, _ = server.start(total_epochs=5, **budget)
+    assert [record["local_epochs"] for record in records] == [2, 2, 1]
+    _, records, _ = server.start(total_epochs=8, **budget)
+    assert [record["local_epochs"] for record in records] == [2, 2, 1, 2, 1]
+    assert records[-1]["epochs_done"] == 8
+    with pytest.raises(ColearnError, match="another total epochs: 8 there, 7 now"):
+        server.start(total_epochs=7, **budget)
 
 
 def test_a_run_with_a_function_as_its_schedule_is_resumed(server):

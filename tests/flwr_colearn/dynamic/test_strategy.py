@@ -781,6 +781,23 @@ def test_resuming_learners_without_state_begin_anew_from_the_reference(tmp_path)
     assert [len(entry.lost) for entry in strategy.history] == [0, 0, 0, M, 0]
 
 
+@pytest.mark.parametrize(
+    ("initial", "roles", "what"),
+    [
+        (record(w=np.zeros(4, np.float32)), None, "model"),
+        (record(v=np.zeros(3, np.float32)), None, "model"),
+        (record(w=np.zeros(3)), None, "model"),
+        (zeros(), {"w": "buffer"}, "roles"),
+    ],
+)
+def test_another_model_or_role_is_not_resumed(initial, roles, what, tmp_path):
+    arguments = {"num_learners": M, "checkpoints": tmp_path}
+    DynamicAveraging(1.0, **arguments).start(grid_of(), zeros(), 1)
+    strategy = DynamicAveraging(1.0, roles=roles, **arguments)
+    with pytest.raises(ColearnError, match=f"found another {what}: "):
+        strategy.start(grid_of(), initial, 2, resume="auto")
+
+
 def test_checkpoints_are_refused_where_they_do_not_belong(tmp_path):
     DynamicAveraging(1.0, num_learners=M, checkpoints=tmp_path).start(grid_of(), zeros(), 1)
     with pytest.raises(ColearnError, match="expected none, since resume='never'"):
