@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from logging import INFO, WARNING
 from pathlib import Path
@@ -191,6 +192,7 @@ class _Run:
     def __post_init__(self) -> None:
         self._types = types_of(self.result.arrays)
         self._unsaved = ForgottenAttributes(self.strategy)
+        self._cleanup = ExitStack()
 
     def to_the_end(self, resume: Resume) -> Result:
         """Run to the last round, or until the budget is spent."""
@@ -204,6 +206,7 @@ class _Run:
             # The events are most useful after an error, so they are logged then too.
             self._log_events()
             self.manager.end()
+            self._cleanup.close()
         log(INFO, "")
         log(INFO, "Strategy execution finished in %.2fs", time.time() - started)
         return self.result
@@ -383,7 +386,16 @@ class _Run:
         self.manager.begin(self.grid, self.timeout, self.num_rounds, self._save_unfinished)
         self._log_start()
         folder, done = self.checkpoints, 0
+        if folder is not None:
+            folder.open()
+            self._cleanup.callback(folder.close)
         saved = None if folder is None else folder.latest()
+        if saved is None and resume == "auto":
+            log(
+                WARNING,
+                "Run: nothing to resume, so a new run begins: %s",
+                f"no checkpoint in {folder.path.absolute()}" if folder else "no `checkpoints`",
+            )
         if folder is not None and saved is not None:
             if resume == "never":
                 raise ColearnError(

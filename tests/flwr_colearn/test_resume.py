@@ -2,6 +2,7 @@ import hashlib
 import logging
 import math
 import os
+import socket
 from dataclasses import asdict
 from pathlib import Path
 
@@ -145,7 +146,7 @@ WRITING = {  # what saving a checkpoint calls, in this order
     "os.fsync": os,
     "hashlib.file_digest": hashlib,
     "Path.replace": Path,
-    "_flush_folder": checkpoint_module,
+    "flush_folder": checkpoint_module,
     "Path.unlink": Path,
 }
 POINTS = [
@@ -236,7 +237,7 @@ def test_a_run_killed_before_its_first_round_is_begun_again(point, server, unint
 
 
 @given(kills=st.lists(st.tuples(st.sampled_from(POINTS), st.integers(1, ROUNDS)), max_size=4))
-@example(kills=[("os.fsync", 3), ("os.fsync", 3), ("_flush_folder", 3), ("history", 4)])
+@example(kills=[("os.fsync", 3), ("os.fsync", 3), ("flush_folder", 3), ("history", 4)])
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 def test_a_run_may_be_killed_again_and_again(tmp_path_factory, kills):
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -324,9 +325,50 @@ def test_a_full_disk_does_not_end_the_run(server, uninterrupted, monkeypatch):
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flwr_colearn.checkpoint.os.fsync", full)
+    monkeypatch.setattr("flwr_colearn.files.os.fsync", full)
     assert server.start() == uninterrupted
-    assert list((server.path / "checkpoints").iterdir()) == []
+    assert [path.name for path in (server.path / "checkpoints").iterdir()] == [".lock"]
+
+
+def test_two_runs_on_one_folder_are_refused_and_the_second_names_the_first(server, tmp_path, clock):
+    second = Server(server.path, clock)
+    refused = []
+
+    def evaluate(server_round, arrays):
+        if server_round == 2 and not refused:
+            with pytest.raises(ColearnError, match="is used by process") as error:
+                second.start()
+            refused.append(str(error.value))
+        return MetricRecord({})
+
+    server.evaluate = evaluate
+    server.start()
+    assert second.attempts == []
+    assert f"process {os.getpid()} on {socket.gethostname()}, since " in refused[0]
+    assert str(server.path / "checkpoints") in refused[0]
+    server.attempts = []
+    second.start()  # the first one is over, and has left nothing to do
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize("bad", ["a file", "a link that leads nowhere", "below a file"])
+def test_a_folder_that_cannot_be_written_is_found_before_the_first_round(bad, resume, server):
+    (server.path / "file").parent.mkdir(parents=True)
+    (server.path / "file").write_text("")
+    (server.path / "link").symlink_to(server.path / "nowhere")
+    folder = {"a file": "file", "a link that leads nowhere": "link", "below a file": "file/below"}
+    with pytest.raises(ColearnError, match="checkpoints: expected a folder that can be written"):
+        server.start(checkpoints=server.path / folder[bad], resume=resume)
+    assert server.attempts == []
+
+
+@pytest.mark.parametrize("checkpoints", [None, "elsewhere"])
+def test_auto_says_that_it_begins_anew(checkpoints, server, tmp_path, monkeypatch, flower_log):
+    monkeypatch.setattr(logging.getLogger("flwr"), "level", logging.INFO)
+    folder = None if checkpoints is None else tmp_path / checkpoints
+    server.start(rounds=1, checkpoints=folder)
+    where = "no `checkpoints`" if folder is None else f"no checkpoint in {folder}"
+    assert f"nothing to resume, so a new run begins: {where}" in flower_log.text
 
 
 # What is restored besides -----------------------------------------------------------------------
