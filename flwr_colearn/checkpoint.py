@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from logging import INFO, WARNING
@@ -19,11 +19,12 @@ from flwr.common import log
 from .errors import ColearnError, whole_number
 from .files import flush, flush_folder, remove, replace_file, scratch_file
 from .folder_lock import FolderLock
+from .journal import Journal
 from .roles import Arrays, NDArray, Role
 
 _NAME = re.compile(r"round-(\d{6,})-([0-9a-f]{16})\.npz")
 _STATE = "state"
-_NODES = "nodes.json"
+_NODES, _RECORDS = "nodes.json", "records.jsonl"
 _SCRATCH = ".round-"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -45,6 +46,8 @@ class Checkpoint:
     serial : int
         The number of the checkpoint among those of its run, by which one from the middle of a round
         precedes the one from its end. `CheckpointFolder` sets it.
+    records : mapping
+        The reference to the run's records, see `flwr_colearn.journal.Journal`; set likewise.
     """
 
     round: int
@@ -52,6 +55,7 @@ class Checkpoint:
     state: dict[str, Any]
     extra: Arrays = field(default_factory=dict)
     serial: int = field(default=0, compare=False)
+    records: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 class UnreadableError(ColearnError):
@@ -65,7 +69,8 @@ class CheckpointFolder:
     further ones under ``extra-0``, ... and the state as JSON under ``state``. It is written to a
     temporary file, flushed to the disk and renamed, so a file with a checkpoint's name is always
     complete. The name has the first 16 digits of the file's SHA-256, by which damage is detected.
-    Only the owner may read the files.
+    The records of the rounds are in ``records.jsonl``, which only grows, and of which a checkpoint
+    holds length and digest. Only the owner may read the files.
 
     Parameters
     ----------
@@ -84,6 +89,7 @@ class CheckpointFolder:
         self.path = Path(path)
         self.keep = whole_number("keep of CheckpointFolder", keep, least=1)
         self._lock: FolderLock | None = None
+        self._journal = Journal(self.path / _RECORDS)
         self._serial = 0
         # The file that this run wrote or read last, which must not make room for another one.
         self._sound: Path | None = None
@@ -102,6 +108,7 @@ class CheckpointFolder:
             lock = FolderLock(self.path)
             lock.acquire()
             self._lock, self._serial, self._sound = lock, 0, None
+            self._journal.clear()
             with TemporaryFile(dir=self.path):
                 pass
             # Without the lock another run may be writing one of them.
@@ -124,10 +131,17 @@ class CheckpointFolder:
             self._lock.release()
             self._lock = None
 
-    def save(self, checkpoint: Checkpoint) -> Path | None:
+    def save(self, checkpoint: Checkpoint, records: Sequence[str] = ()) -> Path | None:
         """Write a checkpoint and remove those that are too old.
 
         Where there is room for fewer than `keep` files, the newest are kept.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+            The state of the run.
+        records : sequence of str
+            The records of all rounds so far, one a line; only new ones are written.
 
         Returns
         -------
@@ -137,7 +151,7 @@ class CheckpointFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            target = self._written(replace(checkpoint, serial=self._serial + 1))
+            target = self._written(replace(checkpoint, serial=self._serial + 1), records)
         except OSError as error:
             # A long run must not end because a disk is full: only the newest checkpoint is missing.
             log(WARNING, "Checkpoint of round %s not written: %s", checkpoint.round, error)
@@ -147,6 +161,42 @@ class CheckpointFolder:
         flush_folder(self.path)
         self._prune(target)
         return target
+
+    def records(self, checkpoint: Checkpoint, copies: Iterable[Path] = ()) -> list[str]:
+        """Return the records of the rounds up to a checkpoint, one a line.
+
+        If they are lost, the log has a warning, and there are none: the model is sound all the
+        same.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+            What `latest` returned.
+        copies : iterable of Path
+            Other files that should begin with these records, such as the history's.
+
+        Raises
+        ------
+        ColearnError
+            If a file exists and could not be read.
+        """
+        if not checkpoint.records:
+            return []
+        try:
+            lines = self._journal.restore(checkpoint.records, copies)
+        except OSError as error:
+            raise UnreadableError(
+                f"records of the run: expected files that can be read, found {error}; try again"
+            ) from None
+        if lines is None:
+            log(
+                WARNING,
+                "Checkpoints: %s is missing or damaged: the run goes on without the records up to "
+                "round %s, and sums in later ones begin there",
+                self._journal.path,
+                checkpoint.round,
+            )
+        return lines or []
 
     def note_nodes(self, server_round: int, nodes: list[int]) -> None:
         """Save the ids of the nodes to which a round is about to be sent, replacing older ones."""
@@ -215,11 +265,12 @@ class CheckpointFolder:
                 damaged.append(path.name)
         return sound
 
-    def _written(self, checkpoint: Checkpoint) -> Path:
+    def _written(self, checkpoint: Checkpoint, records: Sequence[str]) -> Path:
         """Write a checkpoint, if need be in the place of older ones; return its path."""
         while True:
             try:
-                return self._write(checkpoint)
+                reference = self._journal.extend(records)
+                return self._write(replace(checkpoint, records=reference))
             except OSError as error:
                 old = self._dispensable() if error.errno in _NO_ROOM else None
                 if old is None:
@@ -299,12 +350,12 @@ def read(path: str | Path) -> Checkpoint:
         with np.load(path, allow_pickle=False) as file:
             state = json.loads(file[_STATE].tobytes())
             names, extra_names = state.pop("names"), state.pop("extra-names")
-            written, serial = state.pop("round"), state.pop("serial")
+            written, serial, records = (state.pop(key) for key in ("round", "serial", "records"))
             arrays = {name: file[f"array-{index}"] for index, name in enumerate(names)}
             extra = {name: file[f"extra-{index}"] for index, name in enumerate(extra_names)}
         if written != int(match[1]):
             raise ValueError(f"the checkpoint of round {written}; was the file renamed?")
-        return Checkpoint(written, arrays, state, extra, int(serial))
+        return Checkpoint(written, arrays, state, extra, int(serial), records)
     except (OSError, MemoryError) as error:
         # What zipfile and numpy find in a bad file has no code, or that of an impossible position.
         if isinstance(error, OSError) and error.errno in (None, errno.EINVAL):
@@ -385,6 +436,7 @@ def _write(file: IO[bytes], checkpoint: Checkpoint) -> None:
         "extra-names": list(checkpoint.extra),
         "round": checkpoint.round,
         "serial": checkpoint.serial,
+        "records": dict(checkpoint.records),
     }
     state = json.dumps({**checkpoint.state, **own})
     members: dict[str, NDArray] = {

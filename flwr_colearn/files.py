@@ -69,9 +69,7 @@ def append_to(path: Path, data: bytes, durable: bool = False) -> None:
     with open_private(path, "ab") as file:
         before = os.fstat(file.fileno()).st_size
         try:
-            written = 0
-            while written < len(data):
-                written += file.write(data[written:])
+            write_all(file, data)
             if durable:
                 os.fsync(file.fileno())
         except OSError:
@@ -79,6 +77,13 @@ def append_to(path: Path, data: bytes, durable: bool = False) -> None:
             if is_regular(path):
                 os.ftruncate(file.fileno(), before)
             raise
+
+
+def write_all(file: IO[bytes], data: bytes) -> None:
+    """Write all bytes to an unbuffered file, which may take fewer at a time."""
+    written = 0
+    while written < len(data):
+        written += file.write(data[written:])
 
 
 def is_regular(path: Path) -> bool:

@@ -411,6 +411,9 @@ class _Run:
                     "use another folder, for more rounds raise their number or the budget",
                     folder.path.absolute(),
                 )
+        # Before the first message, so that a file that cannot be written costs no training. It has
+        # no effect in a resumed run, whose history is restored.
+        self.manager.log.history.begin()
         # Round 0 is saved too: a run that is killed in round 1 resumes with the same session.
         if not done:
             self._evaluate_on_server(0)
@@ -438,7 +441,9 @@ class _Run:
         # Participants keep their state by session, so a resumed run must have the same.
         self.grid.session = str(state["session"])
         self.result.arrays = to_record(dict(saved.arrays))
-        history.restore([history.kind.from_json(line) for line in state["history"]])
+        assert self.checkpoints is not None
+        copies = [history.path] if history.path is not None else []
+        history.restore(self.checkpoints.records(saved, copies))
         restore_state(self.strategy, (state["strategy"], dict(saved.extra)))
         self.manager.restore_own_state(state["own"])
         # The records hold all metrics of the Result, which are therefore not saved twice.
@@ -465,10 +470,10 @@ class _Run:
             "complete": complete,
             "strategy": strategy,
             "own": self.manager.own_state(),
-            "history": [record.to_json() for record in self.manager.log.history],
         }
         shared = view(self.result.arrays)
-        self.checkpoints.save(Checkpoint(server_round, shared, state, arrays))
+        lines = self.manager.log.history.lines
+        self.checkpoints.save(Checkpoint(server_round, shared, state, arrays), lines)
 
     def _configuration(self) -> dict[str, str]:
         """Return the settings that a resumed run must have in common with the saved one."""
