@@ -715,16 +715,16 @@ class Crashing(InProcessGrid):
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    strategy, _, grid = run(Dynamic(0.3), 10)
+    strategy, result, grid = run(Dynamic(0.3), 10)
     assert {entry.synchronised for entry in strategy.history} == {"none", "partial", "full"}
-    return strategy, final(grid)
+    return strategy, result, final(grid)
 
 
 @pytest.mark.parametrize("after", range(1, 71, 3))
 def test_a_run_that_was_killed_at_any_message_resumes_to_the_same_end(
     tmp_path, after, uninterrupted
 ):
-    clean, models_of_clean = uninterrupted
+    clean, clean_result, models_of_clean = uninterrupted
     history = tmp_path / "history.jsonl"
 
     def make():
@@ -738,8 +738,12 @@ def test_a_run_that_was_killed_at_any_message_resumes_to_the_same_end(
         make().start(grid, zeros(), num_rounds=10)
     grid.after = math.inf
     strategy = make()
-    strategy.start(grid, zeros(), num_rounds=10, resume="auto")
+    result = strategy.start(grid, zeros(), num_rounds=10, resume="auto")
     assert final(grid) == models_of_clean
+    assert result.arrays["w"].data == clean_result.arrays["w"].data
+    # And once more, when nothing is left to train.
+    again = make().start(grid, zeros(), num_rounds=10, resume="auto")
+    assert again.arrays["w"].data == clean_result.arrays["w"].data
     assert [entry.lost for entry in strategy.history] == [[]] * 10
     for one, other in zip(clean.history, strategy.history, strict=True):
         for name in ("cumulative_loss", "reporters", "synchronised", "violations"):
@@ -757,7 +761,7 @@ def test_a_run_that_was_killed_while_it_evaluated_resumes_to_the_same_end(tmp_pa
     with pytest.raises(CrashError):
         DynamicAveraging(0.3, **arguments).start(grid, zeros(), 10, evaluate_fn=crash)
     DynamicAveraging(0.3, **arguments).start(grid, zeros(), 10, resume="auto")
-    assert final(grid) == uninterrupted[1]
+    assert final(grid) == uninterrupted[2]
 
 
 def test_a_finished_run_that_is_resumed_returns_the_mean_of_all_models(tmp_path):
