@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
@@ -13,6 +15,8 @@ import numpy as np
 from flwr.common import log
 
 from .errors import ColearnError
+from .files import append_to, is_regular, replace_file, set_aside
+from .journal import joined
 from .traffic import Event, RoundTraffic
 
 if TYPE_CHECKING:
@@ -168,8 +172,16 @@ class RecordFile(Generic[R]):
     Parameters
     ----------
     path : str or Path, optional
-        The file. Every round appends a line; the first record of a run replaces the lines of an
-        earlier run.
+        The file, to which every round appends a line. A file of an earlier run is renamed to
+        ``path.1``, ``path.2``, ... when a new run begins. If a line cannot be written during a
+        run, the log has a warning, and it is written together with the next one.
+
+    Attributes
+    ----------
+    records : list
+        The records of the complete rounds.
+    lines : list of str
+        The same as lines of JSON.
     """
 
     kind: type[R]
@@ -177,6 +189,9 @@ class RecordFile(Generic[R]):
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path)
         self.records: list[R] = []
+        self.lines: list[str] = []
+        self._written = 0
+        self._begun = False
 
     def __iter__(self) -> Iterator[R]:
         """Yield the records in order."""
@@ -186,41 +201,132 @@ class RecordFile(Generic[R]):
         """Return the number of rounds recorded."""
         return len(self.records)
 
+    def begin(self) -> None:
+        """Prepare the file for a new run; further calls during this run have no effect.
+
+        Raises
+        ------
+        ColearnError
+            If the file cannot be written. Found out here, and not after the first round, which may
+            take a day.
+        """
+        if self.path is None or self._begun:
+            return
+        with self._as_error():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if (aside := set_aside(self.path)) is not None:
+                log(WARNING, "History: the file of an earlier run is now %s", aside)
+            # A full disk shows only when something is written; readers skip an empty line.
+            append_to(self.path, b"\n")
+            if is_regular(self.path):
+                os.truncate(self.path, 0)
+        self._begun = True
+
     def append(self, record: R) -> None:
         """Add the record of a complete round to the list, the file and the log."""
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # The first record of a run overwrites: the rounds of two runs must not be mixed.
-            with self.path.open("a" if self.records else "w") as file:
-                file.write(record.to_json() + "\n")
+        self.begin()
         self.records.append(record)
+        self.lines.append(record.to_json())
+        self._write()
         record.log()
 
     def clear(self) -> None:
-        """Remove the records of an earlier run; its file stays until a new record is written."""
-        self.records = []
+        """Remove the records of an earlier run; its file stays until a new run begins."""
+        self.records, self.lines = [], []
+        self._written, self._begun = 0, False
 
-    def restore(self, records: Iterable[R]) -> None:
-        """Replace the records in memory and in the file by these."""
-        self.records = list(records)
+    def restore(self, lines: Iterable[str]) -> None:
+        """Replace the records in memory and in the file by those of a checkpoint.
+
+        Raises
+        ------
+        ColearnError
+            If a line is not a record, or the file cannot be written.
+        """
+        self.lines = list(lines)
+        self.records = [self.kind.from_json(line) for line in self.lines]
         if self.path is not None:
-            # A killed run may have written rounds after its last checkpoint, which are run again.
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(record.to_json() + "\n" for record in self.records))
+            with self._as_error():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._restore_file(self.path)
+        self._written, self._begun = len(self.lines), True
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """Read a history written earlier.
 
+        A last line without an end, which a crash or a full disk left, is not used, and the log has
+        a warning.
+
         Raises
         ------
         ColearnError
-            If a line is not a record.
+            If the file cannot be read, or another line is not a record.
         """
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise ColearnError(f"history: expected a readable file, found {error}") from None
         history = cls()
-        lines = Path(path).read_text().splitlines()
-        history.records = [cls.kind.from_json(line) for line in lines if line]
+        *lines, last = data.decode(errors="replace").split("\n")
+        history.lines = [line for line in lines if line]
+        history.records = [cls.kind.from_json(line) for line in history.lines]
+        if last:
+            history._read_torn(last, path)
         return history
+
+    def _read_torn(self, line: str, path: str | Path) -> None:
+        """Add the record of a last line that has no end, if it is complete."""
+        try:
+            self.records.append(self.kind.from_json(line))
+            self.lines.append(line)
+        except ColearnError:
+            log(WARNING, "History: the last line of %s is incomplete and is not used", path)
+
+    def _write(self) -> None:
+        """Append the lines that are not in the file yet."""
+        if self.path is None:
+            return
+        try:
+            append_to(self.path, joined(self.lines[self._written :]))
+            self._written = len(self.lines)
+        except OSError as error:
+            # The rounds so far took days, so the run goes on without this line.
+            log(
+                WARNING,
+                "History: %s lines not written to %s, which is tried again after the next round: "
+                "%s",
+                len(self.lines) - self._written,
+                self.path,
+                error,
+            )
+
+    def _restore_file(self, path: Path) -> None:
+        wanted = joined(self.lines)
+        if path.exists() and not is_regular(path):
+            return
+        found = path.read_bytes() if path.exists() else b""
+        if wanted and found.startswith(wanted):
+            # A killed run may have written rounds after its last checkpoint, which are run again.
+            os.truncate(path, len(wanted))
+            return
+        if not wanted.startswith(found) and (aside := set_aside(path)) is not None:
+            log(
+                WARNING,
+                "History: expected the file of the resumed run, found another one; it is now %s",
+                aside,
+            )
+        replace_file(path, wanted)
+
+    @contextmanager
+    def _as_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ColearnError(
+                f"history {self.path}: expected a file that can be written, found {error}; choose "
+                "another path, or make room on its disk"
+            ) from error
 
 
 class History(RecordFile[RoundRecord]):
@@ -292,7 +398,14 @@ class RoundLog:
         self.history.clear()
 
     def open(self, record: RoundRecord) -> None:
-        """Open the record of a new round."""
+        """Open the record of a new round.
+
+        Raises
+        ------
+        ColearnError
+            In the first round, if the history's file cannot be written.
+        """
+        self.history.begin()
         self._record, self._opened_at = record, time.perf_counter()
 
     def note(self, **metrics: Mapping[str, Any] | None) -> None:

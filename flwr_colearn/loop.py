@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from logging import INFO, WARNING
 from pathlib import Path
@@ -20,6 +21,7 @@ from .checkpoint import (
     as_folder,
     check_same_configuration,
     describe_arrays,
+    describe_roles,
 )
 from .errors import ColearnError, expected, whole_number
 from .history import History, RoundLog, plain_means
@@ -27,6 +29,7 @@ from .managed import Managed
 from .normalization import PARTIAL, Keys, Recalibration
 from .policy import reply_within
 from .records import cast_record, data_bytes, records_of, to_record, types_of, view
+from .roles import Arrays, assign_roles
 from .stock import Stock
 from .strategy_state import ForgottenAttributes, chain_of, restore_state, save_state
 from .transport import ConnectedGrid, Transport
@@ -189,6 +192,7 @@ class _Run:
     def __post_init__(self) -> None:
         self._types = types_of(self.result.arrays)
         self._unsaved = ForgottenAttributes(self.strategy)
+        self._cleanup = ExitStack()
 
     def to_the_end(self, resume: Resume) -> Result:
         """Run to the last round, or until the budget is spent."""
@@ -202,6 +206,7 @@ class _Run:
             # The events are most useful after an error, so they are logged then too.
             self._log_events()
             self.manager.end()
+            self._cleanup.close()
         log(INFO, "")
         log(INFO, "Strategy execution finished in %.2fs", time.time() - started)
         return self.result
@@ -381,7 +386,16 @@ class _Run:
         self.manager.begin(self.grid, self.timeout, self.num_rounds, self._save_unfinished)
         self._log_start()
         folder, done = self.checkpoints, 0
+        if folder is not None:
+            folder.open()
+            self._cleanup.callback(folder.close)
         saved = None if folder is None else folder.latest()
+        if saved is None and resume == "auto":
+            log(
+                WARNING,
+                "Run: nothing to resume, so a new run begins: %s",
+                f"no checkpoint in {folder.path.absolute()}" if folder else "no `checkpoints`",
+            )
         if folder is not None and saved is not None:
             if resume == "never":
                 raise ColearnError(
@@ -397,6 +411,9 @@ class _Run:
                     "use another folder, for more rounds raise their number or the budget",
                     folder.path.absolute(),
                 )
+        # Before the first message, so that a file that cannot be written costs no training. It has
+        # no effect in a resumed run, whose history is restored.
+        self.manager.log.history.begin()
         # Round 0 is saved too: a run that is killed in round 1 resumes with the same session.
         if not done:
             self._evaluate_on_server(0)
@@ -417,11 +434,16 @@ class _Run:
 
     def _restore_state(self, saved: Checkpoint) -> None:
         state, history = saved.state, self.manager.log.history
-        check_same_configuration(state["configuration"], self._configuration())
+        # A run whose budget is spent may be given a larger one, as it may be given more rounds.
+        check_same_configuration(
+            state["configuration"], self._configuration(), may_grow=("total epochs",)
+        )
         # Participants keep their state by session, so a resumed run must have the same.
         self.grid.session = str(state["session"])
         self.result.arrays = to_record(dict(saved.arrays))
-        history.restore([history.kind.from_json(line) for line in state["history"]])
+        assert self.checkpoints is not None
+        copies = [history.path] if history.path is not None else []
+        history.restore(self.checkpoints.records(saved, copies))
         restore_state(self.strategy, (state["strategy"], dict(saved.extra)))
         self.manager.restore_own_state(state["own"])
         # The records hold all metrics of the Result, which are therefore not saved twice.
@@ -448,17 +470,28 @@ class _Run:
             "complete": complete,
             "strategy": strategy,
             "own": self.manager.own_state(),
-            "history": [record.to_json() for record in self.manager.log.history],
         }
         shared = view(self.result.arrays)
-        self.checkpoints.save(Checkpoint(server_round, shared, state, arrays))
+        lines = self.manager.log.history.lines
+        self.checkpoints.save(Checkpoint(server_round, shared, state, arrays), lines)
 
     def _configuration(self) -> dict[str, str]:
         """Return the settings that a resumed run must have in common with the saved one."""
+        arrays, transport = view(self.result.arrays), self.grid.transport
         return {
+            "normalization": str(transport.normalization),
+            "compression": str(transport.compression),
+            "model": describe_arrays(arrays),
+            "roles": self._described_roles(arrays),
             **self.manager.configuration(),
-            "model": describe_arrays(view(self.result.arrays)),
         }
+
+    def _described_roles(self, arrays: Arrays) -> str:
+        try:
+            return describe_roles(assign_roles(arrays, self.grid.transport.roles))
+        # Roles of another model: that difference is named, and the first round names the role.
+        except ColearnError:
+            return "not those of this model"
 
     # The log ------------------------------------------------------------------------------------
 

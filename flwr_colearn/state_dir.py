@@ -1,19 +1,23 @@
 """The folder ``state-dir``: a participant's client state, saved on its disk between rounds."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from logging import WARNING
 from pathlib import Path
-from urllib.parse import quote
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.common import log
 
 from ._flwr import state_from_bytes, state_to_bytes
+from .files import remove, replace_file
 from .records import config_of, kind_of, records_of
 
 SESSION = "colearn.session"
 """The key in ``context.state`` for the session of the state."""
+
+SESSIONS = 3
+"""The number of trainings of which a participant keeps its state; older ones are removed."""
 
 _DIGEST = hashlib.sha256
 _DIGEST_BYTES = 32
@@ -28,18 +32,20 @@ def with_state_dir(
     """Flower mod that saves ``context.state`` to a file if the node config has a ``state-dir``.
 
     Flower drops the state at the end of the SuperNode and of the run, and a resumed server is a new
-    run. The file, one for each participant, remains: it is written after every training, and read
-    for a message of its session if ``context.state`` is of another or no session. It holds
-    everything that mods and the ClientApp store in ``context.state``: the residuals of compression,
-    local arrays, the state of an optimizer. A file of another session, and a damaged one, is not
-    used.
+    run. The file remains. Every session of every participant has a file of its own, so that runs at
+    the same time do not disturb each other; the files of the last `SESSIONS` sessions are kept. It
+    is written after every training, and read for a message of its session if ``context.state`` is
+    of another or no session. It holds everything that mods and the ClientApp store in
+    ``context.state``: the residuals of compression, local arrays, the state of an optimizer. A file
+    of another session, and a damaged one, is not used. If the folder cannot be read or written, the
+    log has a warning, and the training goes on.
 
     Parameters
     ----------
     message, context, call_next
         The arguments that Flower gives to a mod.
     name : str
-        The participant's name, which is the file's name.
+        The participant's name, from which the file's name is made.
     """
     folder, session = (
         context.node_config.get("state-dir"),
@@ -47,12 +53,12 @@ def with_state_dir(
     )
     if not folder or session is None:
         return call_next(message, context)
-    # Quoted, since a name from the node config may hold a slash.
-    path = Path(str(folder)) / f"{quote(name, safe='')}.state"
+    path = state_path(Path(str(folder)), name, str(session))
     mark = ConfigRecord({"session": str(session)})
     # A state with the session's mark is newer than the file or the same, and is not replaced.
     if records_of(context.state, ConfigRecord).get(SESSION) != mark:
         kept = _read(path)
+        # The names of files have digests only, and the state itself says its session.
         if records_of(kept, ConfigRecord).get(SESSION) == mark:
             context.state = kept
     reply = call_next(message, context)
@@ -63,13 +69,37 @@ def with_state_dir(
     return reply
 
 
+def state_path(folder: Path, name: str, session: str) -> Path:
+    """Return the file of a participant's state in a session.
+
+    Names that differ have files that differ, whatever characters they have, however long they are,
+    and also where the file system does not distinguish upper and lower case.
+
+    Examples
+    --------
+    >>> state_path(Path("/srv"), "site 1", "a").name
+    'site-1-f39f26e61c6d-ca978112ca1b.state'
+    """
+    # For a person who looks into the folder; the digests alone distinguish the files.
+    shown = re.sub(r"[^a-z0-9]+", "-", name.lower())[:40].strip("-")
+    return folder / f"{shown}-{_short(name)}-{_short(session)}.state"
+
+
+def _short(text: str) -> str:
+    # Text from a node config may hold lone surrogates, which UTF-8 does not have.
+    return _DIGEST(text.encode(errors="surrogatepass")).hexdigest()[:12]
+
+
 def _read(path: Path) -> RecordDict:
+    # Training without the state is correct, though slower to converge: no reason for an error.
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return RecordDict()
+    except OSError as error:
+        log(WARNING, "State: not read, so this participant is reinitialised: %s", error)
+        return RecordDict()
     digest, content = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-    # Training without the state is correct, though slower to converge: no reason for an error.
     if _DIGEST(content).digest() != digest:
         log(WARNING, "State: %s is damaged; this participant is reinitialised", path)
         return RecordDict()
@@ -78,8 +108,25 @@ def _read(path: Path) -> RecordDict:
 
 def _write(path: Path, state: RecordDict) -> None:
     content = state_to_bytes(state)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_bytes(_DIGEST(content).digest() + content)
-    # Atomic: if the process is killed before this line, the previous file is complete.
-    scratch.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Atomic: if the process is killed in the middle, the previous file is complete.
+        replace_file(path, _DIGEST(content).digest() + content)
+        _remove_old(path)
+    # The training has succeeded, and only a later restart of the SuperNode will miss the state.
+    except OSError as error:
+        log(
+            WARNING,
+            "State: not saved, so a restart of this SuperNode will reinitialise the participant: "
+            "%s; expected that it can write the folder 'state-dir' of its node config",
+            error,
+        )
+
+
+def _remove_old(path: Path) -> None:
+    """Remove the files of this participant's oldest sessions; `path` is that of the present one."""
+    prefix = path.name.rpartition("-")[0]
+    others = [p for p in path.parent.glob(f"{prefix}-*.state") if p != path]
+    others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
+    for old in others[SESSIONS - 1 :]:
+        remove(old)

@@ -164,8 +164,6 @@ class Stock(Managed[RoundLog]):
         """Return the settings that a resumed run must have in common with the saved one."""
         return {
             "strategy": " around ".join(type(each).__name__ for each in chain_of(self._strategy)),
-            "normalization": str(self.transport.normalization),
-            "compression": str(self.transport.compression),
         }
 
     def own_state(self) -> dict[str, Any]:

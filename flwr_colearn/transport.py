@@ -278,6 +278,14 @@ class ConnectedGrid(WrappingGrid):
         if self._compressing is not None:
             self._compressing.reference = model
 
+    def note_elsewhere(self, participants: int) -> None:
+        """Set how many present participants of the round the next messages do not address.
+
+        A quorum counts the participants of the round, and not those of one exchange within it.
+        """
+        if self._recovering is not None:
+            self._recovering.elsewhere = participants
+
     @property
     def participants(self) -> Sequence[str] | None:
         """The registered names of the only participants; None if any SuperNode may take part."""

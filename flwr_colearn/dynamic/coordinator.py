@@ -8,7 +8,7 @@ from logging import WARNING
 from random import Random
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common import log
 
 from ..aggregation import (
@@ -27,7 +27,7 @@ from ..roles import Arrays, Role
 from ..traffic import Event
 from ..transport import ConnectedGrid
 from .balancing import Balance
-from .messages import ARRAYS, CONFIG, METRICS, Action, Ask, Report, checksum, report_of
+from .messages import ARRAYS, CONFIG, Action, Ask, Report, checksum, metrics_of, report_of
 from .operators import Operator
 from .record import DynamicLog, DynamicRecord
 
@@ -171,10 +171,7 @@ class Coordinator:
         answers = self._begin_anew(answers)
         self.present = [node for node in self.nodes if node in answers]
         if not self.present:
-            raise ColearnError(
-                f"round {self.record.round}: expected replies from {len(self.nodes)} learners, "
-                "found none; the reasons are in their logs"
-            )
+            raise self._nobody()
         self._note_training(answers)
         members = [node for node in self.present if answers[node].has_model]
         self.record.reporters = self._names(members)
@@ -204,8 +201,11 @@ class Coordinator:
         # A new mean: that of the round's synchronisation has only some of the models.
         self._mean = self._new_mean()
         self._collecting = True
-        self._ask([self._question("fetch", node) for node in self.present], weigh=lambda report: 1)
-        self._collecting = False
+        try:
+            nodes = self.present
+            self._ask([self._question("fetch", node) for node in nodes], weigh=lambda report: 1)
+        finally:
+            self._collecting = False
         self.log.note_collection(self.grid.take())
         return into_record(self._mean.mean())
 
@@ -213,6 +213,7 @@ class Coordinator:
         """Raise a ColearnError for an invalid reply; recovery then sends the message again."""
         check_echo(sent, reply)
         report = report_of(reply)
+        metrics_of(reply)
         if model := records_of(reply.content, ArrayRecord).get(ARRAYS):
             self._mean.check(view(model), report.examples)
             self._checked = fingerprint(model)
@@ -221,7 +222,7 @@ class Coordinator:
 
     def _open(self, server_round: int, nodes: Sequence[int], config: ConfigRecord) -> None:
         b = self.operator.check_every
-        self.nodes, self._config = list(nodes), config
+        self.nodes, self.present, self._config = list(nodes), [], config
         bounds = self.operator.bounds(len(nodes), self.reference.square, self.random)
         self._bounds = dict(zip(nodes, bounds, strict=True))
         self.log.open(DynamicRecord(server_round, server_round * b, delta=min(bounds)))
@@ -247,6 +248,8 @@ class Coordinator:
             name, reason = self.grid.name_of(node), answers[node].report.lost
             self.record.lost.append({"participant": name, "reason": reason})
             log(WARNING, "Averaging: learner %s is reinitialised: %s", name, reason)
+        # The others have replied already, and count for a quorum.
+        self.present = [node for node in self.nodes if node in answers]
         again = self._ask([self._train_question(node, self.reference.record) for node in lost])
         merged = {**answers, **again}
         return {node: answer for node, answer in merged.items() if not answer.report.lost}
@@ -259,9 +262,22 @@ class Coordinator:
             examples = answer.metrics.get("num-examples", 0)
             record.examples += examples
             losses.append(examples * answer.metrics.get("loss", math.nan))
-        # fsum is exact, so that the order of replies does not matter; without a loss it is NaN.
-        total = math.fsum(losses)
-        record.loss = None if math.isnan(total) else total
+        record.loss = _sum_of(losses)
+
+    def _nobody(self) -> ColearnError:
+        """Return the error of a round in which no learner trained, with the reasons known."""
+        self._account()
+        record = self.record
+        # The last one of a learner, which is the one that it was given up for.
+        reasons = {
+            entry["participant"]: entry["reason"]
+            for entry in (*record.lost, *record.refusals, *record.absences)
+        }
+        spelled = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        return ColearnError(
+            f"round {record.round}: expected replies from {len(self.nodes)} learners, found none: "
+            + (spelled or "no learner said why; see the logs of their SuperNodes")
+        )
 
     def _augment(self, reporters: Sequence[int]) -> list[int]:
         """Fetch further models while the operator requires them; return the nodes that sent one."""
@@ -355,6 +371,7 @@ class Coordinator:
     ) -> dict[int, _Answer]:
         """Send messages, add the models in replies to the mean, and return the answers by node."""
         asked = [question.metadata.dst_node_id for question in questions]
+        self.grid.note_elsewhere(len(set(self.present) - set(asked)))
         replies = self.grid.stream(questions, timeout=reply_within(self.timeout))
         answers: dict[int, _Answer] = {}
         for reply in self._in_order(replies):
@@ -379,9 +396,7 @@ class Coordinator:
             checked, self._checked = self._checked, []
             add = self._mean.add_checked if is_unchanged(model, checked) else self._mean.add
             add(view(model), weigh(report))
-        metrics = dict(records_of(reply.content, MetricRecord).get(METRICS, {}))
-        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        return _Answer(report, has_model, numbers)
+        return _Answer(report, has_model, metrics_of(reply))
 
     def _follow(self, asked: Sequence[int]) -> None:
         """Replace the ids of nodes that another node replaced during recovery."""
@@ -396,3 +411,14 @@ class Coordinator:
 
     def _names(self, nodes: Iterable[int]) -> list[str]:
         return [self.grid.name_of(node) for node in nodes]
+
+
+def _sum_of(losses: Iterable[float]) -> float | None:
+    """Return the sum of the losses; None if a learner has none, or if it is beyond float64."""
+    try:
+        # fsum is exact, so that the order of replies does not matter; without a loss it is NaN.
+        total = math.fsum(losses)
+    # An overflow between the summands, or infinities of both signs.
+    except (OverflowError, ValueError):
+        return None
+    return None if math.isnan(total) else total

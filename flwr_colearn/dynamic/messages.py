@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, Message, MetricRecord
 
 from ..aggregation import failure_of
 from ..errors import ColearnError, expected
@@ -32,6 +32,12 @@ ARRAYS, CONFIG, METRICS, REPORT = "arrays", "config", "metrics", "learner"
 Action = Literal["train", "fetch", "set"]
 
 _NO_REFERENCE = -1
+
+_LONGEST_REASON = 500
+"""The characters of a learner's own text that are recorded."""
+
+_MOST_EXAMPLES = 2**62
+"""The bound of a number of examples: integers of messages have 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -172,14 +178,45 @@ def report_of(reply: Message) -> Report:
             sorted(reply.content),
         )
     if "lost" in record:
-        return Report(lost=str(record["lost"]))
+        return Report(lost=_printable(record["lost"]))
     examples, distance = record.get("examples"), record.get("distance")
     for name, value, least in (("examples", examples, 1e-9), ("distance", distance, 0.0)):
         if not isinstance(value, int | float) or not least <= value < math.inf:
             raise expected(f"'{name}' in the reply", "a number that is not negative", value)
+    if examples > _MOST_EXAMPLES:  # type: ignore[operator]  # a number, see above
+        raise expected("'examples' in the reply", f"a number up to {_MOST_EXAMPLES}", examples)
     assert isinstance(examples, int | float)
     assert isinstance(distance, int | float)
     return Report(examples, distance)
+
+
+def metrics_of(reply: Message) -> dict[str, int | float]:
+    """Return the numbers among a reply's metrics; none if it has no metrics.
+
+    Raises
+    ------
+    ColearnError
+        If there are metrics, and ``num-examples`` is not a positive number among them. The loss of
+        the round is a mean over these examples.
+    """
+    metrics = records_of(reply.content, MetricRecord).get(METRICS)
+    if metrics is None:
+        return {}
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    examples = metrics.get("num-examples")
+    if "num-examples" not in numbers or not 0 < numbers["num-examples"] <= _MOST_EXAMPLES:
+        raise expected(
+            "'num-examples' in the reply's metrics",
+            "a positive number, that of the examples trained",
+            examples,
+        )
+    return numbers
+
+
+def _printable(text: object) -> str:
+    """Return a learner's text, bounded and without characters that a log cannot show."""
+    shown = str(text)[:_LONGEST_REASON]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def checksum(arrays: Arrays) -> int:

@@ -191,7 +191,14 @@ class DynamicLog:
         self._opened = time.monotonic()
 
     def open(self, record: DynamicRecord) -> None:
-        """Open the record of a new round."""
+        """Open the record of a new round.
+
+        Raises
+        ------
+        ColearnError
+            In the first round, if the history's file cannot be written.
+        """
+        self.history.begin()
         self.record, self._opened = record, time.monotonic()
 
     def note(self, **metrics: Mapping[str, Any] | None) -> None:

@@ -350,14 +350,10 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
 
     def configuration(self) -> dict[str, str]:
         """Return the settings that a resumed run must have in common with the saved one."""
-        configuration = {
+        return {
             "operator": str(self.operator),
             "number of learners": str(self.num_learners),
         }
-        # The learners' reference was rounded by the codec, so another one would not match it.
-        if not self._features.compression.is_plain:
-            configuration["compression"] = str(self._features.compression)
-        return configuration
 
     def strategy_state(self) -> tuple[dict[str, Any], dict[str, NDArray]]:
         """Return the strategy's state between rounds: a part in types of JSON, and arrays."""

@@ -62,6 +62,9 @@ class Attempts:
         The names of nodes.
     check : callable
         ``(sent, reply) -> None``; raises `ColearnError` for an invalid reply.
+    elsewhere : int
+        The number of the round's participants that are present and to which no message of these is
+        addressed. A `Quorum` counts them too.
     abandoned : set of str
         The ids of messages of earlier attempts. Replies to them are pulled, so that the SuperLink
         deletes them, and are not used.
@@ -83,6 +86,7 @@ class Attempts:
         directory: Directory,
         check: Check,
         abandoned: set[str],
+        elsewhere: int = 0,
     ) -> None:
         self.grid = grid
         self.timeout = timeout
@@ -90,6 +94,7 @@ class Attempts:
         self.directory = directory
         self.check = check
         self.abandoned = abandoned
+        self.elsewhere = elsewhere
         self.participants = [Participant(m.metadata.dst_node_id, m) for m in messages]
         self.events: list[Event] = []
         self.sent = 0
@@ -276,11 +281,14 @@ class Attempts:
         participant.lost = reason
         self._note("absence", participant, reason)
         # At once, and not at the end of the round: the round cannot succeed any more.
-        wanted = self.recovery.required(len(self.participants))
-        if sum(other.lost is None for other in self.participants) >= wanted:
+        # A quorum is one of the whole round, of which these messages may reach a part only.
+        total = len(self.participants) + self.elsewhere
+        wanted = self.recovery.required(total)
+        left = sum(other.lost is None for other in self.participants) + self.elsewhere
+        if left >= wanted:
             return
         raise ColearnError(
-            f"participants: expected replies from at least {wanted} of {len(self.participants)}, "
+            f"participants: expected replies from at least {wanted} of {total}, "
             f"lost participant {self.directory.name_of(participant.node_id)}: {reason}"
         )
 

@@ -62,6 +62,9 @@ class RecoveringGrid(WrappingGrid):
         The number of messages sent in the last train round, including restarts.
     directory : Directory
         The names of nodes.
+    elsewhere : int
+        The number of the round's participants that are present and to which the next messages are
+        not addressed. A `Quorum` counts them too; 0 by default.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class RecoveringGrid(WrappingGrid):
         self.seconds = 0.0
         self.sent = 0
         self.directory = Directory()
+        self.elsewhere = 0
         # Kept across rounds: the reply to an abandoned attempt may arrive in a later round.
         self._abandoned: set[str] = set()
         self._events: list[Event] = []
@@ -139,6 +143,7 @@ class RecoveringGrid(WrappingGrid):
             self.directory,
             self.check,
             self._abandoned,
+            self.elsewhere,
         )
         attempts.begin()
         return self._replies(attempts)

@@ -409,8 +409,6 @@ class Averaging(FedAvg, Managed[RoundLog]):
         return {
             **({} if self.algorithm is None else self.algorithm.configuration()),
             "weighting": self.weighting,
-            "normalization": str(self._features.normalization),
-            "compression": str(self._features.compression),
             "number of participants": str(self.num_participants),
         }
 

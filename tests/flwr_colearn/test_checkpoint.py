@@ -2,6 +2,10 @@ import errno
 import hashlib
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -10,9 +14,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flwr_colearn import CheckpointFolder, ColearnError
+from flwr_colearn import CheckpointFolder, ColearnError, Role
 from flwr_colearn import checkpoint as module
-from flwr_colearn.checkpoint import Checkpoint, check_same_configuration, describe_arrays, read
+from flwr_colearn.checkpoint import (
+    Checkpoint,
+    UnreadableError,
+    check_same_configuration,
+    describe_arrays,
+    describe_roles,
+    read,
+)
 from tests.faults import EXPLOSIONS, Bomb, serialised
 
 STATE = {"rule": {"T": 4, "rate": 0.1, "none": None, "list": [1, "zwei", 3.5]}, "text": "π/2\n"}
@@ -160,12 +171,23 @@ def kill(*args, **kwargs):
     raise Killed
 
 
+WHERE = {
+    "os.fsync": "os.fsync",
+    "np.savez": "numpy.savez",
+    "hashlib.file_digest": "hashlib.file_digest",
+    "Path.replace": "pathlib.Path.replace",
+    "Path.unlink": "pathlib.Path.unlink",
+    "Path.mkdir": "pathlib.Path.mkdir",
+    "flush_folder": "flwr_colearn.checkpoint.flush_folder",
+}
+
+
 @pytest.mark.parametrize("point", ["os.fsync", "np.savez", "hashlib.file_digest", "Path.replace"])
 def test_a_crash_while_saving_leaves_the_checkpoint_before(point, folder, monkeypatch):
     save(folder, 1, 2)
     before = names(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(f"flwr_colearn.checkpoint.{point}", kill)
+        patch.setattr(WHERE[point], kill)
         with pytest.raises(Killed):
             save(folder, 3)
     assert [name for name in names(folder) if name.endswith(".npz")] == before
@@ -175,11 +197,11 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(point, folder, monkey
     assert not [name for name in names(folder) if name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("point", ["_flush_folder", "Path.unlink"])
+@pytest.mark.parametrize("point", ["flush_folder", "Path.unlink"])
 def test_a_crash_after_the_renaming_has_the_new_checkpoint(point, folder, monkeypatch):
     save(folder, 1, 2, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(f"flwr_colearn.checkpoint.{point}", kill)
+        patch.setattr(WHERE[point], kill)
         with pytest.raises(Killed):
             save(folder, 4)
     check_is(folder.latest(), 4)
@@ -198,7 +220,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(point, folder, monkeypat
 
     save(folder, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(f"flwr_colearn.checkpoint.{point}", full)
+        patch.setattr(WHERE[point], full)
         assert save(folder, 2) == [None]
     [warning] = warnings_of(flower_log)
     assert "Checkpoint of round 2 not written: [Errno 28] No space left on device" in warning
@@ -314,7 +336,7 @@ def test_another_file_of_the_right_name_is_refused(data, folder):
 
 
 def test_a_missing_file_and_one_of_another_name_are_refused(folder):
-    with pytest.raises(ColearnError, match=r"expected an undamaged file, found .*No such file"):
+    with pytest.raises(UnreadableError, match=r"expected a file that can be read, found .*No such"):
         read(folder.path / "round-000001-0123456789abcdef.npz")
     with pytest.raises(ColearnError, match="expected a file named round-NNNNNN-DIGEST"):
         read(folder.path / "model.npz")
@@ -378,6 +400,242 @@ def test_nothing_in_a_file_makes_the_reader_raise_anything_but_a_colearn_error(t
     assert all(array.dtype.hasobject is False for array in found.arrays.values())
 
 
+def test_a_file_of_another_round_than_its_name_is_refused(folder):
+    [path] = save(folder, 1)
+    path.rename(path.with_name(path.name.replace("000001", "000009")))
+    with pytest.raises(ColearnError, match="found the checkpoint of round 1; was the file renamed"):
+        read(folder.path / path.name.replace("000001", "000009"))
+
+
+# What is no damage -------------------------------------------------------------------------------
+
+
+def test_what_could_not_be_read_once_is_neither_passed_over_nor_deleted(folder, monkeypatch):
+    """A run from an older checkpoint would delete it."""
+    save(folder, 1, 2, 3)
+    before = names(folder)
+
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_digest", fail)
+        with pytest.raises(UnreadableError, match="Input/output error"):
+            folder.latest()
+    assert names(folder) == before
+    check_is(folder.latest(), 3)
+
+
+def test_too_little_memory_is_no_damage(folder, monkeypatch):
+    save(folder, 1, 2)
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", fail)
+        with pytest.raises(UnreadableError, match="found MemoryError"):
+            folder.latest()
+    check_is(folder.latest(), 2)
+
+
+def test_a_link_that_leads_nowhere_is_said(folder):
+    [path] = save(folder, 1)
+    link = path.with_name("round-000002-0123456789abcdef.npz")
+    link.symlink_to(folder.path / "nowhere")
+    with pytest.raises(UnreadableError, match="round-000002"):
+        folder.latest()
+
+
+def test_a_folder_that_cannot_be_listed_is_said(folder, monkeypatch):
+    save(folder, 1)
+
+    def fail(self):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.iterdir", fail)
+    with pytest.raises(ColearnError, match=r"expected a folder that can be read, found .*denied"):
+        folder.latest()
+    assert save(folder, 2) != [None]  # though nothing old can be removed
+
+
+def test_a_folder_that_cannot_be_flushed_is_written_pruned_and_warned_of_once(
+    folder, monkeypatch, flower_log
+):
+    """CIFS and FUSE answer EINVAL."""
+    fsync = os.fsync
+
+    def refuse(fd):
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    save(folder, *range(6))
+    check_is(folder.latest(), 5)
+    assert len(names(folder)) == 3
+    assert len(warnings_of(flower_log)) == 1
+
+
+class Disk:
+    """A disk with room for so many checkpoints."""
+
+    def __init__(self, folder, room, monkeypatch):
+        self.folder, self.room = folder, room
+        savez = np.savez
+
+        def limited(file, **arrays):
+            if len(list(folder.path.glob("round-*.npz"))) >= self.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            savez(file, **arrays)
+
+        monkeypatch.setattr(np, "savez", limited)
+
+
+@pytest.mark.parametrize("room", [2, 3])
+def test_room_for_fewer_files_is_used_for_the_newest(room, folder, monkeypatch, flower_log):
+    disk = Disk(folder, 9, monkeypatch)
+    save(folder, 1, 2, 3)
+    disk.room = room
+    assert None not in save(folder, 4, 5, 6)
+    check_is(folder.latest(), 6)
+    kept = [f"round-{round_:06d}" for round_ in range(7 - room, 7)]
+    assert [name[:12] for name in names(folder)] == kept
+    assert "is removed, to make room" in flower_log.text
+
+
+def test_no_room_at_all_never_costs_the_last_checkpoint(folder, monkeypatch):
+    disk = Disk(folder, 9, monkeypatch)
+    save(folder, 1, 2, 3)
+    disk.room = 0
+    assert save(folder, 4) == [None]
+    check_is(folder.latest(), 3)
+
+
+def test_room_is_not_made_at_the_cost_of_the_checkpoint_that_was_resumed(folder, monkeypatch):
+    """The newer one is damaged."""
+    *_, newest = save(folder, 1, 2, 3)
+    damage(newest, "cut")
+    again = CheckpointFolder(folder.path)
+    check_is(again.latest(), 2)
+    Disk(folder, 0, monkeypatch)
+    assert save(again, 3) == [None]
+    check_is(CheckpointFolder(folder.path).latest(), 2)
+
+
+def test_of_one_round_the_last_is_used_whatever_the_clock_and_the_names_say(folder, monkeypatch):
+    """A crash between writing and pruning leaves both."""
+    monkeypatch.setattr(CheckpointFolder, "_prune", lambda self, newest: None)
+    for serial in range(8):  # the names are digests, in no order
+        path = folder.save(Checkpoint(5, model(serial), {"r": serial}))
+        os.utime(path, (10**9 - serial, 10**9 - serial))  # the clock goes backwards
+        assert CheckpointFolder(folder.path).latest().state == {"r": serial}
+
+
+def test_a_resumed_run_counts_on(folder, monkeypatch):
+    monkeypatch.setattr(CheckpointFolder, "_prune", lambda self, newest: None)
+    save(folder, 4, 5)
+    again = CheckpointFolder(folder.path)
+    again.latest()
+    again.save(Checkpoint(5, model(7), {"r": 7}))
+    assert CheckpointFolder(folder.path).latest().state == {"r": 7}
+
+
+def test_only_the_owner_may_read_what_is_in_the_folder(folder):
+    before = os.umask(0)
+    try:
+        folder.open()
+        save(folder, 1)
+        folder.note_nodes(2, [1, 2])
+        folder.close()
+    finally:
+        os.umask(before)
+    assert len(names(folder)) == 3
+    assert {path.stat().st_mode & 0o777 for path in folder.path.iterdir()} == {0o600}
+
+
+# One run at a time -------------------------------------------------------------------------------
+
+
+def test_a_folder_is_for_one_run_at_a_time(folder):
+    other = CheckpointFolder(folder.path)
+    folder.open()
+    for _ in range(2):
+        with pytest.raises(ColearnError, match=f"is used by process {os.getpid()} on "):
+            other.open()
+    with pytest.raises(ColearnError, match="is used by process"):
+        folder.open()
+    folder.close()
+    other.open()
+    other.close()
+
+
+def test_a_process_that_was_killed_has_left_no_lock(folder):
+    """And one that it had forked does not keep the lock either."""
+    script = (
+        "import os, sys, time; from flwr_colearn import CheckpointFolder\n"
+        f"CheckpointFolder({str(folder.path)!r}).open()\n"
+        "if os.fork() == 0: print('open', flush=True)\n"
+        "time.sleep(60)"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        assert server.stdout.readline() == b"open\n"
+        with pytest.raises(ColearnError, match=f"is used by process {server.pid} on "):
+            folder.open()
+        server.kill()
+        server.wait()
+        folder.open()
+        folder.close()
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)  # the forked process
+        server.stdout.close()
+
+
+def test_a_file_system_without_locks_is_a_warning(folder, monkeypatch, flower_log):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    folder.open()
+    save(folder, 1)
+    folder.close()
+    [warning] = warnings_of(flower_log)
+    assert "cannot be locked" in warning
+
+
+def test_half_written_files_of_a_killed_run_are_removed_by_the_next(folder):
+    folder.path.mkdir(parents=True)
+    (folder.path / ".round-000002.abc.tmp").write_bytes(b"half")
+    folder.open()
+    folder.close()
+    assert names(folder) == [".lock"]
+
+
+def test_a_full_disk_at_the_start_is_a_warning(folder, monkeypatch, flower_log):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "TemporaryFile", full)
+    folder.open()
+    folder.close()
+    assert "no room in" in flower_log.text
+
+
+def test_a_folder_that_is_read_only_is_an_error_at_the_start(folder, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "TemporaryFile", refuse)
+        with pytest.raises(ColearnError, match="expected a folder that can be written, found"):
+            folder.open()
+    folder.open()  # and the lock was given back
+    folder.close()
+
+
 # Configurations ---------------------------------------------------------------------------------
 
 
@@ -396,6 +654,42 @@ def test_the_same_configuration_passes():
 def test_another_configuration_is_refused_with_the_difference(current, match):
     with pytest.raises(ColearnError, match=match):
         check_same_configuration({"a": "1", "b": "2"}, current)
+
+
+def test_every_difference_is_named():
+    with pytest.raises(ColearnError) as error:
+        check_same_configuration({"a": "1", "b": "2", "c": "3"}, {"a": "4", "b": "2", "c": "5"})
+    assert "found another a: 1 there, 4 now; another c: 3 there, 5 now;" in str(error.value)
+    assert "another b" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("saved", "current", "passes"),
+    [
+        ("9", "10", True),
+        ("9", "None", True),
+        ("10", "9", False),
+        ("None", "9", False),
+        ("9", "many", False),
+        (None, "9", False),
+        ("9", None, False),
+    ],
+)
+def test_a_setting_that_may_grow_may_not_shrink(saved, current, passes):
+    configurations = {"a": saved} if saved else {}, {"a": current} if current else {}
+    if passes:
+        check_same_configuration(*configurations, may_grow=["a"])
+    else:
+        with pytest.raises(ColearnError, match="found another a: "):
+            check_same_configuration(*configurations, may_grow=["a"])
+    with pytest.raises(ColearnError, match="found another a: "):
+        check_same_configuration(*configurations, may_grow=["b"])
+
+
+def test_a_description_of_roles_differs_for_another_role_of_an_array():
+    one, other = Role.TRAINABLE, Role.BUFFER
+    models = [{"w": one, "b": other}, {"w": other, "b": one}, {"w": one, "b": one}, {"w": one}]
+    assert len({describe_roles(roles) for roles in models}) == len(models)
 
 
 def test_a_description_differs_for_other_names_shapes_and_types():

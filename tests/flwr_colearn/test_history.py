@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -98,18 +99,68 @@ def test_every_round_is_on_disk_as_soon_as_it_is_appended(tmp_path):
     assert len(history.path.read_text().splitlines()) == len(history) == 3
 
 
-def test_a_new_run_replaces_the_file_of_an_earlier_one(tmp_path):
+def test_a_new_run_renames_the_file_of_an_earlier_one(tmp_path):
     path = tmp_path / "run.jsonl"
-    for _ in range(2):
+    for rounds in (1, 2, 3):
         history = History(path)
-        history.append(record(1))
-        history.append(record(2))
-    assert [each.round for each in History.read(path)] == [1, 2]
+        for number in range(rounds):
+            history.append(record(number + 1))
+    assert len(History.read(path)) == 3
+    assert len(History.read(tmp_path / "run.jsonl.1")) == 1
+    assert len(History.read(tmp_path / "run.jsonl.2")) == 2
     history.clear()
     assert len(history) == 0
-    assert len(History.read(path)) == 2  # until the next run has something to write
+    assert len(History.read(path)) == 3  # until the next run begins
     history.append(record(1))
     assert len(History.read(path)) == 1
+
+
+def test_a_torn_last_line_is_read_past_with_a_word(tmp_path, flower_log):
+    path = tmp_path / "run.jsonl"
+    lines = [record(number).to_json() for number in (1, 2)]
+    path.write_text(f"{lines[0]}\n{lines[1][:-9]}")
+    assert History.read(path).records == [record(1)]
+    assert f"the last line of {path} is incomplete" in flower_log.text
+    path.write_text("\n".join(lines))  # complete, but for its end
+    assert History.read(path).records == [record(1), record(2)]
+
+
+def test_a_torn_line_in_the_middle_is_refused(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text(f"{record(1).to_json()[:-9]}\n{record(2).to_json()}\n")
+    with pytest.raises(ColearnError, match="expected one RoundRecord a line"):
+        History.read(path)
+
+
+def test_half_a_line_of_a_full_disk_does_not_stay(tmp_path, monkeypatch):
+    history = History(tmp_path / "run.jsonl")
+    history.append(record(1))
+
+    def half(file, data):
+        file.write(data[:50])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flwr_colearn.files.write_all", half)
+        history.append(record(2))
+    assert [each.round for each in History.read(history.path)] == [1]
+    history.append(record(3))
+    assert [each.round for each in History.read(history.path)] == [1, 2, 3]
+
+
+def test_a_file_that_cannot_be_read_is_our_own_error(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ColearnError, match="history: expected a readable file"):
+            History.read(path)
+
+
+def test_only_the_owner_may_read_a_history(tmp_path):
+    before = os.umask(0)
+    try:
+        History(tmp_path / "run.jsonl").append(record(1))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "run.jsonl").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_history_sums_bytes_and_lists_epochs():

@@ -2,6 +2,7 @@ import hashlib
 import logging
 import math
 import os
+import socket
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,15 +16,19 @@ from hypothesis import strategies as st
 from flwr_colearn import (
     CheckpointFolder,
     ColearnError,
+    Compression,
     ConstantRate,
     CyclicalRate,
     FixedEpochs,
+    Float16,
     History,
     IncreasingEpochs,
+    LocalStatistics,
     Quorum,
     Recovery,
 )
 from flwr_colearn import checkpoint as checkpoint_module
+from flwr_colearn import history as history_module
 from flwr_colearn.checkpoint import Checkpoint
 from tests.faults import (
     MODEL,
@@ -142,7 +147,7 @@ WRITING = {  # what saving a checkpoint calls, in this order
     "os.fsync": os,
     "hashlib.file_digest": hashlib,
     "Path.replace": Path,
-    "_flush_folder": checkpoint_module,
+    "flush_folder": checkpoint_module,
     "Path.unlink": Path,
 }
 POINTS = [
@@ -172,10 +177,10 @@ def tapped(server, monkeypatch):
         append(self, record)
         server.reach("history", record.round)
 
-    def noted_save(self, checkpoint):
+    def noted_save(self, checkpoint, records=()):
         server.saving = checkpoint.round
         try:
-            return save(self, checkpoint)
+            return save(self, checkpoint, records)
         finally:
             server.saving = None
 
@@ -233,7 +238,7 @@ def test_a_run_killed_before_its_first_round_is_begun_again(point, server, unint
 
 
 @given(kills=st.lists(st.tuples(st.sampled_from(POINTS), st.integers(1, ROUNDS)), max_size=4))
-@example(kills=[("os.fsync", 3), ("os.fsync", 3), ("_flush_folder", 3), ("history", 4)])
+@example(kills=[("os.fsync", 3), ("os.fsync", 3), ("flush_folder", 3), ("history", 4)])
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 def test_a_run_may_be_killed_again_and_again(tmp_path_factory, kills):
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -254,11 +259,12 @@ def test_a_run_killed_while_it_was_resuming_is_resumed(server, uninterrupted, mo
         server.start(kill=("participant 0", 4))
     with monkeypatch.context() as patch:
 
-        def half(self, text):
-            self.open("w").write(text[:50])
+        def truncated(path, length):
+            truncate(path, length)
             raise Killed
 
-        patch.setattr(Path, "write_text", half)
+        truncate = os.truncate
+        patch.setattr(os, "truncate", truncated)
         with pytest.raises(Killed):
             server.start()
     assert server.start() == uninterrupted
@@ -321,9 +327,144 @@ def test_a_full_disk_does_not_end_the_run(server, uninterrupted, monkeypatch):
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flwr_colearn.checkpoint.os.fsync", full)
+    monkeypatch.setattr("flwr_colearn.files.os.fsync", full)
     assert server.start() == uninterrupted
-    assert list((server.path / "checkpoints").iterdir()) == []
+    assert not list((server.path / "checkpoints").glob("*round*"))
+
+
+def test_two_runs_on_one_folder_are_refused_and_the_second_names_the_first(server, tmp_path, clock):
+    second = Server(server.path, clock)
+    refused = []
+
+    def evaluate(server_round, arrays):
+        if server_round == 2 and not refused:
+            with pytest.raises(ColearnError, match="is used by process") as error:
+                second.start()
+            refused.append(str(error.value))
+        return MetricRecord({})
+
+    server.evaluate = evaluate
+    server.start()
+    assert second.attempts == []
+    assert f"process {os.getpid()} on {socket.gethostname()}, since " in refused[0]
+    assert str(server.path / "checkpoints") in refused[0]
+    server.attempts = []
+    second.start()  # the first one is over, and has left nothing to do
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize("bad", ["a file", "a link that leads nowhere", "below a file"])
+def test_a_folder_that_cannot_be_written_is_found_before_the_first_round(bad, resume, server):
+    (server.path / "file").parent.mkdir(parents=True)
+    (server.path / "file").write_text("")
+    (server.path / "link").symlink_to(server.path / "nowhere")
+    folder = {"a file": "file", "a link that leads nowhere": "link", "below a file": "file/below"}
+    with pytest.raises(ColearnError, match="checkpoints: expected a folder that can be written"):
+        server.start(checkpoints=server.path / folder[bad], resume=resume)
+    assert server.attempts == []
+
+
+@pytest.mark.parametrize("checkpoints", [None, "elsewhere"])
+def test_auto_says_that_it_begins_anew(checkpoints, server, tmp_path, monkeypatch, flower_log):
+    monkeypatch.setattr(logging.getLogger("flwr"), "level", logging.INFO)
+    folder = None if checkpoints is None else tmp_path / checkpoints
+    server.start(rounds=1, checkpoints=folder)
+    where = "no `checkpoints`" if folder is None else f"no checkpoint in {folder}"
+    assert f"nothing to resume, so a new run begins: {where}" in flower_log.text
+
+
+def test_a_checkpoint_does_not_grow_with_the_run(server):
+    """Else every round takes longer than the one before."""
+    sizes = {}
+
+    def evaluate(server_round, arrays):
+        paths = (server.path / "checkpoints").glob("round-*.npz")
+        sizes.update({int(path.name[6:12]): path.stat().st_size for path in paths})
+        return MetricRecord({"norm": 1.0})
+
+    server.evaluate = evaluate
+    server.start(rounds=40, local_epochs=FixedEpochs(1))
+    # Only numbers have more digits; a record is some 800 bytes.
+    assert abs(sizes[39] - sizes[3]) < 200
+
+
+@pytest.mark.parametrize("how", ["missing", "damaged", "cut"])
+def test_the_history_s_file_stands_in_for_lost_records(how, server, uninterrupted):
+    with pytest.raises(Killed):
+        server.start(kill=("participant 0", 4))
+    spoil(server.path / "checkpoints" / "records.jsonl", how)
+    assert server.start() == uninterrupted
+
+
+@pytest.mark.parametrize("how", ["missing", "damaged", "cut"])
+def test_lost_records_cost_no_model_and_are_said(
+    how, server, uninterrupted, monkeypatch, flower_log
+):
+    monkeypatch.setattr(logging.getLogger("flwr"), "level", logging.INFO)
+    with pytest.raises(Killed):
+        server.start(kill=("participant 0", 4))
+    for name in ("checkpoints/records.jsonl", "history.jsonl"):
+        spoil(server.path / name, how)
+    arrays, records, _ = server.start()
+    assert arrays == uninterrupted[0]
+    assert [record["round"] for record in records] == [4, 5]
+    assert "the run goes on without the records up to round 3" in flower_log.text
+    # What is left of the old ones is not overwritten.
+    assert (server.path / "history.jsonl.1").exists() == (how != "missing")
+
+
+def spoil(path, how):
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(
+            data[:-600] if how == "cut" else data.replace(b'"round": 2', b'"round": 9')
+        )
+
+
+@pytest.mark.parametrize("checkpoints", [None, "elsewhere"])
+def test_a_run_that_begins_anew_never_overwrites_a_history(checkpoints, server, tmp_path):
+    server.start(rounds=2)
+    before = (server.path / "history.jsonl").read_bytes()
+    folder = None if checkpoints is None else tmp_path / checkpoints
+    server.start(checkpoints=folder)
+    assert (server.path / "history.jsonl.1").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "history", ["/dev/full", "file/history.jsonl", "link/history.jsonl", "dir"]
+)
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_history_that_cannot_be_written_is_found_before_the_first_round(resume, history, server):
+    server.path.mkdir()
+    (server.path / "file").write_text("")
+    (server.path / "link").symlink_to(server.path / "nowhere")
+    (server.path / "dir").mkdir()
+    evaluated = []
+    server.evaluate = lambda server_round, arrays: evaluated.append(server_round)
+    with pytest.raises(ColearnError, match=r"history .*: expected a file that can be written"):
+        server.start(history=server.path / history, resume=resume)
+    # Nor does the server wait for participants, which may take a day.
+    assert server.attempts == evaluated == []
+
+
+def test_a_history_that_fails_during_a_run_costs_lines_and_not_the_run(
+    server, uninterrupted, monkeypatch, flower_log
+):
+    monkeypatch.setattr(logging.getLogger("flwr"), "level", logging.INFO)
+    append, failing = history_module.append_to, []
+
+    def full(path, data, **kwargs):
+        if data != b"\n" and len(server.strategy.history) in (2, 3):
+            failing.append(path)
+            raise OSError(28, "No space left on device")
+        append(path, data, **kwargs)
+
+    monkeypatch.setattr(history_module, "append_to", full)
+    assert server.start() == uninterrupted  # which compares the lines in the file too
+    assert len(failing) == 2
+    assert "No space left on device" in flower_log.text
 
 
 # What is restored besides -----------------------------------------------------------------------
@@ -438,6 +579,10 @@ OTHERS = {
     "another shape": ({"model": {**MODEL, "fc.bias": np.zeros(4)}}, "model"),
     "another type": ({"model": {**MODEL, "fc.bias": np.zeros(3, np.float32)}}, "model"),
     "another name": ({"model": {**MODEL, "more": np.zeros(3)}}, "model"),
+    "another role": ({"roles": {"fc.bias": "buffer"}}, "roles"),
+    "another wire": ({"compression": Compression(up=Float16())}, "compression"),
+    "another wire down": ({"compression": Compression(down=Float16())}, "compression"),
+    "another scheme": ({"normalization": LocalStatistics()}, "normalization"),
 }
 
 
@@ -451,6 +596,25 @@ def test_another_configuration_is_refused_with_the_difference(changed, what, ser
     assert server.attempts == []
     server.nodes = 4
     assert server.start() == uninterrupted  # the checkpoints are as they were
+
+
+def test_all_that_differs_is_named(server):
+    server.start(rounds=2)
+    with pytest.raises(ColearnError) as error:
+        server.start(learning_rate=ConstantRate(0.2), weighting="weighted", total_epochs=99)
+    for what in ("learning rate", "weighting", "total epochs"):
+        assert f"another {what}: " in str(error.value)
+
+
+def test_a_spent_budget_may_be_raised(server):
+    budget = {"rounds": None, "local_epochs": FixedEpochs(2)}
+    _, records, _ = server.start(total_epochs=5, **budget)
+    assert [record["local_epochs"] for record in records] == [2, 2, 1]
+    _, records, _ = server.start(total_epochs=8, **budget)
+    assert [record["local_epochs"] for record in records] == [2, 2, 1, 2, 1]
+    assert records[-1]["epochs_done"] == 8
+    with pytest.raises(ColearnError, match="another total epochs: 8 there, 7 now"):
+        server.start(total_epochs=7, **budget)
 
 
 def test_a_run_with_a_function_as_its_schedule_is_resumed(server):

@@ -1,11 +1,17 @@
 """What participants keep between rounds outlives their SuperNode and the server's run."""
 
+import errno
+import os
+from itertools import pairwise
+from pathlib import Path
+
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flwr_colearn import CoLearn, Compression, InProcessGrid, Int8, participant_mod
+from flwr_colearn.state_dir import state_path
 from tests.faults import MODEL, K, bits, participants, record_of, train
 
 
@@ -48,8 +54,8 @@ def test_what_rounding_left_over_survives(tmp_path, flower_log):
     found = run(grid, evaluate_fn=grid.forget)
     assert bits(found.arrays) == bits(whole.arrays)
     assert "residual" not in flower_log.text
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"partition-{k}.state" for k in range(K)
+    assert [path.name[:12] for path in sorted(tmp_path.iterdir())] == [
+        f"partition-{k}-" for k in range(K)
     ]
 
 
@@ -174,17 +180,128 @@ def test_a_process_that_is_killed_while_writing_leaves_the_file_before(tmp_path,
     assert site.ask() == 2
 
 
-@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a b", "..", "ü/é"])
+def test_the_state_is_on_the_disk_before_it_replaces_the_one_before(tmp_path, monkeypatch):
+    """Else a power cut after the renaming leaves a file of zeros."""
+    calls = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(fd):
+        calls.append("fsync")
+        fsync(fd)
+
+    def noted_replace(self, target):
+        calls.append("replace")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    Site(tmp_path).ask()
+    assert calls[:2] == ["fsync", "replace"]
+    assert calls[2:] == ["fsync"]  # the folder's entry
+
+
+def test_only_the_owner_may_read_a_state(tmp_path):
+    before = os.umask(0)
+    try:
+        Site(tmp_path).ask()
+    finally:
+        os.umask(before)
+    [path] = tmp_path.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_folder_that_cannot_be_written_costs_the_state_and_not_the_training(
+    code, tmp_path, monkeypatch, flower_log
+):
+    site = Site(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        assert [site.ask(), site.ask()] == [1, 2]
+    assert "State: not saved" in flower_log.text
+    assert os.strerror(code) in flower_log.text
+    assert list(tmp_path.iterdir()) == []  # nor does half a file fill the disk any further
+    site.ask()
+    site.begin()
+    assert site.ask() == 4
+
+
+def test_a_folder_that_is_a_file_costs_the_state_and_not_the_training(tmp_path, flower_log):
+    (tmp_path / "file").write_text("")
+    assert [Site(tmp_path / "file").ask()] == [1]
+    assert "State: not read" in flower_log.text
+    assert "State: not saved" in flower_log.text
+
+
+def test_a_folder_that_cannot_be_flushed_is_used_all_the_same(tmp_path, monkeypatch, flower_log):
+    """CIFS and FUSE answer EINVAL."""
+    fsync = os.fsync
+
+    def refuse(fd):
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    site = Site(tmp_path)
+    assert [site.ask(), site.ask()] == [1, 2]
+    site.begin()
+    assert site.ask() == 3
+    assert flower_log.text.count("cannot be flushed") == 1
+
+
+def test_two_runs_at_once_at_one_site_do_not_disturb_each_other(tmp_path):
+    first, second = Site(tmp_path), Site(tmp_path)
+    for count in (1, 2, 3):
+        for site, session in ((first, "a"), (second, "b")):
+            site.begin()
+            assert site.ask(session) == count
+
+
+def test_states_of_old_sessions_are_removed_and_those_of_others_are_not(tmp_path):
+    other, site = Site(tmp_path, "other"), Site(tmp_path)
+    other.ask("0")
+    for number, session in enumerate("abcdefg"):
+        site.begin()
+        site.ask(session)
+        for path in tmp_path.iterdir():  # a clock whose every tick is a session
+            os.utime(path, ns=(0, path.stat().st_mtime_ns - 10**9))
+        assert len(list(tmp_path.iterdir())) == 1 + min(number + 1, 3)
+    site.begin()
+    assert [site.ask("g"), site.ask("f"), site.ask("e")] == [2, 2, 2]
+    other.begin()
+    assert other.ask("0") == 2
+
+
+NAMES = ["../../x", "/etc/x", "a b", "..", "ü/é", "", "-", "x" * 300, "é" * 300, "*", "\ud800"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_no_name_leads_to_another_folder(name, tmp_path):
     site = Site(tmp_path / "states" / "here", name)
     site.ask()
     assert len(list(tmp_path.rglob("*.state"))) == 1
     assert len(list((tmp_path / "states" / "here").iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 1
+    site.begin()
+    assert site.ask() == 2
+
+
+ALIKE = ["site 1", "site_1", "site-1", "Site 1", "a/b", "a_b", "a%2Fb", "x" * 300, "x" * 301]
 
 
 def test_names_that_differ_have_files_that_differ(tmp_path):
-    first, second = Site(tmp_path, "a/b"), Site(tmp_path, "a_b")
-    first.ask()
-    assert second.ask() == 1
-    first.begin()
-    assert first.ask() == 2
+    paths = [state_path(tmp_path, name, "a").name for name in ALIKE]
+    # Some file systems ignore case.
+    assert len({path.lower() for path in paths}) == len(ALIKE)
+    assert all(len(path) < 100 for path in paths)
+    for one, other in pairwise(ALIKE):
+        first, second = Site(tmp_path / one[:8], one), Site(tmp_path / one[:8], other)
+        first.ask()
+        assert second.ask() == 1
+        first.begin()
+        assert first.ask() == 2

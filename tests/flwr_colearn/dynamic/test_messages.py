@@ -53,3 +53,18 @@ def test_a_report_survives_the_journey(reply, report):
 def test_a_malformed_report_is_refused(reply, entries):
     with pytest.raises(ColearnError, match="expected"):
         report_of(reply(**entries))
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("\ud800", r"\ud800"),
+        ("a\nb", r"a\nb"),
+        ("\x1b[31mé", r"\x1b[31mé"),
+        ("x" * 9999, "x" * 500),
+    ],
+)
+def test_a_reason_is_text_that_a_log_can_show(reply, said, shown):
+    reason = report_of(reply(lost=said)).lost
+    assert reason == shown
+    reason.encode()

@@ -481,6 +481,122 @@ def test_under_a_quorum_the_round_goes_on_and_the_absentee_begins_anew():
     assert len({model["w"].tobytes() for model in models(grid)}) == 1
 
 
+def always(k):
+    """A step that raises whenever learner k trains."""
+
+    def step(index, t, arrays):
+        if index == k:
+            raise RuntimeError("broken for good")
+        return arrays
+
+    return step
+
+
+QUORUM_OF_2 = Recovery(max_restarts=1, pause=0.0, patience=0.0, policy=Quorum(2))
+
+
+def test_a_quorum_counts_the_learners_of_the_run_where_one_always_raises():
+    """Its messages of a second exchange in a round are fewer than the quorum."""
+    strategy, result, _ = run(
+        Periodic(1), 4, m=5, grid=grid_of(5, step=always(1)), recovery=QUORUM_OF_2
+    )
+    absent = [{e["participant"] for e in entry.absences} for entry in strategy.history]
+    # By its node until it has answered, which it does in round 2: that it has no state.
+    assert absent == [{"2"}] + [{"partition-1"}] * 3
+    w = np.zeros(3, np.float32)
+    for index in range(4):
+        steps = [sgd(w, *batch(k, index))[0] for k in (0, 2, 3, 4)]
+        w = np.mean(np.asarray(steps, np.float64), axis=0).astype(np.float32)
+    np.testing.assert_array_equal(result.arrays["w"].numpy(), w)
+
+
+def refuse(action, k):
+    """A mod with which learner k fails for messages of one action."""
+
+    def mod(message, context, call_next):
+        config = message.content.get("config", {})
+        if context.node_config["partition-id"] == k and config.get("action") == action:
+            raise RuntimeError(f"no {action}")
+        return call_next(message, context)
+
+    return mod
+
+
+@pytest.mark.parametrize("action", ["fetch", "set"])
+def test_a_quorum_counts_those_that_an_exchange_does_not_address(action):
+    rounds = 12
+    grid = grid_of(5, mods=(participant_mod, refuse(action, 1)))
+    strategy, _, _ = run(Dynamic(0.3), rounds, m=5, grid=grid, recovery=QUORUM_OF_2)
+    assert len(strategy.history) == rounds
+    assert {e["participant"] for r in strategy.history for e in r.absences} == {"partition-1"}
+
+
+def test_fewer_than_the_quorum_end_the_run_in_a_second_exchange_too():
+    """Five of which three are lost: two train, and one of them does not send its model."""
+    broken = {0, 3, 4}
+
+    def step(index, t, arrays):
+        if index in broken:
+            raise RuntimeError("broken for good")
+        return arrays
+
+    grid = grid_of(5, step=step, mods=(participant_mod, refuse("fetch", 1)))
+    with pytest.raises(ColearnError, match="at least 2 of 2, lost participant partition-1"):
+        run(Dynamic(1e6), 1, m=5, grid=grid, recovery=QUORUM_OF_2)
+
+
+def test_if_nobody_trained_the_error_has_the_reasons():
+    def step(index, t, arrays):
+        raise RuntimeError(f"no data at {index}")
+
+    with pytest.raises(ColearnError, match="found none") as caught:
+        run(Periodic(1), 1, m=2, grid=grid_of(2, step=step), recovery=None)
+    assert "1: the participant failed (code 2): RuntimeError: no data at 0" in str(caught.value)
+    assert "2: the participant failed (code 2): RuntimeError: no data at 1" in str(caught.value)
+
+
+def foreign_app(**metrics):
+    """A learner whose replies are not made by the decorator."""
+    app = ClientApp(mods=[participant_mod])
+
+    @app.train()
+    def train(message, context):
+        content = {
+            "learner": ConfigRecord({"examples": 1, "distance": 0.0}),
+            "metrics": MetricRecord(metrics),
+        }
+        return Message(RecordDict(content), reply_to=message)
+
+    return app
+
+
+@pytest.mark.parametrize("examples", [-40, 0, -1.0, math.nan, math.inf, 2**63 - 1])
+def test_an_impossible_number_of_examples_is_a_bad_reply(examples):
+    grid = InProcessGrid(foreign_app(**{"num-examples": examples, "loss": 1.0}), 1)
+    with pytest.raises(ColearnError, match="'num-examples' in the reply's metrics: expected"):
+        run(Never(), 1, m=1, grid=grid, recovery=QUICK)
+
+
+def test_metrics_without_a_number_of_examples_are_a_bad_reply():
+    with pytest.raises(ColearnError, match="'num-examples' in the reply's metrics: expected"):
+        run(Never(), 1, m=1, grid=InProcessGrid(foreign_app(loss=1.0), 1), recovery=QUICK)
+
+
+@pytest.mark.parametrize("losses", [(1e308, 1e308), (math.inf, -math.inf)])
+def test_losses_beyond_numbers_are_no_loss_and_no_end(losses):
+    app = ClientApp(mods=[participant_mod])
+
+    @learner(app)
+    def train(message, context):
+        loss = losses[context.node_config["partition-id"]]
+        metrics = MetricRecord({"num-examples": 1, "loss": loss})
+        content = {"arrays": message.content["arrays"], "metrics": metrics}
+        return Message(RecordDict(content), reply_to=message)
+
+    strategy, _, _ = run(Never(), 2, m=2, grid=InProcessGrid(app, 2))
+    assert [entry.loss for entry in strategy.history] == [None, None]
+
+
 def test_a_learner_that_lost_its_state_says_so_and_gets_it_anew(flower_log):
     grid = grid_of()
     strategy = DynamicAveraging(1e6, num_learners=M)
@@ -599,16 +715,16 @@ class Crashing(InProcessGrid):
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    strategy, _, grid = run(Dynamic(0.3), 10)
+    strategy, result, grid = run(Dynamic(0.3), 10)
     assert {entry.synchronised for entry in strategy.history} == {"none", "partial", "full"}
-    return strategy, final(grid)
+    return strategy, result, final(grid)
 
 
 @pytest.mark.parametrize("after", range(1, 71, 3))
 def test_a_run_that_was_killed_at_any_message_resumes_to_the_same_end(
     tmp_path, after, uninterrupted
 ):
-    clean, models_of_clean = uninterrupted
+    clean, clean_result, models_of_clean = uninterrupted
     history = tmp_path / "history.jsonl"
 
     def make():
@@ -622,8 +738,12 @@ def test_a_run_that_was_killed_at_any_message_resumes_to_the_same_end(
         make().start(grid, zeros(), num_rounds=10)
     grid.after = math.inf
     strategy = make()
-    strategy.start(grid, zeros(), num_rounds=10, resume="auto")
+    result = strategy.start(grid, zeros(), num_rounds=10, resume="auto")
     assert final(grid) == models_of_clean
+    assert result.arrays["w"].data == clean_result.arrays["w"].data
+    # And once more, when nothing is left to train.
+    again = make().start(grid, zeros(), num_rounds=10, resume="auto")
+    assert again.arrays["w"].data == clean_result.arrays["w"].data
     assert [entry.lost for entry in strategy.history] == [[]] * 10
     for one, other in zip(clean.history, strategy.history, strict=True):
         for name in ("cumulative_loss", "reporters", "synchronised", "violations"):
@@ -641,7 +761,7 @@ def test_a_run_that_was_killed_while_it_evaluated_resumes_to_the_same_end(tmp_pa
     with pytest.raises(CrashError):
         DynamicAveraging(0.3, **arguments).start(grid, zeros(), 10, evaluate_fn=crash)
     DynamicAveraging(0.3, **arguments).start(grid, zeros(), 10, resume="auto")
-    assert final(grid) == uninterrupted[1]
+    assert final(grid) == uninterrupted[2]
 
 
 def test_a_finished_run_that_is_resumed_returns_the_mean_of_all_models(tmp_path):
@@ -663,6 +783,23 @@ def test_resuming_learners_without_state_begin_anew_from_the_reference(tmp_path)
     strategy = make()
     strategy.start(grid_of(), zeros(), num_rounds=5, resume="auto")
     assert [len(entry.lost) for entry in strategy.history] == [0, 0, 0, M, 0]
+
+
+@pytest.mark.parametrize(
+    ("initial", "roles", "what"),
+    [
+        (record(w=np.zeros(4, np.float32)), None, "model"),
+        (record(v=np.zeros(3, np.float32)), None, "model"),
+        (record(w=np.zeros(3)), None, "model"),
+        (zeros(), {"w": "buffer"}, "roles"),
+    ],
+)
+def test_another_model_or_role_is_not_resumed(initial, roles, what, tmp_path):
+    arguments = {"num_learners": M, "checkpoints": tmp_path}
+    DynamicAveraging(1.0, **arguments).start(grid_of(), zeros(), 1)
+    strategy = DynamicAveraging(1.0, roles=roles, **arguments)
+    with pytest.raises(ColearnError, match=f"found another {what}: "):
+        strategy.start(grid_of(), initial, 2, resume="auto")
 
 
 def test_checkpoints_are_refused_where_they_do_not_belong(tmp_path):

@@ -284,10 +284,19 @@ def test_what_an_earlier_run_left_is_no_part_of_a_new_one(tmp_path):
 
 
 def test_a_damaged_file_is_as_good_as_none(tmp_path):
-    (tmp_path / "partition-1.state").write_bytes(b"not a state")
+    class Damaging(Forgetful):
+        def _call(self, message):
+            if message.content["config"]["server-round"] == 3:
+                for path in tmp_path.glob("partition-1-*.state"):
+                    path.write_bytes(b"not a state" * 9)
+            return super()._call(message)
+
+    seen = {}
     nodes = [{"state-dir": str(tmp_path)}] * K
-    grid = Forgetful(client_app(), K, node_configs=nodes)
-    run(LocalBN(), grid=grid, rounds=2)
+    strategy, *_ = run(LocalBN(), grid=Damaging(client_app(seen), K, node_configs=nodes))
+    assert seen[3, 1]["downsample.1.weight"].tolist() == [1.5, 1.5]
+    last = strategy.history.records[-1]
+    assert last.normalization["reinitialised"] == ["partition-1"]
 
 
 class Repeating(SpyGrid):
