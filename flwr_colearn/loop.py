@@ -420,6 +420,7 @@ class _Run:
         check_same_configuration(state["configuration"], self._configuration())
         # Participants keep their state by session, so a resumed run must have the same.
         self.grid.session = str(state["session"])
+        self.grid.restore_names(state.get("participants", {}))
         self.result.arrays = to_record(dict(saved.arrays))
         history.restore([history.kind.from_json(line) for line in state["history"]])
         restore_state(self.strategy, (state["strategy"], dict(saved.extra)))
@@ -445,6 +446,7 @@ class _Run:
         state: dict[str, Any] = {
             "configuration": self._configuration(),
             "session": self.grid.session,
+            "participants": self.grid.reported_names(),
             "complete": complete,
             "strategy": strategy,
             "own": self.manager.own_state(),
