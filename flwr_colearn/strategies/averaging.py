@@ -499,6 +499,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 self.num_participants,
                 self.weighted_by_key,
                 self._outgoing.empty,
+                self._shared.variances,
+                rounded=not self._features.compression.keeps_signs,
             )
         self._mean.renew(server_round, self._shared.arrays)
 
