@@ -105,10 +105,14 @@ def test_its_sender_is_refused_and_restarted_and_the_others_stay(kind, scheme, c
 
 def test_int8_may_round_a_small_variance_below_zero_and_nobody_is_refused(clock):
     def shrink(k, plan, arrays):  # from 0.5, in a step of 99 / 127
-        return {**arrays, VARIANCE: np.float32([100.0, 0.001])}
+        return {**arrays, VARIANCE: np.float32([[100.0, 0.001]])}
 
     grid = FaultyGrid(clock, train=shrink)
-    initial = {**MODEL, VARIANCE: np.float32([1.0, 0.5])}
+    initial = {
+        **MODEL,
+        MEAN: np.zeros((1, 2), np.float32),
+        VARIANCE: np.float32([[1.0, 0.5]]),  # the codec rounds arrays of two dimensions only
+    }
     strategy = strategy_of(recovery=Recovery(0), compression=Compression(up=Int8()))
     result = strategy.start(grid, record_of(initial), num_rounds=1)
     assert strategy.history.records[0].refusals == []
