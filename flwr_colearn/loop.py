@@ -440,6 +440,7 @@ class _Run:
         )
         # Participants keep their state by session, so a resumed run must have the same.
         self.grid.session = str(state["session"])
+        self.grid.restore_names(state.get("participants", {}))
         self.result.arrays = to_record(dict(saved.arrays))
         assert self.checkpoints is not None
         copies = [history.path] if history.path is not None else []
@@ -467,6 +468,7 @@ class _Run:
         state: dict[str, Any] = {
             "configuration": self._configuration(),
             "session": self.grid.session,
+            "participants": self.grid.reported_names(),
             "complete": complete,
             "strategy": strategy,
             "own": self.manager.own_state(),

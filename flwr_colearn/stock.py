@@ -5,18 +5,27 @@ from collections.abc import Callable, Mapping
 from logging import WARNING
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common import log as write
 from flwr.serverapp.strategy import Strategy
 
 from ._flwr import is_private
-from .aggregation import RunningMean, read_reply, relative_change, trainable
+from .aggregation import (
+    RunningMean,
+    arrays_of,
+    check_echo,
+    check_model,
+    read_reply,
+    relative_change,
+    trainable,
+)
 from .errors import ColearnError
 from .history import RoundLog, RoundRecord
 from .managed import Managed
 from .normalization import Average
 from .policy import attempt_limit
-from .records import cast_record, number_in, records_of, to_record, view
+from .records import cast_record, kind_of, number_in, records_of, to_record, view
 from .roles import UNTRAINED, Arrays, NDArray, Role, assign_roles
 from .strategy_state import chain_of
 from .transport import ConnectedGrid, Transport
@@ -53,6 +62,8 @@ class Stock(Managed[RoundLog]):
         self._timeout = float("inf")
         self._roles: dict[str, Role] = {}
         self._sent: Arrays = {}
+        self._sums: RunningMean | None = None
+        self._variances: list[str] = []
         self._record = ArrayRecord()
         self._epochs_done = 0
 
@@ -81,8 +92,10 @@ class Stock(Managed[RoundLog]):
             scheme = self.transport.normalization
             roles = assign_roles(self._sent, self.transport.roles)
             scheme.check(self._sent, roles)
+            self._variances = [name for name, role in roles.items() if role is Role.VARIANCE]
             self._roles = scheme.roles(self._sent, roles)
             self._warn_of_privacy()
+        self._sums = self._sums_of(self._sent) if self._trains and not self._private else None
         epochs = int(number_in(config, "local-epochs"))
         self._epochs_done += epochs
         # "lr" is the key of Flower's own examples.
@@ -91,6 +104,36 @@ class Stock(Managed[RoundLog]):
         self.time_limit = attempt_limit(self._timeout)
         if self.time_limit is not None:
             config["time-limit"] = self.time_limit
+
+    def check_reply(self, sent: Message, reply: Message) -> None:
+        """Raise a ColearnError unless `reply` is a usable answer to the train message `sent`.
+
+        The condition is that of the sum of statistics, so that a reply which could not be pooled is
+        refused, and its participant restarted, before the strategy averages it.
+        """
+        if kind_of(sent) != MessageType.TRAIN:
+            return
+        check_echo(sent, reply)
+        model, examples = read_reply(reply, self._key)
+        check_model(model, view(arrays_of(sent)))
+        # The strategy itself may send a model that cannot be summed; each of the replies to it is
+        # judged by the strategy alone then.
+        if self._sums is not None:
+            self._sums.check(model, examples)
+
+    def _sums_of(self, model: Arrays) -> RunningMean | None:
+        """Return a mean of models like this one; None if the model itself could not be summed."""
+        sums = RunningMean(
+            model,
+            self._roles,
+            variances=self._variances,
+            rounded=not self.transport.compression.keeps_signs,
+        )
+        try:
+            sums.check(model)
+        except ColearnError:
+            return None
+        return sums
 
     def floats_of(self, arrays: ArrayRecord) -> ArrayRecord:
         """Return the model for the strategy, with counters as float64, which is exact up to 2^53.
@@ -125,11 +168,16 @@ class Stock(Managed[RoundLog]):
         return {**pooled, **{name: sent[name] for name in (*local, *unreturned)}}
 
     def with_statistics(self, average: ArrayRecord, statistics: dict[str, NDArray]) -> ArrayRecord:
-        """Return the strategy's average with these arrays in place of its own."""
-        if not statistics:
-            return average
-        ours = to_record(statistics)
-        return ArrayRecord({n: ours.get(n, a) for n, a in average.items()})
+        """Return the strategy's average with these arrays in place of its own.
+
+        Variances that the strategy itself made negative, as momentum does, are 0; not under
+        differential privacy, whose noise is part of the model.
+        """
+        model = view(average)
+        kept = [n for n in self._variances if n not in statistics and n in model]
+        raised = {} if self._private else {n: np.maximum(model[n], 0) for n in kept}
+        ours = to_record({**raised, **statistics})
+        return ArrayRecord({n: ours.get(n, a) for n, a in average.items()}) if ours else average
 
     def _pooled_names(self) -> list[str]:
         if isinstance(self.transport.normalization, Average) or not self._trains:
@@ -139,7 +187,11 @@ class Stock(Managed[RoundLog]):
     def _pooled(self, names: list[str], replies: list[Message]) -> dict[str, NDArray]:
         """Return these arrays, pooled over all replies."""
         like = {name: self._sent[name] for name in names}
-        mean = RunningMean(like, {name: self._roles[name] for name in names})
+        mean = RunningMean(
+            like,
+            {name: self._roles[name] for name in names},
+            rounded=not self.transport.compression.keeps_signs,
+        )
         for reply in replies:
             try:
                 model, examples = read_reply(reply, self._key)

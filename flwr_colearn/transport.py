@@ -259,6 +259,14 @@ class ConnectedGrid(WrappingGrid):
         """Return a participant's name where known, else its node id."""
         return self._directory.name_of(node_id)
 
+    def reported_names(self) -> dict[str, str]:
+        """Return the names that participants reported, by node id as text, for a checkpoint."""
+        return {str(node): name for node, name in self._directory.answered.items()}
+
+    def restore_names(self, names: Mapping[str, str]) -> None:
+        """Restore the names that `reported_names` returned, which are not queried again."""
+        self._directory.answered.update({int(node): name for node, name in names.items()})
+
     def in_order(self, replies: Iterable[Message]) -> list[Message]:
         """Return replies sorted by participant name; those without a name in the messages' order.
 

@@ -335,6 +335,11 @@ class FaultyGrid(InProcessGrid):
         return reply
 
 
+def is_query(message):
+    """Whether a message asks for the participant's name, and for nothing else."""
+    return "ask" in message.content.get("colearn", {})
+
+
 def _is_training(message):
     """Whether a message asks for training, and not only for the participant's name."""
     return message.metadata.message_type == "train" and "config" in message.content

@@ -2,16 +2,23 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
 from ..errors import ColearnError, expected
-from ..roles import Arrays, NDArray, Roles, assign_roles, pair_statistics
+from ..roles import Arrays, NDArray, Role, Roles, assign_roles, pair_statistics
 from .buckets import BucketSum
 from .chunks import CHUNK, Chunks, Part, flat
 from .statistics import PooledStatistics
-from .validation import check_model, check_structure, floats, refuse_first
+from .validation import (
+    check_model,
+    check_structure,
+    check_variances,
+    floats,
+    is_negative,
+    refuse_first,
+)
 
 _LARGEST_WEIGHT = 2**53
 
@@ -57,6 +64,13 @@ class RunningMean:
         The largest number of models. A model is refused if the sum of so many equal ones would
         overflow int64, float64 or the weight. The acceptance of a model therefore depends on that
         model alone, and not on those of other participants.
+    variances : collection of str, optional
+        The arrays that cannot be negative, by default those with the role ``variance``. A model
+        with a negative number in one of them is refused, and their averages are at least 0. An
+        array that is negative in `like` is left out.
+    rounded : bool, default False
+        Whether models were rounded so that a small variance may have become negative. They are not
+        refused then, and the averages are at least 0 all the same.
 
     Raises
     ------
@@ -78,8 +92,13 @@ class RunningMean:
         roles: Roles = None,
         empty: Empty = empty_array,
         models: int = 256,
+        variances: Collection[str] | None = None,
+        rounded: bool = False,
     ) -> None:
         self.roles = assign_roles(like, roles)
+        by_role = [name for name, role in self.roles.items() if role is Role.VARIANCE]
+        self._variances = by_role if variances is None else list(variances)
+        self._rounded = rounded
         self.models = models
         self._empty = empty
         pairs = pair_statistics(like, self.roles)
@@ -105,6 +124,9 @@ class RunningMean:
         two models.
         """
         self._like = dict(like)
+        # A model that is negative there already, for example by the noise of differential privacy,
+        # is no reason to refuse what participants make of it.
+        self._positive = [name for name in self._variances if not is_negative(like[name])]
         self._integers: dict[str, NDArray] = {}
         self._averages: dict[str, NDArray] | None = None
         self._at_once = False
@@ -141,10 +163,15 @@ class RunningMean:
         ------
         ColearnError
             If the weight is not positive, an array is missing, unexpected, of another shape or
-            type or not finite, or `models` such models could not be summed.
+            type or not finite, a variance is negative, or `models` such models could not be summed.
         """
         check_model(arrays, self._like)
+        self._check_variances(arrays)
         self._check_sizes(arrays, self._check_weight(weight))
+
+    def _check_variances(self, arrays: Arrays) -> None:
+        if not self._rounded:
+            check_variances(arrays, self._positive)
 
     def add_checked(self, arrays: Arrays, weight: float = 1) -> None:
         """Do the same as `add`, with a model that `check` has accepted with the same weight.
@@ -193,6 +220,7 @@ class RunningMean:
         weighted = [(arrays, self._check_weight(weight)) for arrays, weight in models]
         try:
             for arrays, weight in weighted:
+                self._check_variances(arrays)
                 self._check_sizes(arrays, weight)
                 self._add_rest(arrays, weight)
             self._small.check()
@@ -235,6 +263,8 @@ class RunningMean:
         averages.update(self._small.split(self._small.total / self.weight))
         averages.update(self._statistics.pooled(self.weight))
         averages.update({name: self._divide_whole(name) for name in self._whole})
+        for name in self._positive:
+            averages[name] = np.maximum(averages[name], 0)
         return {name: averages[name] for name in self._like}
 
     def _add_large(self, arrays: Arrays, weight: float) -> None:

@@ -1,6 +1,6 @@
 """RoundMean: the mean of one round, with its participants and the refused replies."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from logging import WARNING
 from typing import Literal
@@ -39,6 +39,8 @@ class RoundMean:
         The name of the metric with the participant's number of examples.
     empty : callable, optional
         Allocates the averages; see `RunningMean`.
+    variances, rounded
+        The arrays that cannot be negative, and whether rounding makes them so; see `RunningMean`.
 
     Attributes
     ----------
@@ -61,10 +63,12 @@ class RoundMean:
         participants: int = 256,
         weighted_by_key: str = "num-examples",
         empty: Empty = empty_array,
+        variances: Collection[str] | None = None,
+        rounded: bool = False,
     ) -> None:
         self.weighting = as_weighting(weighting)
         self.weighted_by_key = weighted_by_key
-        self._mean = RunningMean(like, roles, empty, participants)
+        self._mean = RunningMean(like, roles, empty, participants, variances, rounded)
         self.renew(1, like)
 
     def renew(self, server_round: int, like: Arrays) -> None:

@@ -1,11 +1,11 @@
 """Checks of a model before it is averaged or loaded: names, shapes, types, finite numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..errors import NOT_FINITE, ColearnError
+from ..errors import NOT_FINITE, ColearnError, expected
 from ..roles import Arrays, NDArray
 from .chunks import CHUNK, Chunks, Part, flat
 
@@ -52,6 +52,19 @@ def check_finite(arrays: Arrays) -> None:
         return None
 
     refuse_first(Chunks(arrays).map(wrong))
+
+
+def check_variances(arrays: Arrays, names: Iterable[str]) -> None:
+    """Raise a ColearnError that names the first of these arrays with a negative number."""
+    for name in names:
+        if is_negative(arrays[name]):
+            least = arrays[name].min().item()
+            raise expected(f"array '{name}' of variances", "numbers of at least 0", least)
+
+
+def is_negative(array: NDArray) -> bool:
+    """Return whether an array has a negative number."""
+    return bool(array.size and array.min() < 0)
 
 
 def refuse_first(wrong: Sequence[str | None]) -> None:

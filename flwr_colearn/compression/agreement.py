@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord
 from ..errors import ColearnError, expected
 from ..records import to_record
 from ..roles import Arrays
-from .codecs import Codec, Uncompressed, codec_named
+from .codecs import BFloat16, Codec, Float16, Uncompressed, codec_named
 
 VERSION = 3
 """The version of the agreement, which must be the same on both sides."""
@@ -76,6 +76,12 @@ class Compression:
     def is_plain(self) -> bool:
         """Whether neither direction is compressed."""
         return isinstance(self.up, Uncompressed) and isinstance(self.down, Uncompressed)
+
+    @property
+    def keeps_signs(self) -> bool:
+        """Whether no number of a participant's model changes its sign on the way to the server."""
+        # A difference is rounded in steps that may be larger than the number itself.
+        return isinstance(self.up, Uncompressed | Float16 | BFloat16)
 
     def received(self, model: Arrays) -> Arrays:
         """Return a model as participants decode it; a second encoding would not change it."""

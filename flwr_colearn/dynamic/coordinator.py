@@ -230,7 +230,10 @@ class Coordinator:
 
     def _new_mean(self) -> RunningMean:
         return RunningMean(
-            self.reference.arrays, self.reference.roles, models=max(len(self.nodes), 1)
+            self.reference.arrays,
+            self.reference.roles,
+            models=max(len(self.nodes), 1),
+            rounded=not self.compression.keeps_signs,
         )
 
     def _begin_anew(self, answers: dict[int, _Answer]) -> dict[int, _Answer]:

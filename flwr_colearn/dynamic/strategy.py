@@ -1,7 +1,7 @@
 """DynamicAveraging: a strategy in which learners exchange models only when they diverge."""
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,8 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
     operator : Operator
         ``Dynamic``, ``Periodic``, ``Continuous``, ``FractionAveraging``, ``Never`` or ``Serial``
         of `flwr_colearn.dynamic`.
-    num_learners : int
-        m, the number of learners in every round.
+    num_learners : int, optional
+        m, the number of learners in every round; not needed with `participants`.
     roles : mapping or sequence, optional
         The arrays that are weights, batch-norm means and variances, counters; see
         `flwr_colearn.Role`. The distance is computed over weights only; statistics are pooled.
@@ -69,6 +69,9 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
     compression : Compression, optional
         The codecs of models in messages, by default none. With a codec learners need
         `flwr_colearn.participant_mod`.
+    participants : sequence of str, optional
+        The registered names of the only SuperNodes that are learners, see
+        `flwr_colearn.Transport`; m is their number. By default any m SuperNodes are.
     seed : int, optional
         The seed of the random choices among learners.
 
@@ -87,7 +90,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
     def __init__(
         self,
         operator: Operator,
-        num_learners: int,
+        num_learners: int | None = None,
         *,
         roles: Roles = None,
         history: str | Path | DynamicHistory | None = None,
@@ -96,10 +99,15 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
         checkpoints: str | Path | CheckpointFolder | None = None,
         compression: Compression = Compression(),  # noqa: B008
+        participants: Sequence[str] | None = None,
         seed: int | None = None,
     ) -> None:
         if not isinstance(operator, Operator):
             raise expected("operator", "one of flwr_colearn.dynamic", operator)
+        self.transport = Transport(
+            recovery, compression=compression, roles=roles, participants=participants
+        )
+        num_learners = self._number_of(participants, num_learners)
         operator.check_learners(num_learners)
         if evaluate_mean_every is not None:
             whole_number("evaluate_mean_every", evaluate_mean_every, least=1)
@@ -107,7 +115,6 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
             real_number("wait_for_participants", wait_for_participants, least=0.0)
         self.operator = operator
         self.num_learners = num_learners
-        self.transport = Transport(recovery, compression=compression, roles=roles)
         self.log = DynamicLog(history)
         self.evaluate_mean_every = evaluate_mean_every
         self.wait_for_participants = (
@@ -120,6 +127,14 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         self._timeout: float | None = None
         self._save: Callable[[int], None] | None = None
         self._last_round: int | None = None
+
+    @staticmethod
+    def _number_of(participants: Sequence[str] | None, num_learners: int | None) -> int:
+        """Return m: the number of the named participants, else the argument."""
+        named = num_learners if participants is None else len(participants)
+        if num_learners not in (None, named):
+            raise expected("num_learners", f"{named}, the number of `participants`", num_learners)
+        return whole_number("num_learners", named, least=1)
 
     @property
     def history(self) -> DynamicHistory:
@@ -330,6 +345,8 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
                 "Pooled(), since learners keep their models, statistics included",
                 grid.transport.normalization,
             )
+        if grid.participants is not None:
+            self._number_of(grid.participants, self.num_learners)
         self._grid, self._timeout, self._last_round, self._save = grid, timeout, num_rounds, save
         self._coordinator = None
         self.log.record = DynamicRecord(0, 0)
@@ -420,8 +437,8 @@ class DynamicAveraging(ModelAveraging):
         |r|^2. Choose it from ``largest_distance`` in the history of a short run.
     check_every : int, default 1
         b, the number of mini-batches in a round.
-    num_learners : int
-        m, the number of learners.
+    num_learners : int, optional
+        m, the number of learners; not needed with `participants`.
     **kwargs
         As for `ModelAveraging`.
 
@@ -437,7 +454,7 @@ class DynamicAveraging(ModelAveraging):
         threshold: float | Absolute | Relative,
         check_every: int = 1,
         *,
-        num_learners: int,
+        num_learners: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(Dynamic(threshold, check_every), num_learners, **kwargs)

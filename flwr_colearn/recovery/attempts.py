@@ -98,11 +98,24 @@ class Attempts:
         self.participants = [Participant(m.metadata.dst_node_id, m) for m in messages]
         self.events: list[Event] = []
         self.sent = 0
+        # The participants that were refused because another one has their name.
+        self._copies: set[int] = set()
 
     def begin(self) -> None:
-        """Send all messages."""
+        """Send all messages.
+
+        Before the first training every participant is queried for its name. Of participants that
+        have one name only one receives the model.
+
+        Raises
+        ------
+        ColearnError
+            If two participants have one name, and the policy requires the replies of both.
+        """
         self.directory.refresh(self.grid)
-        self._push(self.participants)
+        self.directory.introduce(self.grid, self.node_ids)
+        self._refuse_copies()
+        self._push([participant for participant in self.participants if not participant.done])
 
     def replies(self) -> Iterator[Message]:
         """Yield valid replies, and restart participants that fail, until all are done.
@@ -169,22 +182,44 @@ class Attempts:
             return False
         participant.seconds = time.monotonic() - participant.sent_at
         participant.replied = True
+        self.directory.accepted.add(participant.node_id)
         return True
 
-    def _check_identity(self, participant: Participant, reply: Message) -> None:
+    def _refuse_copies(self) -> None:
+        """Refuse the participants whose name another one has, before they receive the model."""
         directory = self.directory
-        answered = echo_of(reply).get("participant")
-        registered = directory.registered.get(participant.node_id)
-        for other in self.participants:
-            if other is participant:
+        # The one that is registered with the name keeps it, then the one that has trained before.
+        order = sorted(
+            self.participants,
+            key=lambda p: (
+                p.node_id not in directory.registered,
+                p.node_id not in directory.accepted,
+            ),
+        )
+        owners: dict[str, Participant] = {}
+        for participant in order:
+            names = directory.names_of(participant.node_id)
+            shared = sorted(names & owners.keys())
+            if not shared:
+                owners.update(dict.fromkeys(names, participant))
                 continue
-            if answered is not None and directory.answered.get(other.node_id) == answered:
-                raise _shared_name(participant, other, str(answered))
-            # If two nodes are registered with one name, the first reply is accepted.
-            if registered and other.replied and directory.name_of(other.node_id) == registered:
-                raise _shared_name(participant, other, registered)
-        if answered is not None:
-            directory.answered[participant.node_id] = str(answered)
+            self._copies.add(participant.node_id)
+            error = str(_shared_name(participant, owners[shared[0]], shared[0]))
+            self._note("refusal", participant, error)
+            self._give_up(participant, error)
+
+    def _check_identity(self, participant: Participant, reply: Message) -> None:
+        """Raise a ColearnError if the name that a reply reports is not the participant's own."""
+        reported = echo_of(reply).get("participant")
+        if reported is None:
+            return
+        name = self.directory.check_name(participant.node_id, reported)
+        for other in self.participants:
+            if other is participant or other.node_id in self._copies:
+                continue
+            if name in self.directory.names_of(other.node_id):
+                raise _shared_name(participant, other, name)
+        self.directory.answered[participant.node_id] = name
 
     def _watch_clock(self, participant: Participant) -> None:
         if self.timeout is None or participant.message_id is None:

@@ -15,7 +15,7 @@ from .._version import MOD_VERSION, __version__
 from ..aggregation import ECHO
 from ..errors import ColearnError
 from ..records import config_of, describe, records_of
-from .identity import ASK
+from .identity import ASK, checked_name
 
 Next = Callable[[Message, Context], Message]
 
@@ -71,10 +71,15 @@ def name_of(context: Context) -> dict[str, str]:
 
     The name is ``name`` in the SuperNode's node config, else ``client-name``, which NVFlare sets to
     the name of its site, else ``partition-<partition-id>``.
+
+    Raises
+    ------
+    ColearnError
+        If the name is empty, too long, or contains control characters.
     """
     for key in ("name", "client-name"):
         if key in context.node_config:
-            return {"participant": str(context.node_config[key])}
+            return {"participant": checked_name(str(context.node_config[key]))}
     if "partition-id" in context.node_config:
         number = str(context.node_config["partition-id"])
         return {"participant": f"partition-{number}"}

@@ -37,6 +37,11 @@ class RecoveringGrid(WrappingGrid):
     disconnected, and the log contains a warning. So no shard is trained twice in a round, and none
     is left out.
 
+    Before its first training a participant is queried for its name. Of two participants with one
+    name, such as two sites with a copied node config, the second is refused before it receives the
+    model, with both nodes in the reason. A participant that reports another name than its
+    registered one, or than it reported before, is refused.
+
     In Flower's simulation a participant that raises is restarted too. Recovery from kills and hangs
     works in deployments only, since Flower does not replace a killed Ray actor.
 
@@ -145,7 +150,11 @@ class RecoveringGrid(WrappingGrid):
             self._abandoned,
             self.elsewhere,
         )
-        attempts.begin()
+        try:
+            attempts.begin()
+        except BaseException:
+            self._note(attempts)
+            raise
         return self._replies(attempts)
 
     def _replies(self, attempts: Attempts) -> Iterator[Message]:
@@ -153,9 +162,13 @@ class RecoveringGrid(WrappingGrid):
             yield from attempts.replies()
         # After an error too: the history has to show the events that led to it.
         finally:
-            self._events += attempts.events
-            self.node_ids, self.seconds = attempts.node_ids, attempts.seconds
-            self.sent = attempts.sent
+            self._note(attempts)
+
+    def _note(self, attempts: Attempts) -> None:
+        """Store the events and numbers of a round's attempts."""
+        self._events += attempts.events
+        self.node_ids, self.seconds = attempts.node_ids, attempts.seconds
+        self.sent = attempts.sent
 
 
 def _is_training(message: Message) -> bool:

@@ -1,5 +1,7 @@
 """Directory: the names of nodes, and the search for a participant that reconnects as a new node."""
 
+import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
@@ -10,6 +12,7 @@ from flwr.serverapp import Grid
 
 from .._flwr import node_names
 from ..aggregation import ECHO, echo_of
+from ..errors import ColearnError
 
 ASK, NAME = "ask", "name"
 """The entry of the control record `ECHO` that makes a message a query, and the entry's value."""
@@ -17,19 +20,64 @@ ASK, NAME = "ask", "name"
 ANSWER_WITHIN = 120.0
 """The seconds within which a participant must report its name, with the start of its process."""
 
+LONGEST_NAME = 512
+"""The largest number of characters of a participant's name."""
+
+# The name of a participant whose node config has none. It is no name that somebody chose, so a
+# node with a registered name may report it.
+_NUMBERED = re.compile(r"partition--?\d+")
+
+
+def checked_name(name: object) -> str:
+    """Return a participant's name.
+
+    Raises
+    ------
+    ColearnError
+        If it is no text, empty, too long, or contains characters that would forge lines of a log:
+        control and format characters, line separators, and lone surrogates.
+    """
+    is_text = isinstance(name, str) and 0 < len(name) <= LONGEST_NAME
+    # The categories of Unicode that begin with C are control, format, surrogate, private and
+    # unassigned; Zl and Zp are the separators of lines and paragraphs.
+    if not is_text or any(
+        (kind := unicodedata.category(each))[0] == "C" or kind in ("Zl", "Zp") for each in str(name)
+    ):
+        shown = ascii(name[:40] if isinstance(name, str | bytes) else type(name).__name__)
+        raise ColearnError(
+            f"name of a participant: expected text of 1 to {LONGEST_NAME} characters without "
+            f"control characters, found {shown}; change `name` in the site's node config"
+        )
+    return str(name)
+
 
 @dataclass
 class Directory:
     """The names of nodes, as far as they are known.
 
     A node may have a registered name (SuperNode authentication) and a name that its participant
-    reports (`flwr_colearn.participant_mod`). Only names of the same kind are compared.
+    reports (`flwr_colearn.participant_mod`). The registered name goes before the reported one. A
+    node whose participant reports another name than the registered one, or than it reported before,
+    is refused.
+
+    Attributes
+    ----------
+    registered, answered : dict
+        The registered and the reported names, by node id.
+    nameless : set of int
+        The nodes that were queried for a name and reported none.
+    seen : set of int
+        The nodes that were ever connected.
+    accepted : set of int
+        The nodes of which a reply was accepted.
     """
 
     registered: dict[int, str] = field(default_factory=dict)
     answered: dict[int, str] = field(default_factory=dict)
     nameless: set[int] = field(default_factory=set)
     seen: set[int] = field(default_factory=set)
+    accepted: set[int] = field(default_factory=set)
+    _compared: set[tuple[int, int]] = field(default_factory=set)
 
     def refresh(self, grid: Grid) -> None:
         """Add the connected nodes and their registered names."""
@@ -38,11 +86,59 @@ class Directory:
 
     def known_name(self, node_id: int) -> str | None:
         """Return a node's name, or None."""
-        return self.answered.get(node_id) or self.registered.get(node_id)
+        return self.registered.get(node_id) or self.answered.get(node_id)
 
     def name_of(self, node_id: int) -> str:
         """Return a node's name where known, else its id."""
         return self.known_name(node_id) or str(node_id)
+
+    def names_of(self, node_id: int) -> set[str]:
+        """Return the registered and the reported name of a node; both are names of its own."""
+        names = (self.registered.get(node_id), self.answered.get(node_id))
+        return {name for name in names if name is not None}
+
+    def check_name(self, node_id: int, reported: object) -> str:
+        """Return the name that a node's participant reported.
+
+        Raises
+        ------
+        ColearnError
+            If it is no name, or another than the node's registered or earlier name.
+        """
+        name = checked_name(reported)
+        registered, before = self.registered.get(node_id), self.answered.get(node_id)
+        if registered not in (None, name) and not _NUMBERED.fullmatch(name):
+            raise ColearnError(
+                f"name of node {node_id}: expected the registered name {registered!r}, found "
+                f"{name!r}; change `name` in the site's node config, or register the site anew"
+            )
+        if before not in (None, name):
+            raise ColearnError(
+                f"name of node {node_id}: expected {before!r}, which it reported before, found "
+                f"{name!r}"
+            )
+        return name
+
+    def introduce(self, grid: Grid, nodes: Iterable[int]) -> None:
+        """Query the nodes whose participants have not reported a name yet, each once, together.
+
+        A ClientApp without `participant_mod` gives the query to its training function, which finds
+        no model in it and fails; its node then counts as nameless.
+        """
+        unknown = [n for n in nodes if n not in self.answered and n not in self.nameless]
+        if not unknown:
+            return
+        replies = grid.send_and_receive([_question(n) for n in unknown], timeout=ANSWER_WITHIN)
+        for reply in replies:
+            node_id, reported = reply.metadata.src_node_id, echo_of(reply).get("participant")
+            if reported is None or node_id not in unknown:
+                continue
+            try:
+                self.answered[node_id] = self.check_name(node_id, reported)
+            # The reply to the training is refused for the same reason, which is recorded then.
+            except ColearnError as error:
+                log(WARNING, "Recovery: %s", error)
+        self.nameless.update(node for node in unknown if node not in self.answered)
 
     def successor(
         self, grid: Grid, node_id: int, connected: set[int], others: list[int]
@@ -73,6 +169,7 @@ class Directory:
             if same:
                 self._welcome(candidate, node_id)
                 return candidate
+            self._note_stranger(candidate, node_id)
         return None
 
     def _welcome(self, node_id: int, earlier: int) -> None:
@@ -86,10 +183,33 @@ class Directory:
             "" if known else "; this is an assumption, since its name is not known",
         )
 
+    def _note_stranger(self, node_id: int, earlier: int) -> None:
+        """Log, once, that a new node is not taken for a participant that left, and the reason."""
+        # Nodes that were there before are spare nodes, about which nothing is new.
+        if node_id in self.seen or (node_id, earlier) in self._compared:
+            return
+        self._compared.add((node_id, earlier))
+        log(
+            WARNING,
+            "Recovery: node %s (%s) has connected and does not take the place of participant %s "
+            "(%s), which left, since the names differ",
+            node_id,
+            self._described(node_id),
+            self.name_of(earlier),
+            self._described(earlier),
+        )
+
+    def _described(self, node_id: int) -> str:
+        """Return both names of a node, for the log."""
+        kinds = (("registered", self.registered), ("reported", self.answered))
+        known = [f"{kind} name {names[node_id]!r}" for kind, names in kinds if node_id in names]
+        return ", ".join(known) or "no name"
+
     def _same(self, grid: Grid, node_id: int, earlier: int) -> bool | None:
         """Return whether two nodes belong to the same participant; None if unknown."""
-        if node_id in self.registered and earlier in self.registered:
-            return self.registered[node_id] == self.registered[earlier]
+        # A name that only one of the two has registered cannot be taken over by reporting it.
+        if node_id in self.registered or earlier in self.registered:
+            return self.registered.get(node_id) == self.registered.get(earlier)
         self._ask(grid, node_id)
         if node_id in self.answered and earlier in self.answered:
             return self.answered[node_id] == self.answered[earlier]
@@ -98,23 +218,16 @@ class Directory:
     def _ask(self, grid: Grid, node_id: int) -> None:
         """Query a node for its name, once, if participants of this run have reported names.
 
-        Without `participant_mod`, which either all sites of a run have or none, the user's training
-        function would receive the query.
+        Either all sites of a run have `participant_mod` or none, so where none has reported a name
+        another query would be in vain.
         """
-        if not self.answered or node_id in self.answered or node_id in self.nameless:
-            return
-        question = Message(
-            content=RecordDict({ECHO: ConfigRecord({ASK: NAME})}),
-            message_type=MessageType.TRAIN,
-            dst_node_id=node_id,
-        )
-        names = _names_in(grid.send_and_receive([question], timeout=ANSWER_WITHIN))
-        if names:
-            self.answered[node_id] = names[0]
-        else:
-            self.nameless.add(node_id)
+        if self.answered:
+            self.introduce(grid, [node_id])
 
 
-def _names_in(replies: Iterable[Message]) -> list[str]:
-    names = [echo_of(reply).get("participant") for reply in replies]
-    return [str(name) for name in names if name is not None]
+def _question(node_id: int) -> Message:
+    return Message(
+        content=RecordDict({ECHO: ConfigRecord({ASK: NAME})}),
+        message_type=MessageType.TRAIN,
+        dst_node_id=node_id,
+    )

@@ -1,6 +1,7 @@
 """Checks of the strategies' arguments."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import expected, real_number, whole_number
@@ -36,6 +37,32 @@ def participant_arguments(
         if num_participants is not None and kwargs.get(name, k) != k:
             raise expected(name, f"num_participants={k}, or nothing", kwargs[name])
     return {name: kwargs.get(name, k) if name != least[0] else k for name in least}
+
+
+def number_of(
+    participants: Sequence[str] | None, number: int | None, name: str = "num_participants"
+) -> int | None:
+    """Return K: the number of the named participants, else `number`.
+
+    Parameters
+    ----------
+    participants : sequence of str, optional
+        The registered names, see `flwr_colearn.Transport`.
+    number : int or None
+        The user's argument for K.
+    name : str
+        The name of that argument.
+
+    Raises
+    ------
+    ColearnError
+        If both are given and differ.
+    """
+    if participants is None:
+        return number
+    if number is not None and number != len(participants):
+        raise expected(name, f"{len(participants)}, the number of `participants`", number)
+    return len(participants)
 
 
 def patience(wait_for_participants: float | None) -> float:

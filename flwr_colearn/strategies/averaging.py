@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO
 from operator import itemgetter
 from pathlib import Path
@@ -29,13 +29,17 @@ from ..stock import warn_of_private_statistics
 from ..traffic import Event
 from ..transport import ConnectedGrid, Transport
 from .algorithm import Algorithm, Progress
-from .arguments import participant_arguments, patience
+from .arguments import number_of, participant_arguments, patience
 from .foreign_loop import refuse_in_foreign_loop
 from .metrics import aggregated, evaluations_of
 from .shared_model import SharedModel
 
 UNLIMITED = 365 * 86_400.0
 """The time to live of messages in seconds where an attempt has no time limit."""
+
+FRACTION = "fraction_train"
+LEAST = ("min_train_nodes", "min_available_nodes", "min_evaluate_nodes")
+"""FedAvg's arguments that K determines."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,6 +89,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
     normalization : Normalization, optional
         The scheme for normalization layers where participants' data differ, see
         `flwr_colearn.Normalization`. By default their statistics are pooled.
+    participants : sequence of str, optional
+        The registered names of the only SuperNodes that receive the model, see
+        `flwr_colearn.Transport`; K is their number. By default any K SuperNodes take part.
     algorithm : Algorithm, optional
         The rules for T and the learning rate of every round; by default the train config has them.
     **kwargs
@@ -130,17 +137,18 @@ class Averaging(FedAvg, Managed[RoundLog]):
         checkpoints: str | Path | CheckpointFolder | None = None,
         compression: Compression = Compression(),  # noqa: B008
         normalization: Normalization = Pooled(),  # noqa: B008
+        participants: Sequence[str] | None = None,
         algorithm: Algorithm | None = None,
         **kwargs: Any,
     ) -> None:
-        nodes = participant_arguments(
-            num_participants,
-            kwargs,
-            fraction="fraction_train",
-            least=("min_train_nodes", "min_available_nodes", "min_evaluate_nodes"),
+        self.transport = Transport(recovery, normalization, compression, roles, participants)
+        # K as the user gave it; without it, K follows the names of a connected grid.
+        given = number_of(participants, num_participants)
+        self._given = kwargs.get(LEAST[0]) if given is None else given
+        self._arguments = kwargs
+        super().__init__(
+            **{**kwargs, **participant_arguments(self._given, kwargs, FRACTION, LEAST)}
         )
-        super().__init__(**{**kwargs, **nodes})
-        self.transport = Transport(recovery, normalization, compression, roles)
         if normalization.all_reduces and not self.exchanges_steps:
             raise expected(
                 "normalization",
@@ -218,7 +226,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             One message for each participant, all with the same content; none if the budget is
             spent.
         """
-        self._grid = grid if isinstance(grid, ConnectedGrid) else None
+        self._connect(grid)
         if self._timeout is None:
             total = None if self.algorithm is None else self.algorithm.total_epochs
             refuse_in_foreign_loop(self.transport, total, self.checkpoints)
@@ -386,7 +394,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
     ) -> None:
         """Begin a run in `flwr_colearn.run`, and reset the state of an earlier one."""
         # A timeout that is set marks a run in this package's loop, and not in Flower's.
-        self._grid, self._timeout = grid, timeout
+        self._timeout = timeout
+        self._connect(grid)
         self._clear()
 
     def end(self) -> None:
@@ -432,6 +441,15 @@ class Averaging(FedAvg, Managed[RoundLog]):
             self._shared.restore(state)
 
     # Steps --------------------------------------------------------------------------------------
+
+    def _connect(self, grid: Grid) -> None:
+        """Set the grid; if it has named participants, K is their number."""
+        self._grid = grid if isinstance(grid, ConnectedGrid) else None
+        names = None if self._grid is None else self._grid.participants
+        if names is not None:
+            k = number_of(names, self._given)
+            for name, value in participant_arguments(k, self._arguments, FRACTION, LEAST).items():
+                setattr(self, name, value)
 
     def _begin_round(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord
@@ -479,6 +497,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 self.num_participants,
                 self.weighted_by_key,
                 self._outgoing.empty,
+                self._shared.variances,
+                rounded=not self._features.compression.keeps_signs,
             )
         self._mean.renew(server_round, self._shared.arrays)
 

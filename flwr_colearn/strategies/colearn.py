@@ -1,5 +1,6 @@
 """CoLearn, the strategy for Flower's Message API."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ class CoLearn(Averaging):
     weighting : {"uniform", "weighted"}, default "uniform"
         "uniform" for 1/K each as in eq. 2, "weighted" for FedAvg's `weighted_by_key` (number of
         examples).
-    roles, history, wait_for_participants, recovery, checkpoints, compression, normalization
+    roles, history, wait_for_participants, recovery, checkpoints, compression, normalization, \
+participants
         See `Averaging`.
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
@@ -98,6 +100,7 @@ class CoLearn(Averaging):
         checkpoints: str | Path | CheckpointFolder | None = None,
         compression: Compression = Compression(),  # noqa: B008
         normalization: Normalization = Pooled(),  # noqa: B008
+        participants: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -110,6 +113,7 @@ class CoLearn(Averaging):
             checkpoints=checkpoints,
             compression=compression,
             normalization=normalization,
+            participants=participants,
             algorithm=algorithm_of(local_epochs, learning_rate, total_epochs),
             **kwargs,
         )

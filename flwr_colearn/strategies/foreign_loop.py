@@ -26,6 +26,12 @@ def refuse_in_foreign_loop(
                 "budget nor checkpoints; use num_rounds, or flwr_colearn.run",
                 value,
             )
+    if transport.participants is not None:
+        raise expected(
+            "participants under a wrapper such as differential privacy",
+            "those of the grid, wrapper.start(Transport(participants=...).connect(grid), ...)",
+            list(transport.participants),
+        )
     if not (transport.normalization.travels_whole and transport.compression.is_plain):
         raise expected(
             "compression and normalization under a wrapper such as differential privacy",

@@ -21,6 +21,8 @@ class SharedModel:
         The role of every array in the average; empty before the first round.
     trained : list of str
         The names of the arrays that participants train, including local arrays.
+    variances : list of str
+        The names of the arrays of variances, however the normalization scheme averages them.
     """
 
     def __init__(self) -> None:
@@ -31,6 +33,7 @@ class SharedModel:
         self.arrays: Arrays = {}
         self.roles: dict[str, Role] = {}
         self.trained: list[str] = []
+        self.variances: list[str] = []
         self._known: list[bytes] | None = None
         self._change: float | None = None
         self._measured = False
@@ -57,6 +60,7 @@ class SharedModel:
             transport.normalization.check(self.arrays, roles)
             self.roles = transport.normalization.roles(self.arrays, roles)
             self.trained = [name for name, role in roles.items() if role is Role.TRAINABLE]
+            self.variances = [name for name, role in roles.items() if role is Role.VARIANCE]
 
     @property
     def untrained(self) -> list[str]:

@@ -43,6 +43,7 @@ from flwr_colearn import (
 from flwr_colearn._flwr import copied, set_message_id
 from flwr_colearn.records import cast_record, data_bytes, types_of, view
 from flwr_colearn.roles import UNTRAINED, assign_roles
+from tests.faults import is_query
 
 torch = pytest.importorskip("torch")
 
@@ -152,6 +153,8 @@ class Failing(InProcessGrid):
         self.failed = set()
 
     def _call(self, message):
+        if is_query(message):
+            return super()._call(message)
         server_round = message.content["config"]["server-round"]
         node = message.metadata.dst_node_id
         if node == 1 + server_round % K and server_round not in self.failed:
@@ -252,6 +255,8 @@ def check_statistics(name):
     class Watching(InProcessGrid):
         def _call(self, message):
             reply = super()._call(message)
+            if is_query(message):
+                return reply
             replies[message.content["config"]["server-round"], message.metadata.dst_node_id] = {
                 n: a.copy() for n, a in view(reply.content["arrays"]).items()
             }

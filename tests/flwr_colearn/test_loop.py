@@ -27,7 +27,17 @@ from flwr_colearn import (
     run,
 )
 from flwr_colearn.strategy_state import restore_state, save_state
-from tests.faults import EXAMPLES, MODEL, FaultyGrid, K, bits, numpy_of, participants, record_of
+from tests.faults import (
+    EXAMPLES,
+    MODEL,
+    FaultyGrid,
+    K,
+    bits,
+    is_query,
+    numpy_of,
+    participants,
+    record_of,
+)
 
 ROUNDS = 3
 PLAN = {"local-epochs": 1, "learning-rate": 0.2}
@@ -214,7 +224,8 @@ def sessions_of(grid):
     call = grid._call
 
     def watch(message):
-        seen.append(message.content["config"]["session"])
+        if not is_query(message):
+            seen.append(message.content["config"]["session"])
         return call(message)
 
     grid._call = watch

@@ -35,6 +35,7 @@ from tests.faults import (
     Clock,
     FaultyGrid,
     bits,
+    is_query,
     random_faults,
     record_of,
     strategy_of,
@@ -132,8 +133,8 @@ class WatchedGrid(FaultyGrid):
         self.server = server
 
     def push_messages(self, messages):
-        if not messages:
-            return []
+        if not messages or is_query(messages[0]):
+            return super().push_messages(messages)
         round_ = messages[0].content["config"]["server-round"]
         kind = messages[0].metadata.message_type
         self.server.reach(f"before {kind}", round_)

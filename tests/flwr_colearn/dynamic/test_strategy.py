@@ -336,9 +336,11 @@ def test_bytes_are_those_counted_by_hand():
     described = len("model") + 8
     report = len("examples") + 8 + len("distance") + 8
     answer = echo + report + len("num-examples") + 8 + len("loss") + 8
-    for moved in (first, second):
-        assert moved["control_down"] == 2 * (question + common + len("set"))
-        assert moved["control_up"] == 2 * (answer + described + echo + report)
+    # Before the first round each learner is queried for its name.
+    name = {"down": len("ask") + len("name"), "up": len("participant") + len("partition-0")}
+    for moved, query in ((first, name), (second, {"down": 0, "up": 0})):
+        assert moved["control_down"] == 2 * (question + common + len("set") + query["down"])
+        assert moved["control_up"] == 2 * (answer + described + echo + report + query["up"])
     total = sum(sum(m[key] for key in m if not key.startswith("models")) for m in (first, second))
     assert strategy.history.records[-1].cumulative_bytes == total
     assert strategy.history.transfers.total == total

@@ -34,6 +34,7 @@ from flwr_colearn.normalization import (
 )
 from flwr_colearn.normalization.local_arrays import LocalArrays
 from flwr_colearn.roles import assign_roles
+from tests.faults import is_query
 
 K = 3
 # torch's names as torchvision gives them: nothing is called "bn".
@@ -64,6 +65,8 @@ class SpyGrid(InProcessGrid):
         self.down, self.up = {}, {}
 
     def _call(self, message):
+        if is_query(message):
+            return super()._call(message)
         round_ = message.content["config"]["server-round"]
         key = round_, message.metadata.message_type, message.metadata.dst_node_id
         self.down[key] = list(message.content["arrays"])
@@ -246,7 +249,8 @@ class Forgetful(SpyGrid):
     """The participant of node 2 loses its state before round 3."""
 
     def _call(self, message):
-        if message.content["config"]["server-round"] == 3 and not hasattr(self, "lost"):
+        round_ = message.content.get("config", {}).get("server-round")
+        if round_ == 3 and not hasattr(self, "lost"):
             self.lost = True
             self.contexts[2].state = RecordDict()
         return super()._call(message)
@@ -304,7 +308,7 @@ class Repeating(SpyGrid):
 
     def _call(self, message):
         reply = super()._call(message)
-        round_ = message.content["config"]["server-round"]
+        round_ = message.content.get("config", {}).get("server-round")
         if round_ == 2 and message.metadata.dst_node_id == 2 and not hasattr(self, "lost"):
             self.lost = True
             reply.content["metrics"] = MetricRecord({"num-examples": 0})

@@ -508,7 +508,7 @@ def test_two_sites_of_the_same_name_are_refused(name, clock):
     strategy = strategy_of(recovery=Recovery(2))
     with pytest.raises(ColearnError, match=f"{name}, which is node 1 too; do two sites share"):
         strategy.start(grid, record_of(MODEL), num_rounds=1)
-    assert Counter(nodes_of(grid, 1)) == {1: 1, 2: 3, 3: 1, 4: 1}
+    assert nodes_of(grid, 1) == []  # before anybody trains
 
 
 def ask(recovering, nodes, round_=1):

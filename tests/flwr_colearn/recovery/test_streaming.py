@@ -23,7 +23,8 @@ class WatchedGrid(FaultyGrid):
     def pull_messages(self, message_ids):
         self.most = max(self.most, sum(ref() is not None for ref in self.alive))
         replies = InProcessGrid.pull_messages(self, message_ids)
-        self.alive += [weakref.ref(reply.content["arrays"]) for reply in replies]
+        models = [reply.content["arrays"] for reply in replies if "arrays" in reply.content]
+        self.alive += map(weakref.ref, models)
         return replies
 
     push_messages = InProcessGrid.push_messages
