@@ -254,14 +254,32 @@ class Coordinator:
     def _note_training(self, answers: dict[int, _Answer]) -> None:
         record = self.record
         record.largest_distance = max(answer.report.distance for answer in answers.values())
-        losses = []
-        for answer in answers.values():
-            examples = answer.metrics.get("num-examples", 0)
+        losses: list[tuple[float, float]] = []
+        for node, answer in answers.items():
+            examples, loss = answer.metrics.get("num-examples", 0), answer.metrics.get("loss")
             record.examples += examples
-            losses.append(examples * answer.metrics.get("loss", math.nan))
-        # fsum is exact, so that the order of replies does not matter; without a loss it is NaN.
-        total = math.fsum(losses)
-        record.loss = None if math.isnan(total) else total
+            if loss is not None and math.isfinite(loss):
+                losses.append((examples, examples * loss))
+            elif loss is not None:
+                name = self.grid.name_of(node)
+                log(WARNING, "Averaging: loss of learner %s left out: found %s", name, loss)
+        record.loss = self._whole_loss(losses, len(answers))
+
+    def _whole_loss(self, losses: list[tuple[float, float]], learners: int) -> float | None:
+        """Return the sum of the loss over all examples, from (examples, loss) of each learner.
+
+        Learners without a loss count with the mean loss of the others, so that the sum remains
+        comparable with those of other rounds.
+        """
+        known = sum(examples for examples, _ in losses)
+        if not known:
+            return None
+        # fsum is exact, so that the order of replies does not matter.
+        total = math.fsum(loss for _, loss in losses)
+        if len(losses) == learners:
+            return total
+        log(WARNING, "Averaging: expected the loss of %s learners, found %s", learners, len(losses))
+        return total * (self.record.examples / known)
 
     def _augment(self, reporters: Sequence[int]) -> list[int]:
         """Fetch further models while the operator requires them; return the nodes that sent one."""

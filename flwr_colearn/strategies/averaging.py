@@ -31,7 +31,7 @@ from ..transport import ConnectedGrid, Transport
 from .algorithm import Algorithm, Progress
 from .arguments import participant_arguments, patience
 from .foreign_loop import refuse_in_foreign_loop
-from .metrics import aggregated, evaluations_of
+from .metrics import aggregated, average_metrics, evaluations_of
 from .shared_model import SharedModel
 
 UNLIMITED = 365 * 86_400.0
@@ -139,6 +139,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
             fraction="fraction_train",
             least=("min_train_nodes", "min_available_nodes", "min_evaluate_nodes"),
         )
+        # Flower's own default averages a metric that a participant lacks as 0.
+        for key in ("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"):
+            kwargs[key] = kwargs.get(key) or average_metrics
         super().__init__(**{**kwargs, **nodes})
         self.transport = Transport(recovery, normalization, compression, roles)
         if normalization.all_reduces and not self.exchanges_steps:
@@ -280,7 +283,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self._account()
         average = self._outgoing.record(self._mean.mean())
         # Sorted by participant, so that the order of arrival does not change the last bits.
-        metrics = [content for _, content in sorted(accepted, key=itemgetter(0))]
+        metrics = sorted(accepted, key=itemgetter(0))
         train_metrics = aggregated(self.train_metrics_aggr_fn, metrics, self.weighted_by_key)
         self.log.note(train_metrics=train_metrics)
         return average, train_metrics
@@ -308,8 +311,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
         Under a wrapper that runs Flower's own loop, such as differential privacy, this is the last
         hook of a round, so the round's record is closed here.
         """
-        contents = evaluations_of(replies, self.weighted_by_key)
-        metrics = aggregated(self.evaluate_metrics_aggr_fn, contents, self.weighted_by_key)
+        named = evaluations_of(replies, self.weighted_by_key, self._name_of)
+        metrics = aggregated(self.evaluate_metrics_aggr_fn, named, self.weighted_by_key)
         self.log.note(evaluate_metrics=metrics)
         if self._timeout is None and self._evaluated is not None:
             if self._grid is not None:

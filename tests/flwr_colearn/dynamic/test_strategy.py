@@ -313,6 +313,25 @@ def test_models_are_weighted_by_the_examples_since_the_last_full_synchronisation
     assert strategy.history.records[0].loss is None
 
 
+@pytest.mark.parametrize("third", [{}, {"loss": math.nan}, {"loss": math.inf}])
+def test_a_learner_without_a_loss_counts_with_the_mean_loss_of_the_others(third, flower_log):
+    app = ClientApp()
+
+    @learner(app)
+    def train(message, context):
+        k = context.node_config["partition-id"]
+        metrics = {"num-examples": (10, 30, 40)[k], **({"loss": (1.0, 3.0)[k]} if k < 2 else third)}
+        content = {"arrays": message.content["arrays"], "metrics": MetricRecord(metrics)}
+        return Message(RecordDict(content), reply_to=message)
+
+    strategy, result, _ = run(Never(), 2, m=3, grid=InProcessGrid(app, 3))
+    mean = (10 * 1.0 + 30 * 3.0) / 40
+    assert [entry.loss for entry in strategy.history] == [80 * mean] * 2
+    assert strategy.history.cumulative_loss == 160 * mean
+    assert result.train_metrics_clientapp[1]["loss"] == mean
+    assert "expected the loss of 3 learners, found 2" in flower_log.text
+
+
 # Bytes ------------------------------------------------------------------------------------------
 
 
