@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
@@ -340,6 +340,14 @@ class RoundLog:
         """Complete the record of the round under way and write it."""
         record = self.record
         record.relative_change = relative_change
+        if relative_change == 0.0:
+            log(
+                WARNING,
+                "Round %s: the relative change is exactly 0: no weight of the shared model differs "
+                "from the round before. Expected training to change it; check the learning rate, "
+                "frozen layers and, in float16, the participants' skipped steps.",
+                record.round,
+            )
         record.participants.sort()  # replies arrive in any order
         record.seconds = round(time.perf_counter() - self._opened_at, 3)
         self._record = None

@@ -19,6 +19,9 @@ from flwr_colearn.normalization import UsableBatches
 
 FIRST_LOSS_SCALE = 2.0**15
 
+STEPS_TO_GROW = 2000
+"""The number of steps without an overflow after which the loss scale is doubled, as in torch."""
+
 
 class KerasTrainer:
     """The trainer of a ``keras.Model`` on one participant's data, with SGD.
@@ -119,6 +122,12 @@ class KerasTrainer:
                 if momentum
             }
             self._loss_scale = tf.Variable(1.0, trainable=False)
+            # Steps since the last change of the scale, and skipped steps of the epoch.
+            # As floats, since TensorFlow places int32 variables on the CPU, where XLA's compiled
+            # step on a GPU cannot use them.
+            self._good_steps = tf.Variable(0.0, trainable=False)
+            self._skipped = tf.Variable(0.0, trainable=False)
+        self._renew_loss_scale()
         # With an open batch size a smaller last batch does not trace the step again.
         batch = tf.TensorSpec((None, *train_set.inputs.shape[1:]), train_set.inputs.dtype)
         labels = tf.TensorSpec((None, *train_set.labels.shape[1:]), train_set.labels.dtype)
@@ -148,6 +157,7 @@ class KerasTrainer:
             variable.assign(weights[name])
         for velocity in self._velocities.values():
             velocity.assign(tf.zeros_like(velocity))
+        self._renew_loss_scale()
 
     def roles(self) -> dict[str, Role]:
         """Return the role of every array, by layer type."""
@@ -156,7 +166,7 @@ class KerasTrainer:
     def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
         """Train one full pass over the local data; see `Trainer.train_epoch`."""
         self._seed_layers(seed)
-        self._loss_scale.assign(FIRST_LOSS_SCALE if self.precision == "float16" else 1.0)
+        self._skipped.assign(0.0)
         total, count = 0.0, 0
         batches = shuffled_batches(len(self.train_set), self.batch_size, seed)
         with self._on_device():
@@ -171,7 +181,10 @@ class KerasTrainer:
                 )
                 total += loss * len(batch)
                 count += len(batch)
-        return EpochResult(float(total) / count, count)
+        if self.precision != "float16":
+            return EpochResult(float(total) / count, count)
+        skipped = int(self._skipped.numpy())
+        return EpochResult(float(total) / count, count, len(batches) - skipped, skipped)
 
     def gradients(
         self, names: Sequence[str], step: int, seed: int
@@ -197,6 +210,7 @@ class KerasTrainer:
         """
         batch, own_seed = self._batch(step, seed), derive_seed(seed, 0, step)
         self._seed_layers(own_seed)
+        scale = float(self._loss_scale.numpy())
         self._loss_scale.assign(1.0)
         with self._on_device():
             step_seed = np.array([derive_seed(own_seed, 0), 0])
@@ -204,6 +218,7 @@ class KerasTrainer:
             # Tensors, because under `Synchronised` the function runs eagerly, without the signature
             # that converts arrays.
             loss, found = self._gradients(*(tf.constant(each) for each in given))
+        self._loss_scale.assign(scale)
         arrays = self.get_weights()
         for name in names:
             gradient = found.get(name)
@@ -283,7 +298,7 @@ class KerasTrainer:
             finite = tf.reduce_all(
                 [tf.reduce_all(tf.math.is_finite(g)) for g in gradients.values()]
             )
-            tf.cond(finite, lambda: self._apply(gradients, rate), self._halve_loss_scale)
+            tf.cond(finite, lambda: self._apply_scaled(gradients, rate), self._skip)
         else:
             self._apply(gradients, rate)
         return loss
@@ -319,8 +334,26 @@ class KerasTrainer:
             if variable.constraint is not None:
                 variable.assign(variable.constraint(variable))
 
-    def _halve_loss_scale(self) -> None:
+    def _apply_scaled(self, gradients: dict[str, tf.Tensor], rate: tf.Tensor) -> None:
+        """Make a step with finite gradients; double the scale after many of them."""
+        self._apply(gradients, rate)
+        grows = self._good_steps.assign_add(1.0) >= STEPS_TO_GROW
+        self._loss_scale.assign(tf.where(grows, self._loss_scale * 2, self._loss_scale))
+        self._good_steps.assign(tf.where(grows, 0.0, self._good_steps))
+
+    def _skip(self) -> None:
+        """Skip a step whose gradients overflowed, and halve the scale."""
+        self._skipped.assign_add(1.0)
+        self._good_steps.assign(0.0)
         self._loss_scale.assign(self._loss_scale / 2)
+
+    def _renew_loss_scale(self) -> None:
+        """Set the first loss scale of a round; it lives through all epochs of the round.
+
+        The first steps may overflow, which with few batches may be all steps of an epoch.
+        """
+        self._loss_scale.assign(FIRST_LOSS_SCALE if self.precision == "float16" else 1.0)
+        self._good_steps.assign(0.0)
 
     def _outputs(self, inputs: tf.Tensor) -> tf.Tensor:
         no_seed = tf.zeros(2, tf.int64)  # nothing is drawn in evaluation

@@ -118,7 +118,8 @@ class ParallelTrainer:
         results = self._ask("train_epoch", learning_rate, seed)
         examples = sum(result.num_examples for result in results)
         loss = sum(result.loss * result.num_examples for result in results) / examples
-        return EpochResult(loss, examples)
+        # Gradients are averaged before a step, so that all devices make or skip the same steps.
+        return EpochResult(loss, examples, results[0].steps, results[0].skipped)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate on the first device."""

@@ -106,7 +106,7 @@ class TorchTrainer:
         self._resident: WeakKeyDictionary[TensorDataset, tuple[Tensor, ...] | None]
         self._resident = WeakKeyDictionary()
         self._sgd = {"momentum": momentum, "weight_decay": weight_decay}
-        self.optimizer = self._new_optimizer()
+        self._renew_optimizer()
 
     def get_weights(self) -> dict[str, NDArray]:
         """Return the state dict as numpy arrays."""
@@ -121,7 +121,7 @@ class TorchTrainer:
             If names or shapes differ from the model's.
         """
         set_arrays(self.model, weights)
-        self.optimizer = self._new_optimizer()
+        self._renew_optimizer()
 
     def roles(self) -> dict[str, Role]:
         """Return the role of every array of the state dict, by module type."""
@@ -133,8 +133,7 @@ class TorchTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.model.train()
-        # Not enabled, the scaler passes losses and steps through unchanged.
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
+        scaler, steps, skipped = self._scaler, 0, 0
         # The sum stays on the device: reading it in every step would wait for the GPU.
         total, count = torch.zeros((), device=self.device), 0
         # disable=None: tqdm shows no bar unless stderr is a terminal.
@@ -148,11 +147,25 @@ class TorchTrainer:
                 # The norm is that of the true gradients, so they are unscaled before.
                 scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-            scaler.step(self.optimizer)
-            scaler.update()
+            if self._stepped():
+                steps += 1
+            else:
+                skipped += 1
             total += loss.detach() * len(targets)
             count += len(targets)
-        return EpochResult(float(total) / count, count)
+        scaled = scaler.is_enabled()
+        return EpochResult(
+            float(total) / count, count, steps if scaled else None, skipped if scaled else None
+        )
+
+    def _stepped(self) -> bool:
+        """Make the optimizer's step; return False if loss scaling skipped it."""
+        before = self._scaler.get_scale()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        # The scaler decreases the scale where it has skipped the step, and only there; a scale
+        # that has reached 0, where every step has overflowed, cannot decrease.
+        return self._scaler.get_scale() >= before > 0
 
     def gradients(
         self, names: Sequence[str], step: int, seed: int
@@ -258,6 +271,13 @@ class TorchTrainer:
             buffers.setdefault(int(index), {})[name] = torch.from_numpy(np.array(array))
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": buffers, "param_groups": groups})
+
+    def _renew_optimizer(self) -> None:
+        self.optimizer = self._new_optimizer()
+        # The scale lives through all epochs of a round: it begins so large that the first steps
+        # overflow, which with few batches may be all steps of an epoch. Not enabled, the scaler
+        # passes losses and steps through unchanged.
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         trained = [p for p in self.model.parameters() if p.requires_grad]

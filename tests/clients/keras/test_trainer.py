@@ -14,7 +14,8 @@ from clients.keras.models import densenet40, resnet8, small_cnn
 from clients.keras.trainer import KerasTrainer
 from clients.tensorflow.setup import keras, tf
 from clients.torch.trainer import TorchTrainer
-from flwr_colearn import ColearnError, Role
+from clients.trainer import follow
+from flwr_colearn import ColearnError, LocalPlan, Role
 from flwr_colearn.keras import roles as roles_of
 
 layers = keras.layers
@@ -185,6 +186,35 @@ def test_a_float16_step_that_overflows_is_left_out_and_the_scale_is_halved(monke
     np.testing.assert_array_equal(before["dense/kernel"], trainer.get_weights()["dense/kernel"])
     assert float(trainer._loss_scale) == 2.0**29
     assert not any(array.any() for array in trainer.get_optimizer_state().values())
+
+
+def steep():
+    """48 examples, whose scaled float16 gradients overflow at first."""
+    data = examples(48)
+    return Examples(300 * data.inputs, data.labels)
+
+
+@pytest.mark.parametrize("epochs", [1, 8])
+def test_few_float16_batches_with_steep_gradients_learn(epochs, monkeypatch):
+    monkeypatch.setattr(keras_trainer, "FIRST_LOSS_SCALE", 2.0**20)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    trainer = make(model, steep(), test_set=steep(), precision="float16")
+    before = trainer.evaluate()["loss"]
+    metrics = follow(LocalPlan(1, epochs, 1e-5), trainer, seed=0)
+    assert trainer.evaluate()["loss"] < 0.99 * before
+    assert metrics["skipped-steps"] >= 3  # all steps of a first epoch
+
+
+def test_the_loss_scale_lives_through_a_round_and_grows_again(monkeypatch):
+    monkeypatch.setattr(keras_trainer, "STEPS_TO_GROW", 8)
+    trainer = make(precision="float16")  # four steps an epoch
+    trainer._loss_scale.assign(2.0)
+    trainer.train_epoch(0.01, 1)
+    assert float(trainer._loss_scale) == 2.0
+    trainer.train_epoch(0.01, 2)
+    assert float(trainer._loss_scale) == 4.0
+    trainer.set_weights(trainer.get_weights())
+    assert float(trainer._loss_scale) == keras_trainer.FIRST_LOSS_SCALE
 
 
 def test_regularizers_and_constraints_of_the_model_count():

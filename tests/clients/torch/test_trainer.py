@@ -11,7 +11,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from clients.torch.models.small import resnet8, small_cnn
 from clients.torch.trainer import TorchTrainer
-from flwr_colearn import ColearnError
+from clients.trainer import follow
+from flwr_colearn import ColearnError, LocalPlan
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
@@ -461,3 +462,77 @@ def test_trainers_recalibrate_over_their_whole_shard_without_augmentation():
     assert seen == [(256, False)]
     reached = model[0](shard.tensors[0][:256].double()).transpose(0, 1).flatten(1)
     np.testing.assert_allclose(arrays["1.running_var"], reached.detach().var(1, unbiased=False))
+
+
+# Loss scaling
+
+
+def steep_problem():
+    """A linear regression of 48 examples, whose scaled float16 gradients overflow at first."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = 30.0 * torch.randn(48, 4, generator=generator)
+    torch.manual_seed(0)
+    return nn.Linear(4, 1), inputs, inputs.sum(1, keepdim=True)
+
+
+def squared_error(model, inputs, targets):
+    with torch.no_grad():
+        return float(nn.functional.mse_loss(model(inputs), targets))
+
+
+def steep_round(epochs, problem, clip_norm=None):
+    model, inputs, targets = problem
+    trainer = TorchTrainer(
+        model,
+        TensorDataset(inputs, targets),
+        batch_size=16,
+        loss=nn.functional.mse_loss,
+        device="cpu",
+        precision="float16",
+        clip_norm=clip_norm,
+    )
+    return follow(LocalPlan(1, epochs, 1e-4), trainer, seed=0)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e3])
+@pytest.mark.parametrize("epochs", [1, 8])
+def test_few_float16_batches_with_steep_gradients_learn(epochs, clip_norm):
+    problem = steep_problem()
+    before = squared_error(*problem)
+    metrics = steep_round(epochs, problem, clip_norm)
+    assert squared_error(*problem) < 0.95 * before
+    assert metrics["skipped-steps"] >= 3  # all steps of a first epoch
+
+
+def test_float16_examples_of_nan_end_the_round_with_an_error():
+    model, inputs, targets = steep_problem()
+    with pytest.raises(ColearnError, match=r"found all 3 skipped .*loss nan"):
+        steep_round(2, (model, torch.full_like(inputs, float("nan")), targets))
+
+
+def test_the_loss_scale_lives_through_a_round_and_not_longer():
+    trainer = make(network(), precision="float16")
+    trainer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    trainer.train_epoch(0.01, 1)
+    assert trainer._scaler.get_scale() == 2.0
+    trainer.set_weights(trainer.get_weights())
+    assert trainer._scaler.get_scale() == 65_536.0
+
+
+def test_float32_reports_no_skipped_steps():
+    assert "skipped-steps" not in follow(LocalPlan(1, 1, 0.1), make(), seed=0)
+
+
+def test_a_long_epoch_of_nan_in_float16_has_no_step_either():
+    model, _, _ = steep_problem()
+    inputs = torch.full((400, 4), float("nan"))  # more skipped steps than halvings until 0
+    trainer = TorchTrainer(
+        model,
+        TensorDataset(inputs, torch.zeros(400, 1)),
+        batch_size=1,
+        loss=nn.functional.mse_loss,
+        device="cpu",
+        precision="float16",
+    )
+    with pytest.raises(ColearnError, match="found all 400 skipped"):
+        follow(LocalPlan(1, 1, 1e-4), trainer, seed=0)
