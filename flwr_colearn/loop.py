@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from ._flwr import config_to_str, copied, is_private
+from .aggregation import check_private_weighting
 from .checkpoint import (
     Checkpoint,
     CheckpointFolder,
@@ -124,6 +125,8 @@ def run(
     connected = own.connect(grid, manager.check_reply, initial_arrays)
     if any(map(is_private, chain_of(strategy))):
         connected.transport.check_privacy()
+        if not isinstance(manager, Stock):  # which warns, since other strategies weigh as they like
+            check_private_weighting(manager.weighting)
     return _Run(
         strategy,
         manager,

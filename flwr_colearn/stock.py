@@ -55,6 +55,7 @@ class Stock(Managed[RoundLog]):
         self._sent: Arrays = {}
         self._record = ArrayRecord()
         self._epochs_done = 0
+        self._weights_differ = False
 
     @property
     def roles(self) -> Mapping[str, Role]:
@@ -71,6 +72,7 @@ class Stock(Managed[RoundLog]):
         """Begin a run, and reset the state of an earlier one."""
         self.transport = grid.transport
         self._timeout, self._roles, self._epochs_done = timeout, {}, 0
+        self._weights_differ = False
         self.log.clear()
 
     def open(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord) -> None:
@@ -118,6 +120,8 @@ class Stock(Managed[RoundLog]):
         participants do not return, keep the values that were sent.
         """
         scheme, sent = self.transport.normalization, self._sent
+        if self._private:
+            self._warn_of_weights(replies)
         names = [] if self._private else self._pooled_names()
         pooled = self._pooled(names, replies) if names else {}
         local = scheme.local(sent, self._roles) if scheme.is_local else []
@@ -182,6 +186,27 @@ class Stock(Managed[RoundLog]):
         # JSON has no tuples, and setstate takes nothing else.
         version, numbers, gauss = state["random"]
         random.setstate((version, tuple(numbers), gauss))
+
+    def _warn_of_weights(self, replies: list[Message]) -> None:
+        """Log a warning, once a run, if participants under differential privacy weigh differently.
+
+        Whether the strategy weighs by this number at all is not known, so nothing is refused.
+        """
+        records = [r for reply in replies for r in records_of(reply.content, MetricRecord).values()]
+        weights = [record[self._key] for record in records if self._key in record]
+        if self._weights_differ or all(weight == weights[0] for weight in weights):
+            return
+        self._weights_differ = True
+        write(
+            WARNING,
+            "Run: under differential privacy, expected the same '%s' from all participants, found "
+            "%s to %s. The noise is calibrated for a share of 1/K of each, and a strategy that "
+            "weighs by this number, as FedAvg does, gives one participant more. Let participants "
+            "reply with the same number, or use CoLearn or Averaging(weighting='uniform').",
+            self._key,
+            min(weights),
+            max(weights),
+        )
 
     def _warn_of_privacy(self) -> None:
         untrained = [name for name, role in self._roles.items() if role in UNTRAINED]

@@ -13,7 +13,7 @@ from .replies import (
     metrics_of,
     read_reply,
 )
-from .round import RoundMean, Weighting, as_weighting
+from .round import RoundMean, Weighting, as_weighting, check_private_weighting
 from .sgd import SGD
 from .validation import check_model, check_weights
 
@@ -28,6 +28,7 @@ __all__ = [
     "as_weighting",
     "check_echo",
     "check_model",
+    "check_private_weighting",
     "check_train_reply",
     "check_weights",
     "echo_of",

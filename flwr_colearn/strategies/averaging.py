@@ -13,7 +13,8 @@ from flwr.common import DEFAULT_TTL, log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ..aggregation import RoundMean, Weighting, as_weighting
+from .._flwr import called_privately
+from ..aggregation import RoundMean, Weighting, as_weighting, check_private_weighting
 from ..checkpoint import CheckpointFolder, as_folder
 from ..compression import Compression
 from ..errors import expected
@@ -225,6 +226,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
         if self._timeout is None:
             total = None if self.algorithm is None else self.algorithm.total_epochs
             refuse_in_foreign_loop(self.transport, total, self.checkpoints)
+            if called_privately():
+                check_private_weighting(self.weighting)
             if self._grid is not None:
                 self._grid.transport.check_privacy()
         # Under a wrapper Flower's own loop runs, which has no hook for the start of a run: a round

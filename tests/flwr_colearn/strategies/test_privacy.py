@@ -2,14 +2,23 @@
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
 )
 
-from flwr_colearn import CoLearn, CyclicalRate, IncreasingEpochs, InProcessGrid
+from flwr_colearn import (
+    Averaging,
+    CoLearn,
+    ColearnError,
+    CyclicalRate,
+    IncreasingEpochs,
+    InProcessGrid,
+)
 from flwr_colearn import run as run_any
 from flwr_colearn.strategies import Progress
 from tests import small_net
@@ -137,3 +146,45 @@ def test_run_ends_with_the_budget_and_resumes(tmp_path):
     history, resumed = start(tmp_path / "halted", None)
     assert history.epochs_path == [2, 2, 2, 1]
     assert resumed == whole
+
+
+def weighted():
+    return strategy_of(weighting="weighted")
+
+
+def averaging():
+    return Averaging(K, fraction_evaluate=0.0)  # "weighted" by default
+
+
+@pytest.mark.parametrize("inner", [weighted, averaging])
+@pytest.mark.parametrize("loop", ["run", "the wrapper's own"])
+def test_weights_by_number_of_examples_are_refused_under_privacy(inner, loop):
+    private = DifferentialPrivacyServerSideFixedClipping(inner(), 1.0, 1.0, K)
+    grid = InProcessGrid(small_net.message_app(), K)
+    start = private.start if loop != "run" else lambda *args, **kw: run_any(private, *args, **kw)
+    with pytest.raises(ColearnError, match="weighting under differential privacy: expected 'unif"):
+        start(grid, small_net.named(small_net.initial()), num_rounds=1)
+
+
+def sized_app(sizes):
+    """Participants that move every array by a little, and state these numbers of examples."""
+    app = ClientApp()
+
+    @app.train()
+    def _(message, context):
+        metrics = MetricRecord({"num-examples": sizes[context.node_config["partition-id"]]})
+        sent = message.content["arrays"].items()
+        arrays = ArrayRecord({name: Array(each.numpy() + np.float32(0.1)) for name, each in sent})
+        content = {"arrays": arrays, "metrics": metrics}
+        return Message(RecordDict(content), reply_to=message)
+
+    return app
+
+
+@pytest.mark.parametrize(("first", "warnings"), [(1, 0), (9, 1)])
+def test_unequal_weights_of_a_strategy_of_flower_are_warned_of_once(first, warnings, flower_log):
+    nodes = {"min_train_nodes": K, "min_available_nodes": K, "fraction_evaluate": 0.0}
+    private = DifferentialPrivacyServerSideFixedClipping(FedAvg(**nodes), 0.1, 1.0, K)
+    grid = InProcessGrid(sized_app([first] + [1] * (K - 1)), K)
+    run_any(private, grid, small_net.named(small_net.initial()), 2)
+    assert len([text for text in warnings_of(flower_log) if "found 1 to 9" in text]) == warnings
