@@ -20,7 +20,14 @@ from flwr.server import ClientManager
 from flwr.server.strategy import FedAvg
 
 from ._flwr import ClientProxy, fit_clients
-from .aggregation import RoundMean, Weighting, as_weighting, relative_change, trainable
+from .aggregation import (
+    RoundMean,
+    Weighting,
+    as_weighting,
+    check_initial,
+    relative_change,
+    trainable,
+)
 from .errors import ColearnError, expected
 from .history import History, RoundLog, RoundRecord
 from .policy import Recovery
@@ -268,6 +275,7 @@ class CoLearn(FedAvg):
 
     def _begin_mean(self, server_round: int, arrays: Arrays) -> None:
         if self._mean is None:
+            check_initial(arrays)
             self._roles = assign_roles(arrays, self._given_roles)
             self._mean = RoundMean(
                 arrays,

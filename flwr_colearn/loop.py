@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from ._flwr import config_to_str, copied, is_private
-from .aggregation import check_private_weighting
+from .aggregation import check_initial, check_private_weighting
 from .checkpoint import (
     Checkpoint,
     CheckpointFolder,
@@ -120,6 +120,7 @@ def run(
     """
     if num_rounds is not None:
         whole_number("num_rounds", num_rounds, least=1)
+    check_initial(view(initial_arrays))
     manager = _manager_of(strategy, history)
     own = manager.transport if transport is None else manager.transport.combined(transport)
     connected = own.connect(grid, manager.check_reply, initial_arrays)

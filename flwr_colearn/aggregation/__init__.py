@@ -15,7 +15,7 @@ from .replies import (
 )
 from .round import RoundMean, Weighting, as_weighting, check_private_weighting
 from .sgd import SGD
-from .validation import check_model, check_weights
+from .validation import check_initial, check_model, check_weights
 
 __all__ = [
     "ECHO",
@@ -27,6 +27,7 @@ __all__ = [
     "arrays_of",
     "as_weighting",
     "check_echo",
+    "check_initial",
     "check_model",
     "check_private_weighting",
     "check_train_reply",

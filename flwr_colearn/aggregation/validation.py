@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import NOT_FINITE, ColearnError
+from ..errors import NOT_FINITE, ColearnError, expected
 from ..roles import Arrays, NDArray
 from .chunks import CHUNK, Chunks, Part, flat
 
@@ -52,6 +52,27 @@ def check_finite(arrays: Arrays) -> None:
         return None
 
     refuse_first(Chunks(arrays).map(wrong))
+
+
+def check_initial(arrays: Arrays) -> None:
+    """Raise a ColearnError if a model from which a run starts has NaN in an array.
+
+    Every participant would return NaN, and be refused for it, after a round of training.
+    """
+    vectors = flat(floats(arrays))
+
+    def spoiled(parts: list[Part]) -> str | None:
+        for name, chunk in parts:
+            if np.isnan(vectors[name][chunk]).any():
+                return name
+        return None
+
+    for name in filter(None, Chunks(vectors).map(spoiled)):
+        raise expected(
+            f"initial model, array '{name}'",
+            "no NaN, from which nothing can be trained; check where the model comes from",
+            int(np.isnan(vectors[name]).sum()),
+        )
 
 
 def refuse_first(wrong: Sequence[str | None]) -> None:

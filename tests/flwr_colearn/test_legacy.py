@@ -360,6 +360,13 @@ def test_failures_end_the_run_if_they_are_not_accepted():
         run_legacy(legacy_strategy(accept_failures=False), legacy_app(train))
 
 
+def test_nan_in_the_initial_model_is_refused_before_anybody_trains():
+    strategy = legacy_strategy()
+    strategy.initial_parameters = ndarrays_to_parameters([np.array([1.0, np.nan])])
+    with pytest.raises(ColearnError, match="initial model, array '0': expected no NaN"):
+        run_legacy(strategy, legacy_app(lambda *_: pytest.fail("trained")))
+
+
 def test_metrics_of_every_kind_reach_the_history(tmp_path):
     shared = []
     strategy = legacy_strategy(
