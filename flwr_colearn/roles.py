@@ -5,6 +5,7 @@ from enum import StrEnum
 from logging import WARNING
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from flwr.common import log
 
@@ -18,6 +19,10 @@ Arrays = Mapping[str, NDArray]
 
 class Role(StrEnum):
     """The role of an array, which decides how it is averaged.
+
+    An array of the initial model that has no mean is not averaged in any role: one with infinity,
+    such as a mask of -inf, or one of integers whose sum over all participants overflows int64, such
+    as a hash. It stays as the server sent it, and a reply with other values is refused.
 
     ============= ============================================ =================================
     role          in the average                               in eq. 4's relative change
@@ -65,7 +70,7 @@ def assign_roles(arrays: Arrays, given: Roles = None) -> dict[str, Role]:
         Roles by name (the others get their default), or one role for every array in order.
         The default depends on the name (``running_mean``, ``running_var``, ``num_batches_tracked``
         of torch; ``moving_mean``, ``moving_variance`` of Keras and TF-slim), then on the type:
-        floats are trainable, integers and booleans are counters.
+        floats are trainable, or buffers if they have infinity; integers and booleans are counters.
 
     Raises
     ------
@@ -133,6 +138,9 @@ def _default_role(name: str, array: NDArray) -> Role:
         raise expected(f"array '{name}'", "a float, integer or boolean type", str(array.dtype))
     if array.dtype.kind != "f":
         return Role.COUNTER
+    # Infinite elements, as masks have, are never trained, and eq. 4 cannot measure their change.
+    if np.isinf(array).any():
+        return Role.BUFFER
     role = _BY_NAME.get(split_name(name)[1], Role.TRAINABLE)
     # A counter in a float type is averaged without rounding, and is left out of eq. 4.
     return Role.BUFFER if role is Role.COUNTER else role

@@ -10,6 +10,7 @@ from ..errors import ColearnError, expected
 from ..roles import Arrays, NDArray, Roles, assign_roles, pair_statistics
 from .buckets import BucketSum
 from .chunks import CHUNK, Chunks, Part, flat
+from .kept import check_kept, without_mean
 from .statistics import PooledStatistics
 from .validation import check_model, check_structure, floats, refuse_first
 
@@ -35,7 +36,8 @@ class RunningMean:
     models (as long as an element's magnitudes lie within a factor of 2^24 of each other and the
     weights are whole numbers below 2^5; the last bit of float64 arrays does depend on it).
     Integers are summed as int64 and rounded to the nearest whole number, halves upwards.
-    Batch-norm statistics are pooled:
+    Arrays of `like` that have no mean (floats with infinity, integers whose sum overflows) stay as
+    they are, and every model must have them unchanged. Batch-norm statistics are pooled:
 
     mu  = sum n_k mu_k / n
     var = sum n_k var_k / n + sum n_k (mu_k - mu)^2 / n
@@ -82,7 +84,11 @@ class RunningMean:
         self.roles = assign_roles(like, roles)
         self.models = models
         self._empty = empty
-        pairs = pair_statistics(like, self.roles)
+        self._kept = without_mean(like, models)
+        kept, whole = set(self._kept), like
+        like = {name: array for name, array in whole.items() if name not in kept}
+        summed_roles = {name: role for name, role in self.roles.items() if name not in kept}
+        pairs = pair_statistics(like, summed_roles)
         self._statistics = PooledStatistics(like, pairs)
         paired = {name for pair in pairs for name in pair}
         plain = {name: array for name, array in floats(like).items() if name not in paired}
@@ -96,7 +102,7 @@ class RunningMean:
             if array.size and not (array.dtype.kind == "f" and array.dtype.itemsize < 8)
         ]
         self._sums: dict[str, NDArray] = {}
-        self.renew(like)
+        self.renew(whole)
 
     def renew(self, like: Arrays) -> None:
         """Begin a new mean, with another model of the same names, shapes and types.
@@ -144,6 +150,7 @@ class RunningMean:
             type or not finite, or `models` such models could not be summed.
         """
         check_model(arrays, self._like)
+        check_kept(arrays, self._like, self._kept)
         self._check_sizes(arrays, self._check_weight(weight))
 
     def add_checked(self, arrays: Arrays, weight: float = 1) -> None:
@@ -190,6 +197,7 @@ class RunningMean:
         # pass over every model.
         for arrays, _ in models:
             check_structure(arrays, self._like)
+            check_kept(arrays, self._like, self._kept)
         weighted = [(arrays, self._check_weight(weight)) for arrays, weight in models]
         try:
             for arrays, weight in weighted:
@@ -235,6 +243,7 @@ class RunningMean:
         averages.update(self._small.split(self._small.total / self.weight))
         averages.update(self._statistics.pooled(self.weight))
         averages.update({name: self._divide_whole(name) for name in self._whole})
+        averages.update({name: self._copy(name) for name in self._kept})
         return {name: averages[name] for name in self._like}
 
     def _add_large(self, arrays: Arrays, weight: float) -> None:
@@ -319,6 +328,12 @@ class RunningMean:
 
         Chunks(averages).map(divide)
         return averages
+
+    def _copy(self, name: str) -> NDArray:
+        """Return an array that has no mean: all participants have returned it as it was sent."""
+        copy = self._empty(name, self._like[name])
+        copy[...] = self._like[name]
+        return copy
 
     def _divide_whole(self, name: str) -> NDArray:
         total, dtype = self._integers[name], self._like[name].dtype

@@ -11,9 +11,15 @@ from .chunks import CHUNK, Chunks, Part, flat
 
 
 def check_model(arrays: Arrays, like: Arrays) -> None:
-    """Raise a ColearnError unless `arrays` is finite and has the names, shapes, types of `like`."""
+    """Raise a ColearnError unless `arrays` is finite and has the names, shapes, types of `like`.
+
+    An array with infinity, such as a mask, is accepted if it is equal to that of `like`.
+    """
     check_structure(arrays, like)
-    check_finite(floats(arrays))
+    for name in _not_finite(floats(arrays)):
+        # Compared only now, since few models have such arrays. NaN is equal to nothing.
+        if not np.array_equal(arrays[name], like[name]):
+            raise ColearnError(f"array '{name}': {NOT_FINITE}")
 
 
 def check_structure(arrays: Arrays, like: Arrays) -> None:
@@ -39,19 +45,19 @@ def floats(arrays: Arrays) -> dict[str, NDArray]:
     return {name: array for name, array in arrays.items() if array.dtype.kind == "f"}
 
 
-def check_finite(arrays: Arrays) -> None:
-    """Raise a ColearnError that names the first array with a number that is not finite."""
+def _not_finite(arrays: Arrays) -> list[str]:
+    """Return the names of the arrays with a number that is not finite, in the model's order."""
     vectors = flat(arrays)
 
-    def wrong(parts: list[Part]) -> str | None:
-        finite = np.empty(CHUNK, bool)
+    def wrong(parts: list[Part]) -> list[str]:
+        finite, found = np.empty(CHUNK, bool), []
         for name, chunk in parts:
             values = vectors[name][chunk]
             if not np.isfinite(values, out=finite[: values.size]).all():
-                return name
-        return None
+                found.append(name)
+        return found
 
-    refuse_first(Chunks(arrays).map(wrong))
+    return list(dict.fromkeys(name for names in Chunks(arrays).map(wrong) for name in names))
 
 
 def check_initial(arrays: Arrays) -> None:

@@ -434,8 +434,10 @@ def test_a_model_of_absurd_weight_is_added_whole_or_not_at_all(weight):
 )
 def test_what_is_accepted_depends_on_the_model_alone(models, dtype, value, weight, accepted):
     model = {"a": np.array([0, 0], dtype), "n": np.array([0, value], dtype)}
+    # Ordinary numbers: of a model that was sent with such large ones, they are kept (test_kept).
+    sent = {name: np.zeros(2, dtype) for name in model}
     for others in range(models):
-        mean = RunningMean(model, models=models)
+        mean = RunningMean(sent, models=models)
         for _ in range(others):
             mean.add(
                 {"a": model["a"], "n": np.array([value if accepted else 1, 1], dtype)},
