@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -215,11 +215,25 @@ class RunningMean:
         self._small.add(arrays, weight)
         self._statistics.add(arrays, weight)
         for name in self._whole:
-            # The product with a fractional weight, and so the sum, is float64.
-            scaled = arrays[name].astype(np.int64) * weight
-            self._integers[name] = np.asarray(self._integers.get(name, 0) + scaled)
+            self._add_whole(name, arrays[name].reshape(-1), weight)
         self.weight += weight
         self.count += 1
+
+    def _add_whole(self, name: str, term: NDArray, weight: float) -> None:
+        """Add weight * term to the sum of an integer array, chunk by chunk.
+
+        The sum is the only copy of the whole array in a wider type: of an int8 array, each int64
+        copy takes the memory of eight models.
+        """
+        total = self._integers.get(name)
+        if total is None:
+            total = np.zeros(term.size, np.int64)
+        # The product with a fractional weight, and so the sum, is float64.
+        if isinstance(weight, float):
+            total = total.astype(np.float64, copy=False)
+        for chunk in _chunks_of(term):
+            total[chunk] += term[chunk].astype(np.int64) * weight
+        self._integers[name] = total
 
     def mean(self) -> dict[str, NDArray]:
         """Return the mean of the models added, with the names, shapes and types of `like`.
@@ -336,13 +350,23 @@ class RunningMean:
         return copy
 
     def _divide_whole(self, name: str) -> NDArray:
-        total, dtype = self._integers[name], self._like[name].dtype
+        total, like = self._integers[name], self._like[name]
+        average = np.empty(like.size, like.dtype)
+        for chunk in _chunks_of(total):
+            average[chunk] = self._rounded(total[chunk])
+        return average.reshape(like.shape)
+
+    def _rounded(self, total: NDArray) -> NDArray:
+        """Return total / weight, rounded to the nearest whole number, halves upwards."""
         if total.dtype.kind == "f":
-            return np.floor(total / self.weight + 0.5).astype(dtype)
-        # Rounded to the nearest, halves upwards, in integers: a float64 quotient would not be exact
-        # above 2^53.
+            return np.floor(total / self.weight + 0.5)
+        # In integers: a float64 quotient would not be exact above 2^53.
         quotient, rest = np.divmod(total, self.weight)
-        return np.asarray(quotient + (rest >= self.weight - rest)).astype(dtype)
+        return quotient + (rest >= self.weight - rest)
+
+
+def _chunks_of(vector: NDArray) -> Iterator[slice]:
+    return (slice(start, start + CHUNK) for start in range(0, vector.size, CHUNK))
 
 
 def _plain(weight: float) -> float:

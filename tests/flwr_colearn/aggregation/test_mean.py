@@ -305,6 +305,25 @@ def test_memory_does_not_grow_with_the_number_of_models():
     assert peak < 1.2 * (8 + 4 + 4) * size  # and two models in float32: the last and the next
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_memory_of_integers_is_one_sum(at_once):
+    size = 40 * CHUNK
+    models = [{"n": np.full(size, k, np.int8)} for k in range(4)]
+    mean = RunningMean(models[0])
+    tracemalloc.start()
+    if at_once:
+        mean.add_all([(model, 1) for model in models])
+    else:
+        for model in models:
+            mean.add(model)
+    average = mean.mean()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (average["n"] == 2).all()  # 1.5, halves upwards
+    # An int64 sum and the int8 average; each chunk's work is a small part of the 40.
+    assert peak < 1.2 * (8 + 1) * size
+
+
 def test_mean_of_nothing_is_refused():
     with pytest.raises(ColearnError, match="at least one model added, found none"):
         RunningMean({"w": np.zeros(2)}).mean()
