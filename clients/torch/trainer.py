@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 from tqdm import tqdm
 
@@ -84,6 +85,7 @@ class TorchTrainer:
         workers: int = 0,
     ) -> None:
         check_settings(train_set, batch_size, precision)  # type: ignore[arg-type]
+        check_trainable(model)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.channels_last = channels_last
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -285,7 +287,15 @@ class TorchTrainer:
 
     def _forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with self._autocast():
-            outputs = self.network(self._prepare(inputs, training=True))
+            try:
+                outputs = self.network(self._prepare(inputs, training=True))
+            except ValueError as error:
+                if _ONE_VALUE not in str(error):
+                    raise
+                raise ColearnError(
+                    "batch: expected at least two values per channel for batch norm, found a batch "
+                    f"of {len(targets)}, of {len(self.train_set)} examples at this site"  # type: ignore[arg-type]
+                ) from None
             return self.loss(outputs, targets.to(self.device, non_blocking=True))
 
     def _prepare(self, inputs: Tensor, training: bool) -> Tensor:
@@ -373,6 +383,26 @@ class TorchTrainer:
             moved = tuple(tensor.to(self.device) for tensor in dataset.tensors) if fits else None
             self._resident[dataset] = moved
         return self._resident[dataset]
+
+
+_ONE_VALUE = "Expected more than 1 value per channel"
+"""The start of torch's error where batch norm trains on a batch of one value per channel."""
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise a ColearnError unless a model's arrays exist and at least one of them is trained."""
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if isinstance(parameter, UninitializedParameter):
+            raise ColearnError(
+                f"model: expected parameters with a shape, found '{name}' of a lazy layer; pass "
+                "one batch through the model before it is given to the trainer"
+            )
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ColearnError(
+            "model: expected at least one parameter with requires_grad, found "
+            f"{len(parameters)} parameters, none of which is trained"
+        )
 
 
 @dataclass(frozen=True)

@@ -536,3 +536,32 @@ def test_a_long_epoch_of_nan_in_float16_has_no_step_either():
     )
     with pytest.raises(ColearnError, match="found all 400 skipped"):
         follow(LocalPlan(1, 1, 1e-4), trainer, seed=0)
+
+
+# Models and shards that cannot be trained
+
+
+def frozen():
+    return network().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (frozen, "expected at least one parameter with requires_grad, found 6 parameters"),
+        (lambda: nn.Flatten(), "found 0 parameters"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), r"found '1\.weight' of a lazy"),
+    ],
+    ids=["all frozen", "none", "lazy"],
+)
+def test_a_model_that_cannot_be_trained_is_refused_with_the_reason(build, message):
+    with pytest.raises(ColearnError, match=message):
+        make(build())
+
+
+def test_a_shard_of_one_example_with_batch_norm_is_an_error_of_our_own_or_trains():
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(108, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    with pytest.raises(ColearnError, match="found a batch of 1, of 1 examples at this site"):
+        make(flat, examples(1)).train_epoch(0.1, 0)
+    # Batch norm over images has several values per channel.
+    assert make(network(), examples(1)).train_epoch(0.1, 0).num_examples == 1
