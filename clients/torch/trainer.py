@@ -18,7 +18,14 @@ from clients.torch.transforms import Transform
 from clients.trainer import EpochResult, NDArray, check_settings, derive_seed
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.normalization import UsableBatches
-from flwr_colearn.torch import get_arrays, normalised, recalibrated, roles, set_arrays
+from flwr_colearn.torch import (
+    get_arrays,
+    normalised,
+    recalibrated,
+    roles,
+    set_arrays,
+    to_array,
+)
 
 
 class TorchTrainer:
@@ -203,9 +210,7 @@ class TorchTrainer:
             if name in wanted:
                 gradient = parameter.grad
                 arrays[name] = (
-                    np.zeros_like(arrays[name])
-                    if gradient is None
-                    else gradient.detach().cpu().numpy().copy()
+                    np.zeros_like(arrays[name]) if gradient is None else to_array(gradient)
                 )
         self.model.zero_grad(set_to_none=True)
         return arrays, EpochResult(float(loss.detach()), len(targets))
@@ -259,7 +264,7 @@ class TorchTrainer:
         # By index, since torch's optimizers do not know the parameters' names.
         state = self.optimizer.state_dict()["state"]
         return {
-            f"{index}/{name}": value.cpu().numpy().copy()
+            f"{index}/{name}": to_array(value)
             for index, values in state.items()
             for name, value in values.items()
             if isinstance(value, Tensor)

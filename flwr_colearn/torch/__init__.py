@@ -11,7 +11,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError.of(__name__, "torch", error) from error
 
-from .arrays import get_arrays, roles, set_arrays
+from .arrays import get_arrays, roles, set_arrays, to_array
 from .layers import BatchRenormLayer, holds_activation, timm_layers
 from .normalization import convert, normalised, recalibrated
 from .recalibration import recalibrate
@@ -27,4 +27,5 @@ __all__ = [
     "roles",
     "set_arrays",
     "timm_layers",
+    "to_array",
 ]

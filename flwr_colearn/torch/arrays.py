@@ -13,14 +13,30 @@ _NORMS_WITH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instanceno
 
 
 def get_arrays(model: nn.Module) -> dict[str, NDArray]:
-    """Return copies of the arrays of a model's state dict, by name."""
-    # Copies: on the CPU .numpy() shares memory with the model, which trains on.
-    state = model.state_dict()
-    return {name: tensor.cpu().numpy().copy() for name, tensor in state.items()}
+    """Return copies of the arrays of a model's state dict, by name.
+
+    bfloat16 tensors become float32 arrays, see `to_array`.
+    """
+    return {name: to_array(tensor) for name, tensor in model.state_dict().items()}
+
+
+def to_array(tensor: Tensor) -> NDArray:
+    """Return a copy of a tensor as an array; a bfloat16 tensor as float32.
+
+    numpy has no bfloat16. Every bfloat16 number is a float32 number too, so nothing is rounded
+    here; `set_arrays` rounds an average to the nearest bfloat16.
+    """
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.float().numpy()
+    # A copy: on the CPU .numpy() shares memory with the model, which trains on.
+    return tensor.numpy().copy()
 
 
 def set_arrays(model: nn.Module, arrays: Mapping[str, NDArray]) -> None:
     """Load arrays, which may be read-only, into a model's state dict.
+
+    The float32 arrays of bfloat16 tensors are rounded to the nearest bfloat16.
 
     Raises
     ------

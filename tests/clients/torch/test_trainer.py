@@ -565,3 +565,20 @@ def test_a_shard_of_one_example_with_batch_norm_is_an_error_of_our_own_or_trains
         make(flat, examples(1)).train_epoch(0.1, 0)
     # Batch norm over images has several values per channel.
     assert make(network(), examples(1)).train_epoch(0.1, 0).num_examples == 1
+
+
+def test_a_bfloat16_model_trains_and_keeps_its_momentum():
+    def cast(inputs, training):
+        return inputs.to(torch.bfloat16)
+
+    trainer = make(network().to(torch.bfloat16), transform=cast)
+    losses = [result.loss for result in train(trainer)]
+    assert losses[-1] < losses[0]
+    weights, state = trainer.get_weights(), trainer.get_optimizer_state()
+    assert {a.dtype for a in state.values()} == {np.dtype(np.float32)}
+    trainer.set_weights(weights)
+    trainer.set_optimizer_state(state)
+    assert same(trainer.get_weights(), weights)
+    assert same(trainer.get_optimizer_state(), state)
+    gradients, _ = trainer.gradients(["0.weight"], 1, 0)
+    assert gradients["0.weight"].dtype == np.float32

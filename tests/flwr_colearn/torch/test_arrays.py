@@ -25,6 +25,22 @@ def test_arrays_are_copies_and_are_loaded_as_copies():
     assert not taken["running_mean"].any()
 
 
+def test_bfloat16_travels_as_float32_and_returns_with_the_same_bits():
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).to(torch.bfloat16)
+    taken = get_arrays(model)
+    assert {name: a.dtype for name, a in taken.items() if a.dtype != np.float32} == {
+        "1.num_batches_tracked": np.dtype(np.int64)
+    }
+    other = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).to(torch.bfloat16)
+    set_arrays(other, taken)
+    for one, two in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two)
+    # Between 1 and 1 + 2^-7 lies an average; the even neighbour of the middle is 1.
+    set_arrays(other, {**taken, "0.bias": np.array([1, 1 + 2**-8, 1 + 3 * 2**-9, 2, 3], "f4")})
+    assert other[0].bias.tolist() == [1, 1, 1 + 2**-7, 2, 3]
+
+
 @pytest.mark.parametrize("other", [nn.BatchNorm1d(3), nn.Linear(2, 2)])
 def test_arrays_of_another_model_are_refused(other):
     with pytest.raises(ColearnError, match="expected those of this participant's BatchNorm1d"):
