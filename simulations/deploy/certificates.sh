@@ -13,7 +13,9 @@
 #
 # The certificates are valid for 825 days. Run the script again to renew them: the sites change
 # nothing, since they trust the authority.
-set -euo pipefail
+set -Eeuo pipefail
+# openssl's progress goes to /dev/null, and its errors with it.
+trap 'echo "certificates.sh: expected line $LINENO to succeed, found an error: $BASH_COMMAND" >&2' ERR
 
 folder=${1:?"usage: certificates.sh FOLDER HOST [HOST ...]"}
 shift
@@ -22,6 +24,12 @@ shift
 loopback=(IP:127.0.0.1 DNS:localhost)
 names=("${loopback[@]}")
 for host in "$@"; do
+    # A name or an IPv4 address has no colon, an IPv6 address has two or more: one is a port.
+    if ! [[ $host =~ ^[A-Za-z0-9*]([A-Za-z0-9.-]*[A-Za-z0-9])?$ || $host =~ ^[0-9A-Fa-f.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*$ ]]; then
+        echo "certificates.sh: expected a host name or an address without scheme, port and path," \
+            "such as link.hospital.example, found '$host'" >&2
+        exit 2
+    fi
     if [[ $host =~ ^[0-9.]+$ || $host == *:* ]]; then names+=("IP:$host"); else names+=("DNS:$host"); fi
 done
 

@@ -64,6 +64,31 @@ def test_the_proxys_certificate_has_the_public_names_and_the_superlinks_loopback
         assert verified.endswith(": OK\n")
 
 
+HOSTS = ["link.example.org:9092", "192.0.2.7:443", "https://example.org", "a b", "x/y", "-x", ""]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_host_with_a_port_or_a_scheme_is_refused_with_a_word(host, tmp_path):
+    command = [DEPLOY / "certificates.sh", tmp_path / "new", "link.example.org", host]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"without scheme, port and path, such as link.hospital.example, found '{host}'" in (
+        done.stderr
+    )
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_error_of_openssl_is_said(certificates, tmp_path):
+    folder = shutil.copytree(certificates, tmp_path / "certificates")
+    before = (folder / "proxy.pem").read_bytes()
+    command = [DEPLOY / "certificates.sh", folder, "999.0.2.7"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "certificates.sh: expected line" in done.stderr
+    assert "openssl x509" in done.stderr
+    assert (folder / "proxy.pem").read_bytes() == before
+
+
 def test_a_renewal_keeps_the_authority(certificates, tmp_path):
     folder = shutil.copytree(certificates, tmp_path / "certificates")
     run("certificates.sh", folder, "link.example.org")
