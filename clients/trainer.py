@@ -153,6 +153,25 @@ def check_settings(train_set: Sized, batch_size: int, precision: str = "float32"
         raise ColearnError(f"precision: expected float32, bfloat16 or float16, found {precision!r}")
 
 
+def check_trained(parameters: int) -> None:
+    """Raise a ColearnError unless a model has parameters to train."""
+    if not parameters:
+        raise ColearnError(
+            "model: expected at least one parameter that is trained, found none; are all layers "
+            "frozen?"
+        )
+
+
+def one_example(batch: int, examples: int) -> ColearnError:
+    """Return the error for a batch that is too small for a model's normalization layers."""
+    return ColearnError(
+        f"normalization: expected more than one value of each channel in a training batch, found "
+        f"a batch of {batch} of this site's {examples} examples; give the site more examples, a "
+        "larger batch_size, or the model layers without batch statistics (the schemes GroupNorm "
+        "and LayerNorm)"
+    )
+
+
 def accuracy(outputs: NDArray, targets: NDArray) -> float:
     """Return the share of examples [N] whose target has the largest output [N, classes]."""
     return float((outputs.argmax(1) == targets).mean())

@@ -135,7 +135,12 @@ def pair_statistics(arrays: Arrays, roles: Mapping[str, Role]) -> list[tuple[str
 
 def _default_role(name: str, array: NDArray) -> Role:
     if array.dtype.kind not in "fiub":
-        raise expected(f"array '{name}'", "a float, integer or boolean type", str(array.dtype))
+        # numpy reads the bytes of a bfloat16 array as void16.
+        wanted = (
+            "a float, integer or boolean type of numpy's own; bfloat16 is sent as float32, which "
+            "get_arrays of flwr_colearn.torch and flwr_colearn.keras returns"
+        )
+        raise expected(f"array '{name}'", wanted, str(array.dtype))
     if array.dtype.kind != "f":
         return Role.COUNTER
     # Infinite elements, as masks have, are never trained, and eq. 4 cannot measure their change.

@@ -11,10 +11,23 @@ from clients.data import Examples, shuffled_batches
 from clients.objective import CLASSES, Objective
 from clients.tensorflow.setup import check_device, keras, tf
 from clients.tensorflow.transforms import Transform, no_transform
-from clients.trainer import EpochResult, NDArray, check_settings, derive_seed
+from clients.trainer import (
+    EpochResult,
+    NDArray,
+    check_settings,
+    check_trained,
+    derive_seed,
+    one_example,
+)
 from flwr_colearn import ColearnError, Role
-from flwr_colearn.aggregation import check_weights
-from flwr_colearn.keras import named_variables, normalised, recalibrated, roles
+from flwr_colearn.keras import (
+    as_array,
+    assign_all,
+    named_variables,
+    normalised,
+    recalibrated,
+    roles,
+)
 from flwr_colearn.normalization import UsableBatches
 
 FIRST_LOSS_SCALE = 2.0**15
@@ -70,8 +83,8 @@ class KerasTrainer:
     Raises
     ------
     ColearnError
-        If there is nothing to train on, the model is not built, Keras has another backend, or an
-        argument is unknown.
+        If there is nothing to train on, the model is not built or has no weights to train, Keras
+        has another backend, or an argument is unknown.
     """
 
     def __init__(
@@ -114,6 +127,9 @@ class KerasTrainer:
         # By identity, because Keras's variables overload == and have no hash.
         trained = {id(variable) for variable in model.trainable_variables}
         self._trained = {n: v for n, v in self._variables.items() if id(v) in trained}
+        check_trained(len(self._trained))
+        # Whether batch norm uses the statistics of this participant's batch, see `normalised`.
+        self._uses_own_batch = True
         self._seeds = [g for layer in model._flatten_layers() for g in layer._seed_generators]
         with self._on_device():
             self._velocities = {
@@ -142,7 +158,7 @@ class KerasTrainer:
 
     def get_weights(self) -> dict[str, NDArray]:
         """Return the model's arrays by the names of `flwr_colearn.keras.get_arrays`."""
-        return {name: np.array(variable.numpy()) for name, variable in self._variables.items()}
+        return {name: as_array(variable) for name, variable in self._variables.items()}
 
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
         """Load the arrays and reinitialise the optimizer.
@@ -152,9 +168,7 @@ class KerasTrainer:
         ColearnError
             If names, shapes or types differ from the model's.
         """
-        check_weights(weights, self._variables, f"Keras model '{self.model.name}'")
-        for name, variable in self._variables.items():
-            variable.assign(weights[name])
+        assign_all(self._variables, weights, f"Keras model '{self.model.name}'")
         for velocity in self._velocities.values():
             velocity.assign(tf.zeros_like(velocity))
         self._renew_loss_scale()
@@ -165,6 +179,7 @@ class KerasTrainer:
 
     def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
         """Train one full pass over the local data; see `Trainer.train_epoch`."""
+        self._check_batch(min(self.batch_size, len(self.train_set)))
         self._seed_layers(seed)
         self._skipped.assign(0.0)
         total, count = 0.0, 0
@@ -209,6 +224,7 @@ class KerasTrainer:
             The loss and the size of the batch.
         """
         batch, own_seed = self._batch(step, seed), derive_seed(seed, 0, step)
+        self._check_batch(len(batch))
         self._seed_layers(own_seed)
         scale = float(self._loss_scale.numpy())
         self._loss_scale.assign(1.0)
@@ -222,9 +238,7 @@ class KerasTrainer:
         arrays = self.get_weights()
         for name in names:
             gradient = found.get(name)
-            arrays[name] = (
-                np.zeros_like(arrays[name]) if gradient is None else np.array(gradient.numpy())
-            )
+            arrays[name] = np.zeros_like(arrays[name]) if gradient is None else as_array(gradient)
         return arrays, EpochResult(float(loss), len(batch))
 
     def recalibrated(self) -> tuple[dict[str, NDArray], int]:
@@ -252,13 +266,16 @@ class KerasTrainer:
         `flwr_colearn.keras.normalised`.
         """
         compiled = self._gradients
-        if config.get("normalization") == "synchronised":
+        synchronised = config.get("normalization") == "synchronised"
+        if synchronised:
             self._gradients = self._loss_and_gradients
+        self._uses_own_batch = not (synchronised or config.get("normalization-frozen"))
         try:
             with normalised(self.model, config):
                 yield
         finally:
             self._gradients = compiled
+            self._uses_own_batch = True
 
     def evaluate(self) -> dict[str, float]:
         """Return ``num-examples``, mean ``loss`` and the objective's metrics on the test set."""
@@ -280,13 +297,11 @@ class KerasTrainer:
 
     def get_optimizer_state(self) -> dict[str, NDArray]:
         """Return the momentum of every trained array by the array's name."""
-        return {name: velocity.numpy().copy() for name, velocity in self._velocities.items()}
+        return {name: as_array(velocity) for name, velocity in self._velocities.items()}
 
     def set_optimizer_state(self, state: Mapping[str, NDArray]) -> None:
         """Load momentum that `get_optimizer_state` returned."""
-        check_weights(state, self._velocities, f"momentum of Keras model '{self.model.name}'")
-        for name, velocity in self._velocities.items():
-            velocity.assign(state[name])
+        assign_all(self._velocities, state, f"momentum of Keras model '{self.model.name}'")
 
     def _step(
         self, inputs: tf.Tensor, targets: tf.Tensor, rate: tf.Tensor, seed: tf.Tensor
@@ -367,6 +382,16 @@ class KerasTrainer:
         batches = shuffled_batches(count, self.batch_size, derive_seed(seed, done + 1))
         return self.train_set.take(batches[place])
 
+    def _check_batch(self, size: int) -> None:
+        """Raise a ColearnError if a batch has one example and batch norm one value a channel.
+
+        Keras would compute with a variance of zero: outputs without any signal, and a moving
+        variance that decays.
+        """
+        layers = self.model._flatten_layers()
+        if size == 1 and self._uses_own_batch and any(map(_needs_two, layers)):
+            raise one_example(size, len(self.train_set))
+
     def _seed_layers(self, seed: int) -> None:
         """Set the state of random layers (dropout) from a seed."""
         for index, generator in enumerate(self._seeds):
@@ -374,6 +399,18 @@ class KerasTrainer:
 
     def _on_device(self) -> Any:
         return tf.device(self.device) if self.device else nullcontext()
+
+
+def _needs_two(layer: keras.Layer) -> bool:
+    """Return whether a layer computes statistics over nothing but the examples of a batch."""
+    return (
+        isinstance(layer, keras.layers.BatchNormalization)
+        # Group and layer norm, to which a scheme converts, have none.
+        and layer.moving_mean is not None
+        # Keras's batch norm uses its moving statistics where it is not trained.
+        and layer.trainable
+        and layer.input_spec.ndim == 2
+    )
 
 
 def _loss_of(objective: Objective) -> keras.losses.Loss:

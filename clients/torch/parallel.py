@@ -67,6 +67,11 @@ class ParallelTrainer:
         world = len(devices)
         if batch_size < world:
             raise ColearnError(f"batch_size: expected at least {world} devices, found {batch_size}")
+        if len(train_set) < world:  # type: ignore[arg-type]
+            raise ColearnError(
+                f"train_set: expected an example for each of {world} devices, found "
+                f"{len(train_set)}"  # type: ignore[arg-type]
+            )
         if any(isinstance(module, BatchRenormLayer) for module in model.modules()):
             raise ColearnError(
                 "devices: expected one device for a network with batch renorm, which torch cannot "

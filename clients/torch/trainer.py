@@ -9,16 +9,23 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 from tqdm import tqdm
 
 from clients.objective import CLASSES, Objective
 from clients.torch.transforms import Transform
-from clients.trainer import EpochResult, NDArray, check_settings, derive_seed
+from clients.trainer import (
+    EpochResult,
+    NDArray,
+    check_settings,
+    check_trained,
+    derive_seed,
+    one_example,
+)
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.normalization import UsableBatches
 from flwr_colearn.torch import (
+    check_state,
     get_arrays,
     normalised,
     recalibrated,
@@ -55,7 +62,8 @@ class TorchTrainer:
     device : str or torch.device, optional
         The device; by default ``cuda`` if there is one, else ``cpu``.
     precision : {"float32", "bfloat16", "float16"}, default "float32"
-        The precision; the latter two train under autocast, float16 with loss scaling.
+        The precision; the latter two train under autocast, float16 with loss scaling. A model with
+        parameters of bfloat16 always computes in bfloat16.
     channels_last : bool, default False
         Whether the model and its 4-d inputs are channels-last: faster convolutions on recent GPUs.
         By default inputs have the format that `transform` returns.
@@ -69,7 +77,8 @@ class TorchTrainer:
     Raises
     ------
     ColearnError
-        If there is nothing to train on or an argument is unknown.
+        If there is nothing to train on, the model has no parameter to train, lazy ones or a state
+        that is no tensor, or an argument is unknown.
     """
 
     def __init__(
@@ -92,7 +101,8 @@ class TorchTrainer:
         workers: int = 0,
     ) -> None:
         check_settings(train_set, batch_size, precision)  # type: ignore[arg-type]
-        check_trainable(model)
+        check_state(model)
+        check_trained(sum(p.requires_grad for p in model.parameters()))
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.channels_last = channels_last
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -109,7 +119,9 @@ class TorchTrainer:
             loss or (nn.BCEWithLogitsLoss if objective.multi_label else nn.CrossEntropyLoss)()
         )
         self.transform = transform or (lambda inputs, training: inputs)
-        self.precision = precision
+        # A bfloat16 layer takes no float32 inputs; under autocast it gets them converted.
+        self._in_bfloat16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
+        self.precision = "bfloat16" if self._in_bfloat16 else precision
         self.clip_norm = clip_norm
         self.workers = workers
         self._resident: WeakKeyDictionary[TensorDataset, tuple[Tensor, ...] | None]
@@ -210,7 +222,7 @@ class TorchTrainer:
             if name in wanted:
                 gradient = parameter.grad
                 arrays[name] = (
-                    np.zeros_like(arrays[name]) if gradient is None else to_array(gradient)
+                    np.zeros_like(arrays[name]) if gradient is None else to_array(gradient, name)
                 )
         self.model.zero_grad(set_to_none=True)
         return arrays, EpochResult(float(loss.detach()), len(targets))
@@ -230,7 +242,8 @@ class TorchTrainer:
         loader = self._loader(self.train_set, BatchSampler(order, size, drop_last=False))
         usable = UsableBatches(inputs for inputs, _ in loader)
         batches = (self._prepare(inputs, training=False) for inputs in usable)
-        return recalibrated(self.model, batches), usable.examples
+        with self._autocast() if self._in_bfloat16 else nullcontext():
+            return recalibrated(self.model, batches), usable.examples
 
     def normalised(self, config: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Return a context manager that applies the server's normalization scheme."""
@@ -264,7 +277,7 @@ class TorchTrainer:
         # By index, since torch's optimizers do not know the parameters' names.
         state = self.optimizer.state_dict()["state"]
         return {
-            f"{index}/{name}": to_array(value)
+            f"{index}/{name}": to_array(value, name)
             for index, values in state.items()
             for name, value in values.items()
             if isinstance(value, Tensor)
@@ -295,12 +308,10 @@ class TorchTrainer:
             try:
                 outputs = self.network(self._prepare(inputs, training=True))
             except ValueError as error:
-                if _ONE_VALUE not in str(error):
-                    raise
-                raise ColearnError(
-                    "batch: expected at least two values per channel for batch norm, found a batch "
-                    f"of {len(targets)}, of {len(self.train_set)} examples at this site"  # type: ignore[arg-type]
-                ) from None
+                # The text of torch's batch norm, instance norm and BatchRenormLayer.
+                if "Expected more than 1" in str(error):
+                    raise one_example(len(targets), len(self.train_set)) from error  # type: ignore[arg-type]
+                raise
             return self.loss(outputs, targets.to(self.device, non_blocking=True))
 
     def _prepare(self, inputs: Tensor, training: bool) -> Tensor:
@@ -388,26 +399,6 @@ class TorchTrainer:
             moved = tuple(tensor.to(self.device) for tensor in dataset.tensors) if fits else None
             self._resident[dataset] = moved
         return self._resident[dataset]
-
-
-_ONE_VALUE = "Expected more than 1 value per channel"
-"""The start of torch's error where batch norm trains on a batch of one value per channel."""
-
-
-def check_trainable(model: nn.Module) -> None:
-    """Raise a ColearnError unless a model's arrays exist and at least one of them is trained."""
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if isinstance(parameter, UninitializedParameter):
-            raise ColearnError(
-                f"model: expected parameters with a shape, found '{name}' of a lazy layer; pass "
-                "one batch through the model before it is given to the trainer"
-            )
-    if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise ColearnError(
-            "model: expected at least one parameter with requires_grad, found "
-            f"{len(parameters)} parameters, none of which is trained"
-        )
 
 
 @dataclass(frozen=True)

@@ -25,4 +25,4 @@ def read_state_dict(path: Path) -> dict[str, NDArray]:
             f"run config 'initial-weights': expected a state dict, tensors by name, in {path}, "
             f"found {type(state).__name__}; save model.state_dict()"
         )
-    return {name: to_array(tensor) for name, tensor in state.items()}
+    return {name: to_array(tensor, name) for name, tensor in state.items()}

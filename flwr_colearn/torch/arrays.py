@@ -5,36 +5,76 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import ColearnError
 from ..roles import NDArray, Role
 
 _NORMS_WITH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
+_FLOATS_OF_NUMPY = (torch.float16, torch.float32, torch.float64)
+
 
 def get_arrays(model: nn.Module) -> dict[str, NDArray]:
     """Return copies of the arrays of a model's state dict, by name.
 
-    bfloat16 tensors become float32 arrays, see `to_array`.
+    bfloat16, and the other floats that numpy does not have, become float32, which has each of their
+    numbers; the server averages in float32, and `set_arrays` rounds to the model's own type.
+
+    Raises
+    ------
+    ColearnError
+        As `check_state` does, and if a tensor has no equivalent in numpy (sparse, meta).
     """
-    return {name: to_array(tensor) for name, tensor in model.state_dict().items()}
+    check_state(model)
+    return {name: to_array(tensor, name) for name, tensor in model.state_dict().items()}
 
 
-def to_array(tensor: Tensor) -> NDArray:
-    """Return a copy of a tensor as an array; a bfloat16 tensor as float32.
+def check_state(model: nn.Module) -> None:
+    """Raise a ColearnError unless a model's state dict consists of tensors that have shapes.
 
-    numpy has no bfloat16. Every bfloat16 number is a float32 number too, so nothing is rounded
-    here; `set_arrays` rounds an average to the nearest bfloat16.
+    The parameters of a lazy module have none before its first batch, and a module's
+    ``get_extra_state`` may return any object, which no server can average.
     """
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.float().numpy()
-    # A copy: on the CPU .numpy() shares memory with the model, which trains on.
-    return tensor.numpy().copy()
+    state = model.state_dict()
+    lazy = [name for name, tensor in state.items() if is_lazy(tensor)]
+    if lazy:
+        raise ColearnError(
+            f"model: expected one whose arrays have shapes, found lazy ones {lazy[:3]}; pass a "
+            "batch through the model before it is used: model(inputs)"
+        )
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ColearnError(
+                f"model: expected tensors only in its state dict, found {type(value).__name__} at "
+                f"'{name}'; return a tensor from get_extra_state, or keep this state out of the "
+                "state dict"
+            )
+
+
+def to_array(tensor: Tensor, name: str = "tensor") -> NDArray:
+    """Return a tensor's copy as an array; bfloat16 and 8-bit floats become float32.
+
+    Raises
+    ------
+    ColearnError
+        If numpy has no such array; `name` is its name in the error message.
+    """
+    tensor = tensor.detach()
+    if tensor.is_floating_point() and tensor.dtype not in _FLOATS_OF_NUMPY:
+        tensor = tensor.float()
+    try:
+        # A copy: on the CPU .numpy() shares memory with the model, which trains on.
+        return tensor.cpu().numpy().copy()
+    except (TypeError, RuntimeError) as error:
+        raise ColearnError(
+            f"array '{name}': expected a dense tensor of a type that numpy has, found "
+            f"{tensor.dtype}, {tensor.layout}, on {tensor.device} ({error})"
+        ) from error
 
 
 def set_arrays(model: nn.Module, arrays: Mapping[str, NDArray]) -> None:
-    """Load arrays, which may be read-only, into a model's state dict.
+    """Load arrays, which may be read-only, into a model's state dict, in the model's own types.
 
     The float32 arrays of bfloat16 tensors are rounded to the nearest bfloat16.
 

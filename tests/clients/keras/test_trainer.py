@@ -15,7 +15,8 @@ from clients.keras.trainer import KerasTrainer
 from clients.tensorflow.setup import keras, tf
 from clients.torch.trainer import TorchTrainer
 from clients.trainer import follow
-from flwr_colearn import ColearnError, LocalPlan, Role
+from flwr_colearn import ColearnError, Frozen, GroupNorm, LocalPlan, Role
+from flwr_colearn.keras import convert
 from flwr_colearn.keras import roles as roles_of
 
 layers = keras.layers
@@ -143,7 +144,7 @@ def test_the_seed_decides_everything_dropout_included():
     assert same(other.get_weights(), first)
 
 
-@pytest.mark.parametrize(("n", "trained"), [(33, 32), (34, 34), (1, 1)])
+@pytest.mark.parametrize(("n", "trained"), [(33, 32), (34, 34)])
 def test_only_a_single_left_over_example_is_left_out(n, trained):
     assert make(train_set=examples(n)).train_epoch(0.1, seed=0).num_examples == trained
 
@@ -406,3 +407,112 @@ def test_random_layers_at_any_depth_are_seeded():
     inner = keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.Dropout(0.5)])
     model = keras.Sequential([keras.Input((4,)), inner, layers.GaussianDropout(0.5)])
     assert len(make(model)._seeds) == 2
+
+
+# Unusual models and shards
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 16), (4, 1)])
+def test_a_batch_of_one_under_batch_norm_is_an_error_of_ours(n, batch_size):
+    trainer = make(train_set=examples(n), batch_size=batch_size)
+    found = f"found a batch of 1 of this site's {n} examples"
+    with pytest.raises(ColearnError, match=found):
+        trainer.train_epoch(0.1, 0)
+    with pytest.raises(ColearnError, match=found):
+        trainer.gradients([], 1, 0)
+
+
+def frozen_norm():
+    model = network()
+    model.layers[1].trainable = False
+    return model
+
+
+def images_normed():
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Reshape((2, 2, 1)),
+            layers.BatchNormalization(),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: keras.Sequential([keras.Input((4,)), layers.Dense(3)]),
+        images_normed,
+        frozen_norm,
+        lambda: convert(network(), GroupNorm(1)),
+    ],
+    ids=["none", "2d", "frozen", "group norm"],
+)
+def test_one_example_is_enough_where_batch_norm_has_values(model):
+    trainer = make(model(), examples(1))
+    before = trainer.get_weights()
+    assert trainer.train_epoch(0.1, 0).num_examples == 1
+    assert any((before[name] != array).any() for name, array in trainer.get_weights().items())
+
+
+def test_one_example_is_enough_with_shared_statistics():
+    trainer = make(convert(network(), Frozen(1)), examples(1))
+    with trainer.normalised({"normalization-frozen": True}):
+        assert trainer.train_epoch(0.1, 0).num_examples == 1
+    with pytest.raises(ColearnError, match="found a batch of 1"):
+        trainer.train_epoch(0.1, 0)
+
+
+def test_a_frozen_model_is_refused():
+    model = network()
+    model.trainable = False
+    with pytest.raises(ColearnError, match="one parameter that is trained, found none"):
+        make(model)
+
+
+# bfloat16 models
+
+
+def in_bfloat16(seed=0):
+    keras.utils.set_random_seed(seed)
+    kind = {"dtype": "bfloat16"}
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(6, **kind),
+            layers.BatchNormalization(momentum=0.9, **kind),
+            layers.ReLU(**kind),
+            layers.Dense(3, **kind),
+        ]
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_bfloat16_model_learns_and_travels_as_float32(precision):
+    model = in_bfloat16()
+    trainer = make(model, test_set=examples(60, seed=1), precision=precision, clip_norm=5.0)
+    losses = [result.loss for result in train(trainer, [(0.05, seed) for seed in range(10)])]
+    assert losses[-1] < 0.6 * losses[0]
+    assert trainer.evaluate()["accuracy"] > 0.6  # chance is a third
+    assert {v.dtype for v in model.trainable_variables} == {"bfloat16"}
+    weights = trainer.get_weights()
+    assert {array.dtype.name for array in weights.values()} == {"float32"}
+    other = make(in_bfloat16(seed=1))
+    other.set_weights(weights)
+    assert same(other.get_weights(), weights)
+
+
+def test_optimizer_gradients_and_statistics_of_a_bfloat16_model_are_arrays_too():
+    trainer = make(in_bfloat16())
+    train(trainer, EPOCHS[:1])
+    state = trainer.get_optimizer_state()
+    assert {array.dtype.name for array in state.values()} == {"float32"}
+    other = make(in_bfloat16(seed=1))
+    other.set_optimizer_state(state)
+    assert same(other.get_optimizer_state(), state)
+    arrays, _ = trainer.gradients(["dense/kernel"], 1, 0)
+    assert arrays["dense/kernel"].dtype == np.float32
+    statistics, _ = trainer.recalibrated()
+    assert {array.dtype.name for array in statistics.values()} == {"float32"}

@@ -13,6 +13,7 @@ from clients.torch.models.small import resnet8, small_cnn
 from clients.torch.trainer import TorchTrainer
 from clients.trainer import follow
 from flwr_colearn import ColearnError, LocalPlan
+from flwr_colearn.torch import BatchRenormLayer
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
@@ -538,33 +539,59 @@ def test_a_long_epoch_of_nan_in_float16_has_no_step_either():
         follow(LocalPlan(1, 1, 1e-4), trainer, seed=0)
 
 
-# Models and shards that cannot be trained
+# Unusual models and shards
 
 
-def frozen():
-    return network().requires_grad_(False)
+def batch_normed(layer=nn.BatchNorm1d):
+    return nn.Sequential(nn.Flatten(), nn.Linear(108, 5), layer(5), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 16), (4, 1)])
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d, BatchRenormLayer])
+def test_a_batch_of_one_under_batch_norm_is_an_error_of_ours(n, batch_size, layer):
+    trainer = make(batch_normed(layer), examples(n), batch_size=batch_size)
+    found = f"found a batch of 1 of this site's {n} examples"
+    with pytest.raises(ColearnError, match=found):
+        trainer.train_epoch(0.1, 0)
+    with pytest.raises(ColearnError, match=found):
+        trainer.gradients(["1.weight"], 1, 0)
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (frozen, "expected at least one parameter with requires_grad, found 6 parameters"),
-        (lambda: nn.Flatten(), "found 0 parameters"),
-        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), r"found '1\.weight' of a lazy"),
-    ],
-    ids=["all frozen", "none", "lazy"],
+    "model", [lambda: nn.Sequential(nn.Flatten(), nn.Linear(108, 3)), network], ids=["none", "2d"]
 )
-def test_a_model_that_cannot_be_trained_is_refused_with_the_reason(build, message):
+def test_one_example_is_enough_where_every_channel_has_values(model):
+    model = model()
+    before = numpy_state(model)
+    assert make(model, examples(1)).train_epoch(0.1, 0).num_examples == 1
+    assert not same(before, numpy_state(model))
+
+
+class Extra(nn.Linear):
+    def __init__(self, extra):
+        super().__init__(108, 3)
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), r"lazy ones \['1\.weight'"),
+        (lambda: nn.LazyBatchNorm1d(), "lazy ones"),
+        (lambda: network().requires_grad_(False), "one parameter that is trained, found none"),
+        (nn.Flatten, "one parameter that is trained, found none"),
+        (lambda: Extra({"steps": 3}), "found dict at '_extra_state'"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_together_is_refused_at_once(model, message):
     with pytest.raises(ColearnError, match=message):
-        make(build())
-
-
-def test_a_shard_of_one_example_with_batch_norm_is_an_error_of_our_own_or_trains():
-    flat = nn.Sequential(nn.Flatten(), nn.Linear(108, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    with pytest.raises(ColearnError, match="found a batch of 1, of 1 examples at this site"):
-        make(flat, examples(1)).train_epoch(0.1, 0)
-    # Batch norm over images has several values per channel.
-    assert make(network(), examples(1)).train_epoch(0.1, 0).num_examples == 1
+        make(model())
 
 
 def test_a_bfloat16_model_trains_and_keeps_its_momentum():
@@ -582,3 +609,44 @@ def test_a_bfloat16_model_trains_and_keeps_its_momentum():
     assert same(trainer.get_optimizer_state(), state)
     gradients, _ = trainer.gradients(["0.weight"], 1, 0)
     assert gradients["0.weight"].dtype == np.float32
+
+
+def test_extra_state_that_is_a_tensor_travels():
+    model = nn.Sequential(nn.Flatten(), Extra(torch.tensor([3.0])))
+    trainer = make(model)
+    weights = trainer.get_weights()
+    assert weights["1._extra_state"] == [3.0]
+    trainer.set_weights({**weights, "1._extra_state": np.array([4.0], np.float32)})
+    assert model[1].extra == torch.tensor([4.0])
+
+
+# bfloat16 models
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_bfloat16_model_learns_and_travels_as_float32(precision):
+    model = network().bfloat16()
+    trainer = make(model, test_set=examples(60, seed=1), precision=precision, clip_norm=5.0)
+    losses = [result.loss for result in train(trainer, [(0.05, seed) for seed in range(10)])]
+    assert losses[-1] < 0.6 * losses[0]
+    assert trainer.evaluate()["accuracy"] > 0.6  # chance is a third
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    weights = trainer.get_weights()
+    assert {array.dtype.name for array in weights.values()} == {"float32", "int64"}
+    other = make(network(seed=1).bfloat16())
+    other.set_weights(weights)
+    assert same(other.get_weights(), weights)
+
+
+def test_optimizer_gradients_and_statistics_of_a_bfloat16_model_are_arrays_too():
+    trainer = make(network().bfloat16())
+    train(trainer, EPOCHS[:1])
+    state = trainer.get_optimizer_state()
+    assert {array.dtype.name for array in state.values()} == {"float32"}
+    other = make(network(seed=1).bfloat16())
+    other.set_optimizer_state(state)
+    assert same(other.get_optimizer_state(), state)
+    arrays, _ = trainer.gradients(["0.weight"], 1, 0)
+    assert arrays["0.weight"].dtype == np.float32
+    statistics, _ = trainer.recalibrated()
+    assert {array.dtype.name for array in statistics.values()} == {"float32"}
