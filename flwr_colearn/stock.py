@@ -10,7 +10,13 @@ from flwr.common import log as write
 from flwr.serverapp.strategy import Strategy
 
 from ._flwr import is_private
-from .aggregation import RunningMean, read_reply, relative_change, trainable
+from .aggregation import (
+    RunningMean,
+    read_reply,
+    relative_change,
+    spectral_vectors,
+    trainable,
+)
 from .errors import ColearnError
 from .history import RoundLog, RoundRecord
 from .managed import Managed
@@ -99,7 +105,7 @@ class Stock(Managed[RoundLog]):
 
         Some strategies cannot do arithmetic on integers. The messages hold the original types.
         """
-        counters = [name for name, role in self._roles.items() if role is Role.COUNTER]
+        counters = [name for name in self._roles if self._sent[name].dtype.kind != "f"]
         return cast_record(arrays, dict.fromkeys(counters, "float64") if self._trains else {})
 
     def give_floats(self, replies: list[Message]) -> None:
@@ -132,7 +138,9 @@ class Stock(Managed[RoundLog]):
         """Return the strategy's average with these arrays in place of its own."""
         if not statistics:
             return average
-        ours = to_record(statistics)
+        vectors = spectral_vectors({**view(average), **statistics}, self._roles, self._sent)
+        # Only those that were pooled: under `Average` the strategy's own average stays.
+        ours = to_record({n: vectors.get(n, array) for n, array in statistics.items()})
         return ArrayRecord({n: ours.get(n, a) for n, a in average.items()})
 
     def _pooled_names(self) -> list[str]:

@@ -15,6 +15,7 @@ from .replies import (
 )
 from .round import RoundMean, Weighting, as_weighting, check_private_weighting
 from .sgd import SGD
+from .spectral import spectral_vectors
 from .validation import check_initial, check_model, check_weights
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "metrics_of",
     "read_reply",
     "relative_change",
+    "spectral_vectors",
     "squared_distance",
     "squared_norm",
     "trainable",

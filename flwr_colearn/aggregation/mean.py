@@ -11,6 +11,8 @@ from ..roles import Arrays, NDArray, Roles, assign_roles, pair_statistics
 from .buckets import BucketSum
 from .chunks import CHUNK, Chunks, Part, flat
 from .kept import check_kept, without_mean
+from .ruled import RuledArrays
+from .spectral import spectral_vectors
 from .statistics import PooledStatistics
 from .validation import check_model, check_structure, floats, refuse_first
 
@@ -84,8 +86,9 @@ class RunningMean:
         self.roles = assign_roles(like, roles)
         self.models = models
         self._empty = empty
-        self._kept = without_mean(like, models)
-        kept, whole = set(self._kept), like
+        self._ruled = RuledArrays(self.roles)
+        self._kept = without_mean(self._averaged(like), models)
+        kept, whole = {*self._kept, *self._ruled.names}, like
         like = {name: array for name, array in whole.items() if name not in kept}
         summed_roles = {name: role for name, role in self.roles.items() if name not in kept}
         pairs = pair_statistics(like, summed_roles)
@@ -115,6 +118,7 @@ class RunningMean:
         self._averages: dict[str, NDArray] | None = None
         self._at_once = False
         self._small.clear()
+        self._ruled.clear()
         self._statistics.clear()
         self.weight: float = 0
         self.count = 0
@@ -149,7 +153,9 @@ class RunningMean:
             If the weight is not positive, an array is missing, unexpected, of another shape or
             type or not finite, or `models` such models could not be summed.
         """
-        check_model(arrays, self._like)
+        check_structure(arrays, self._like)
+        check_model(self._averaged(arrays), self._averaged(self._like))
+        self._ruled.check(arrays)
         check_kept(arrays, self._like, self._kept)
         self._check_sizes(arrays, self._check_weight(weight))
 
@@ -197,6 +203,7 @@ class RunningMean:
         # pass over every model.
         for arrays, _ in models:
             check_structure(arrays, self._like)
+            self._ruled.check(arrays)
             check_kept(arrays, self._like, self._kept)
         weighted = [(arrays, self._check_weight(weight)) for arrays, weight in models]
         try:
@@ -213,6 +220,7 @@ class RunningMean:
     def _add_rest(self, arrays: Arrays, weight: float) -> None:
         """Add all but the large arrays, and count the model."""
         self._small.add(arrays, weight)
+        self._ruled.add(arrays)
         self._statistics.add(arrays, weight)
         for name in self._whole:
             self._add_whole(name, arrays[name].reshape(-1), weight)
@@ -258,7 +266,13 @@ class RunningMean:
         averages.update(self._statistics.pooled(self.weight))
         averages.update({name: self._divide_whole(name) for name in self._whole})
         averages.update({name: self._copy(name) for name in self._kept})
+        averages.update(self._ruled.averages(averages, self._like))
+        averages.update(spectral_vectors(averages, self.roles, self._like))
         return {name: averages[name] for name in self._like}
+
+    def _averaged(self, arrays: Arrays) -> dict[str, NDArray]:
+        """Return the arrays without those that are not averaged because of their role."""
+        return {name: array for name, array in arrays.items() if name not in self._ruled.names}
 
     def _add_large(self, arrays: Arrays, weight: float) -> None:
         """Add weight * arrays to the float64 sums, chunk by chunk."""

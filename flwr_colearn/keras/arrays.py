@@ -119,7 +119,7 @@ def roles(model: keras.Model) -> dict[str, Role]:
 
     Trained variables are ``trainable``. Moving means and variances of
     ``keras.layers.BatchNormalization`` have the roles of these names. Integers are ``counter``.
-    Frozen variables and all others (for example spectral norm's vectors) are ``buffer``.
+    Spectral norm's vectors are ``unit``. Frozen variables and all others are ``buffer``.
 
     Examples
     --------
@@ -136,6 +136,8 @@ def roles(model: keras.Model) -> dict[str, Role]:
             variable is layer.moving_variance
         ):
             found[name] = Role.VARIANCE
+        elif isinstance(layer, keras.layers.SpectralNormalization) and (variable is layer.vector_u):
+            found[name] = Role.UNIT
         elif id(variable) in trained:
             found[name] = Role.TRAINABLE
         else:

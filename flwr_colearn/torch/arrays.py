@@ -1,11 +1,13 @@
 """A module's arrays by name, and their roles."""
 
+import sys
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..errors import ColearnError
 from ..roles import NDArray, Role
@@ -98,7 +100,9 @@ def roles(model: nn.Module) -> dict[str, Role]:
     """Return the role of every array of a model's state dict, by module type, never by name.
 
     Trained parameters are ``trainable``. Running means, variances and counters of normalization
-    layers have the roles of these names. Frozen parameters and other buffers are ``buffer``.
+    layers have the roles of these names. The vectors of spectral normalization are ``unit``, and
+    the extremes of quantization's observers ``min`` and ``max``. Frozen parameters and other
+    buffers are ``buffer``.
 
     Examples
     --------
@@ -112,12 +116,26 @@ def roles(model: nn.Module) -> dict[str, Role]:
         name: _role_by_type(tensor, name in trained) for name, tensor in model.state_dict().items()
     }
     for layer, module in model.named_modules():
-        if isinstance(module, _NORMS_WITH_STATISTICS):
-            prefix = f"{layer}." if layer else ""
-            for buffer, role in (("running_mean", Role.MEAN), ("running_var", Role.VARIANCE)):
-                if prefix + buffer in found:
-                    found[prefix + buffer] = role
+        prefix = f"{layer}." if layer else ""
+        for buffer, role in _roles_of_buffers(module).items():
+            if prefix + buffer in found:
+                found[prefix + buffer] = role
     return found
+
+
+def _roles_of_buffers(module: nn.Module) -> dict[str, Role]:
+    """Return the roles of a module's own buffers where its type says what they are."""
+    if isinstance(module, _NORMS_WITH_STATISTICS):
+        return {"running_mean": Role.MEAN, "running_var": Role.VARIANCE}
+    if isinstance(module, nn.utils.parametrizations._SpectralNorm):
+        return {"_u": Role.UNIT, "_v": Role.UNIT}
+    # Not imported here, since the import takes long; a model with observers has imported it.
+    observing = sys.modules.get("torch.ao.quantization.observer")
+    if observing and isinstance(module, observing.ObserverBase):
+        return {"min_val": Role.MINIMUM, "max_val": Role.MAXIMUM}
+    # The older torch.nn.utils.spectral_norm is a hook of the layer.
+    hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, SpectralNorm)]
+    return {f"{hook.name}{end}": Role.UNIT for hook in hooks for end in ("_u", "_v")}
 
 
 def _role_by_type(tensor: Tensor, is_trained: bool) -> Role:

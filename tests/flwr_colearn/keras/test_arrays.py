@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from flwr_colearn import ColearnError, Role
+from flwr_colearn import ColearnError, Role, RunningMean
 from flwr_colearn.roles import pair_statistics
 
 keras = pytest.importorskip("keras")
@@ -173,3 +173,22 @@ def test_frozen_weights_do_not_count_and_statistics_of_a_frozen_layer_still_pair
     assert roles["dense/kernel"] is roles["batch_normalization/gamma"] is Role.BUFFER
     assert roles["batch_normalization/moving_variance"] is Role.VARIANCE
     assert roles["dense_1/kernel"] is Role.TRAINABLE
+
+
+@pytest.mark.parametrize("by", ["type", "name"])
+def test_the_shared_vector_of_spectral_normalization_has_length_one(by):
+    def site(seed):
+        keras.utils.set_random_seed(seed)
+        norm = layers.SpectralNormalization(layers.Dense(5, use_bias=False))
+        return keras.Sequential([keras.Input((6,)), norm])
+
+    sites = [site(seed) for seed in range(4)]
+    for each in sites:
+        for _ in range(5):
+            each(np.ones((3, 6), np.float32), training=True)
+    arrays = [get_arrays(each) for each in sites]
+    mean = RunningMean(arrays[0], roles_of(sites[0]) if by == "type" else None)
+    for each in arrays:
+        mean.add(each)
+    [vector] = [array for name, array in mean.mean().items() if name.endswith("vector_u")]
+    assert np.linalg.norm(vector) == pytest.approx(1)
