@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from clients.data import Examples, shuffled_batches
 from clients.objective import CLASSES, Objective
-from clients.tensorflow.setup import check_device, keras, tf
+from clients.tensorflow.setup import check_device, forget_kernels, keras, tf
 from clients.tensorflow.transforms import Transform, no_transform
 from clients.trainer import (
     EpochResult,
@@ -23,6 +23,7 @@ from flwr_colearn import ColearnError, Role
 from flwr_colearn.keras import (
     as_array,
     assign_all,
+    load,
     named_variables,
     normalised,
     recalibrated,
@@ -105,6 +106,8 @@ class KerasTrainer:
         clip_norm: float | None = None,
     ) -> None:
         check_settings(train_set, batch_size, precision)
+        # A ClientApp builds a model and a trainer for every message.
+        forget_kernels()
         self.model = model
         self.train_set, self.test_set = train_set, test_set
         self.batch_size = batch_size
@@ -144,17 +147,9 @@ class KerasTrainer:
             self._good_steps = tf.Variable(0.0, trainable=False)
             self._skipped = tf.Variable(0.0, trainable=False)
         self._renew_loss_scale()
-        # With an open batch size a smaller last batch does not trace the step again.
-        batch = tf.TensorSpec((None, *train_set.inputs.shape[1:]), train_set.inputs.dtype)
-        labels = tf.TensorSpec((None, *train_set.labels.shape[1:]), train_set.labels.dtype)
-        rate, seed = tf.TensorSpec((), tf.float32), tf.TensorSpec((2,), tf.int64)
-        self._train_step = tf.function(
-            self._step, input_signature=[batch, labels, rate, seed], jit_compile=jit_compile
-        )
-        self._gradients = tf.function(
-            self._loss_and_gradients, input_signature=[batch, labels, seed], jit_compile=jit_compile
-        )
-        self._predict_batch = tf.function(self._outputs, input_signature=[batch])
+        self._jit_compile = jit_compile
+        self._gradients: Callable[..., Any]
+        self._trace()
 
     def get_weights(self) -> dict[str, NDArray]:
         """Return the model's arrays by the names of `flwr_colearn.keras.get_arrays`."""
@@ -168,7 +163,9 @@ class KerasTrainer:
         ColearnError
             If names, shapes or types differ from the model's.
         """
-        assign_all(self._variables, weights, f"Keras model '{self.model.name}'")
+        what = f"Keras model '{self.model.name}'"
+        if load(self.model, self._variables, weights, what):
+            self._trace()
         for velocity in self._velocities.values():
             velocity.assign(tf.zeros_like(velocity))
         self._renew_loss_scale()
@@ -361,6 +358,23 @@ class KerasTrainer:
         self._skipped.assign_add(1.0)
         self._good_steps.assign(0.0)
         self._loss_scale.assign(self._loss_scale / 2)
+
+    def _trace(self) -> None:
+        """Compile the functions of a step anew, at their next call."""
+        # With an open batch size a smaller last batch does not trace the step again.
+        batch, labels = (
+            tf.TensorSpec((None, *array.shape[1:]), array.dtype)
+            for array in (self.train_set.inputs, self.train_set.labels)
+        )
+        rate, seed = tf.TensorSpec((), tf.float32), tf.TensorSpec((2,), tf.int64)
+        jit = {"jit_compile": self._jit_compile}
+        self._train_step = tf.function(
+            self._step, input_signature=[batch, labels, rate, seed], **jit
+        )
+        self._gradients = tf.function(
+            self._loss_and_gradients, input_signature=[batch, labels, seed], **jit
+        )
+        self._predict_batch = tf.function(self._outputs, input_signature=[batch])
 
     def _renew_loss_scale(self) -> None:
         """Set the first loss scale of a round; it lives through all epochs of the round.

@@ -60,6 +60,45 @@ def assign_all(variables: Mapping[str, Any], arrays: Mapping[str, NDArray], what
         variable.assign(tf.cast(arrays[name], variable.dtype))
 
 
+def load(
+    model: keras.Model, variables: Mapping[str, Any], arrays: Mapping[str, NDArray], what: str
+) -> bool:
+    """Assign arrays to a model's variables, and let layers compute what they derive from them.
+
+    ``keras.layers.Normalization``, and layers of a user's own with a method ``finalize_state``,
+    compute with tensors that are made from their variables, and not with the variables. Functions
+    that were traced have the former tensors in them, so those of ``fit``, ``evaluate`` and
+    ``predict`` are traced again.
+
+    Parameters
+    ----------
+    variables, arrays, what
+        As for `assign_all`.
+
+    Returns
+    -------
+    bool
+        Whether such tensors have changed, so that the caller's own functions must be traced again.
+    """
+    deriving = [layer for layer in model._flatten_layers() if _derives(layer)]
+    before = [as_array(variable) for layer in deriving for variable in layer.weights]
+    assign_all(variables, arrays, what)
+    after = [as_array(variable) for layer in deriving for variable in layer.weights]
+    for layer in deriving:
+        layer.finalize_state()
+    if all(map(np.array_equal, before, after)):
+        return False
+    for function in ("train_function", "test_function", "predict_function"):
+        if hasattr(model, function):
+            setattr(model, function, None)
+    return True
+
+
+def _derives(layer: Any) -> bool:
+    # Lookups and discretization have the method too, but no variables to derive anything from.
+    return callable(getattr(layer, "finalize_state", None)) and bool(layer.weights)
+
+
 @dataclass(frozen=True)
 class _Sent:
     """The shape and type of a variable's array."""
@@ -74,7 +113,7 @@ class _Sent:
 
 
 def set_arrays(model: keras.Model, arrays: Mapping[str, NDArray]) -> None:
-    """Load arrays into a model.
+    """Load arrays into a model, so that models with equal arrays give equal predictions.
 
     Parameters
     ----------
@@ -89,7 +128,7 @@ def set_arrays(model: keras.Model, arrays: Mapping[str, NDArray]) -> None:
     ColearnError
         If names, shapes or types differ from the model's.
     """
-    assign_all(variables_as(model, arrays), arrays, f"Keras model '{model.name}'")
+    load(model, variables_as(model, arrays), arrays, f"Keras model '{model.name}'")
 
 
 def variables_as(model: keras.Model, names: Iterable[str]) -> dict[str, Any]:

@@ -1,5 +1,10 @@
 """KerasTrainer against PyTorch and scikit-learn, from equal weights."""
 
+import ctypes
+import gc
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -516,3 +521,46 @@ def test_optimizer_gradients_and_statistics_of_a_bfloat16_model_are_arrays_too()
     assert arrays["dense/kernel"].dtype == np.float32
     statistics, _ = trainer.recalibrated()
     assert {array.dtype.name for array in statistics.values()} == {"float32"}
+
+
+# Layers that compute from their variables; memory
+
+
+def test_a_trainer_computes_with_the_normalization_that_it_has_loaded():
+    def normalising(seed):
+        keras.utils.set_random_seed(seed)
+        norm = layers.Normalization()
+        model = keras.Sequential([keras.Input((4,)), norm, layers.Dense(3)])
+        norm.adapt(examples(seed=seed).inputs * (1 + seed))
+        return make(model, test_set=examples(60, seed=9))
+
+    own, other = normalising(0), normalising(3)
+    train(own, EPOCHS[:1])
+    own.predict()
+    own.set_weights(other.get_weights())
+    np.testing.assert_array_equal(own.predict()[0], other.predict()[0])
+    train(own, EPOCHS[:1])
+    train(other, EPOCHS[:1])
+    assert same(own.get_weights(), other.get_weights())
+
+
+def resident():
+    """The process's resident memory in bytes, without what it could give back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_the_memory_of_a_trainer_is_returned():
+    def message():
+        # Not `network`, whose seed makes TensorFlow drop its kernels too.
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(6), layers.Dense(3)])
+        make(model).train_epoch(0.1, 0)
+
+    for _ in range(20):
+        message()
+    before = resident()
+    for _ in range(30):
+        message()
+    assert resident() - before < 30 * 2**17

@@ -192,3 +192,50 @@ def test_the_shared_vector_of_spectral_normalization_has_length_one(by):
         mean.add(each)
     [vector] = [array for name, array in mean.mean().items() if name.endswith("vector_u")]
     assert np.linalg.norm(vector) == pytest.approx(1)
+
+
+# Layers that compute from their variables
+
+
+class Doubling(layers.Layer):
+    """A user's layer with a tensor that is derived from its variable."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(), initializer="ones", trainable=False)
+        self.finalize_state()
+
+    def finalize_state(self):
+        self.doubled = 2 * keras.ops.convert_to_tensor(self.scale)
+
+    def call(self, inputs):
+        return self.doubled * inputs
+
+
+def derived(seed):
+    rng = np.random.default_rng(seed)
+    normalise, double = layers.Normalization(), Doubling()
+    model = keras.Sequential([keras.Input((4,)), normalise, double])
+    normalise.adapt(rng.normal(seed, 1 + seed, (50, 4)))
+    double.scale.assign(1.0 + seed)
+    double.finalize_state()
+    model.compile(loss="mse")
+    return model
+
+
+@pytest.mark.parametrize("ways", ["call", "predict", "evaluate"])
+def test_equal_arrays_give_equal_predictions_before_and_after_tracing(ways):
+    inputs = np.random.default_rng(0).normal(size=(5, 4)).astype("f4")
+
+    def outputs(model):
+        if ways == "call":
+            return model(inputs).numpy()
+        if ways == "predict":
+            return model.predict(inputs, verbose=0)
+        return model.evaluate(inputs, inputs, verbose=0)
+
+    own = derived(0)
+    for seed in (1, 2):
+        outputs(own)  # traces a function
+        other = derived(seed)
+        set_arrays(own, get_arrays(other))
+        np.testing.assert_allclose(outputs(own), outputs(other), rtol=1e-6)
