@@ -1,5 +1,6 @@
 """The Trainer protocol and the training of a LocalPlan, independent of any framework."""
 
+import math
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,13 +13,30 @@ from flwr_colearn.errors import whole_number
 
 NDArray = npt.NDArray[Any]
 
+_MOST_PASSES = 20
+"""The number of passes over data after which a loss scale of 2^16 that is halved in each is below
+1, even where a pass has one batch only."""
+
 
 @dataclass(frozen=True)
 class EpochResult:
-    """The result of one local epoch: mean training loss, and the number of examples seen."""
+    """The result of one local epoch.
+
+    Attributes
+    ----------
+    loss : float
+        The mean training loss.
+    num_examples : int
+        The number of examples seen.
+    steps, skipped : int, optional
+        With loss scaling, the number of steps that changed the weights, and of those that were
+        skipped because the scaled gradients overflowed; ``None`` where no step can be skipped.
+    """
 
     loss: float
     num_examples: int
+    steps: int | None = None
+    skipped: int | None = None
 
 
 class Trainer(Protocol):
@@ -74,17 +92,46 @@ def follow(plan: LocalPlan, trainer: Trainer, seed: int) -> dict[str, float]:
     Returns
     -------
     dict
-        ``num-examples`` of an epoch, and the last epoch's ``train-loss`` and ``learning-rate``.
+        ``num-examples`` of an epoch, and the last epoch's ``train-loss`` and ``learning-rate``;
+        with loss scaling also ``skipped-steps`` of the round.
+
+    Raises
+    ------
+    ColearnError
+        If an epoch made no step, because all of its gradients overflowed.
     """
+    skipped: list[int] = []
     # LocalPlan has at least one epoch, so that `result` and `epoch` are defined after the loop.
     for epoch in plan:
         epoch_seed = derive_seed(seed, plan.epochs_done + epoch.index)
-        result = trainer.train_epoch(epoch.learning_rate, epoch_seed)
-    return {
+        result = _trained(trainer, epoch.learning_rate, epoch_seed, skipped)
+    metrics: dict[str, float] = {
         "num-examples": result.num_examples,
         "train-loss": result.loss,
         "learning-rate": epoch.learning_rate,
     }
+    return {**metrics, "skipped-steps": sum(skipped)} if skipped else metrics
+
+
+def _trained(trainer: Trainer, learning_rate: float, seed: int, skipped: list[int]) -> EpochResult:
+    """Train one epoch; repeat it while every step of it is skipped, since it then trained nothing.
+
+    The number of skipped steps of each pass is appended to `skipped`.
+    """
+    for _ in range(_MOST_PASSES):
+        result = trainer.train_epoch(learning_rate, seed)
+        if result.skipped is not None:
+            skipped.append(result.skipped)
+        if result.steps != 0:
+            return result
+        # A smaller loss scale helps against overflow only.
+        if not math.isfinite(result.loss):
+            break
+    raise ColearnError(
+        f"local epoch in float16: expected at least one step, found all {result.skipped} skipped "
+        f"because gradients were not finite (loss {result.loss:.4g}); check this site's data and "
+        "the learning rate, or set precision to bfloat16 or float32"
+    )
 
 
 def check_settings(train_set: Sized, batch_size: int, precision: str = "float32") -> None:
@@ -104,6 +151,25 @@ def check_settings(train_set: Sized, batch_size: int, precision: str = "float32"
     whole_number("batch_size", batch_size, least=1)
     if precision not in ("float32", "bfloat16", "float16"):
         raise ColearnError(f"precision: expected float32, bfloat16 or float16, found {precision!r}")
+
+
+def check_trained(parameters: int) -> None:
+    """Raise a ColearnError unless a model has parameters to train."""
+    if not parameters:
+        raise ColearnError(
+            "model: expected at least one parameter that is trained, found none; are all layers "
+            "frozen?"
+        )
+
+
+def one_example(batch: int, examples: int) -> ColearnError:
+    """Return the error for a batch that is too small for a model's normalization layers."""
+    return ColearnError(
+        f"normalization: expected more than one value of each channel in a training batch, found "
+        f"a batch of {batch} of this site's {examples} examples; give the site more examples, a "
+        "larger batch_size, or the model layers without batch statistics (the schemes GroupNorm "
+        "and LayerNorm)"
+    )
 
 
 def accuracy(outputs: NDArray, targets: NDArray) -> float:

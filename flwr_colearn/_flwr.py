@@ -1,5 +1,6 @@
 """All uses of Flower's non-public modules, and the code for differences between its versions."""
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -78,6 +79,20 @@ def is_private(strategy: object) -> bool:
     )
 
 
+def called_privately() -> bool:
+    """Return whether a differential privacy wrapper is among the callers of this function.
+
+    A wrapper does not say to the strategy within it that it is wrapped, and in Flower's own loop
+    nothing else of this package is called.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if is_private(frame.f_locals.get("self")):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def assume_identity() -> None:
     """Make ``Message(...)`` callable outside a Flower run, which needs an identity since 1.38."""
     try:
@@ -105,6 +120,7 @@ __all__ = [
     "REFUSED",
     "ClientProxy",
     "assume_identity",
+    "called_privately",
     "config_to_str",
     "copied",
     "empty_run",

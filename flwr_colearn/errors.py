@@ -33,6 +33,13 @@ class MissingExtraError(ColearnError, ModuleNotFoundError):
         )
 
 
+class ParticipantError(ColearnError):
+    """Raised at a participant in place of a foreign exception, whose text must not leave the site.
+
+    The message has the type of that exception; its text is in the participant's log.
+    """
+
+
 class NotAnsweredError(ColearnError):
     """Raised for a valid reply that does not contain the answer yet.
 

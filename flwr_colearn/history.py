@@ -71,7 +71,8 @@ class RoundRecord:
         The metrics of each participant's evaluation of the shared model on its own data, by the
         participant's name. `evaluate_metrics` weighs them by the numbers of examples.
     site_means : dict
-        The plain means of these metrics, in which every participant counts the same.
+        The plain means of these metrics, in which every participant that has the metric as a
+        finite number counts the same.
     """
 
     round: int
@@ -452,6 +453,14 @@ class RoundLog:
         """Complete the record of the round under way and write it."""
         record = self.record
         record.relative_change = relative_change
+        if relative_change == 0.0:
+            log(
+                WARNING,
+                "Round %s: the relative change is exactly 0: no weight of the shared model differs "
+                "from the round before. Expected training to change it; check the learning rate, "
+                "frozen layers and, in float16, the participants' skipped steps.",
+                record.round,
+            )
         record.participants.sort()  # replies arrive in any order
         record.seconds = round(time.perf_counter() - self._opened_at, 3)
         self._record = None
@@ -459,25 +468,22 @@ class RoundLog:
 
 
 def plain_means(sites: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the means over sites of the numeric metrics that all of them have.
+    """Return the means over sites of their numeric metrics.
 
-    The number of examples is left out, since its mean is no metric of the model.
+    The mean of a metric is that over the sites that have it as a finite number. The number of
+    examples is left out, since its mean is no metric of the model.
 
     Examples
     --------
     >>> plain_means([{"accuracy": 0.5, "num-examples": 10}, {"accuracy": 1.0, "num-examples": 90}])
     {'accuracy': 0.75}
     """
-    every = [
-        {name: value for name, value in site.items() if isinstance(value, int | float)}
-        for site in sites
-    ]
-    common = set.intersection(*map(set, every)) if every else set()
-    return {
-        name: float(np.mean([site[name] for site in every]))
-        for name in (every[0] if every else ())
-        if name in common and name != "num-examples"
-    }
+    values: dict[str, list[float]] = {}
+    for site in sites:
+        for name, value in site.items():
+            if isinstance(value, int | float) and math.isfinite(value) and name != "num-examples":
+                values.setdefault(name, []).append(value)
+    return {name: float(np.mean(each)) for name, each in values.items()}
 
 
 D = TypeVar("D", bound="DataclassInstance")

@@ -1,5 +1,6 @@
 """CoLearn for projects on Flower's legacy API: ``ServerAppComponents`` and ``NumPyClient``."""
 
+import math
 import time
 from logging import INFO, WARNING
 from pathlib import Path
@@ -10,6 +11,7 @@ from flwr.common import (
     EvaluateRes,
     FitIns,
     FitRes,
+    MetricsAggregationFn,
     Parameters,
     Scalar,
     log,
@@ -18,7 +20,14 @@ from flwr.server import ClientManager
 from flwr.server.strategy import FedAvg
 
 from ._flwr import ClientProxy, fit_clients
-from .aggregation import RoundMean, Weighting, as_weighting, relative_change, trainable
+from .aggregation import (
+    RoundMean,
+    Weighting,
+    as_weighting,
+    check_initial,
+    relative_change,
+    trainable,
+)
 from .errors import ColearnError, expected
 from .history import History, RoundLog, RoundRecord
 from .policy import Recovery
@@ -191,7 +200,7 @@ class CoLearn(FedAvg):
         average = Parameters([array.data for array in record.values()], "numpy.ndarray")
         aggregated: dict[str, Scalar] = {}
         if self.fit_metrics_aggregation_fn is not None:
-            aggregated = self.fit_metrics_aggregation_fn(metrics)
+            aggregated = _called(self.fit_metrics_aggregation_fn, metrics)
         self._log.note(train_metrics=aggregated)
         return average, aggregated
 
@@ -222,14 +231,40 @@ class CoLearn(FedAvg):
         results: list[tuple[ClientProxy, EvaluateRes]],
         failures: list[EvaluateFailure],
     ) -> tuple[float | None, dict[str, Scalar]]:
-        """Aggregate the participants' evaluation as FedAvg does, and close the round's record."""
-        # FedAvg divides by the sum of the examples, which is zero without this.
-        counted = [item for item in results if item[1].num_examples > 0]
-        loss, metrics = super().aggregate_evaluate(server_round, counted, failures)
+        """Aggregate the participants' evaluation, and close the round's record.
+
+        In contrast to FedAvg, a loss of NaN or infinity is left out, and an error of
+        `evaluate_metrics_aggregation_fn` is logged and does not end the run.
+        """
+        loss, metrics = self._evaluation_of(server_round, results, failures)
         self._log.note(evaluate_metrics=metrics if loss is None else {"loss": loss, **metrics})
         if self._shared is not None:
             self._close(_named(self._shared))
         return loss, metrics
+
+    def _evaluation_of(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, EvaluateRes]],
+        failures: list[EvaluateFailure],
+    ) -> tuple[float | None, dict[str, Scalar]]:
+        # FedAvg divides by the sum of the examples, which is zero without this.
+        counted = [item for item in results if item[1].num_examples > 0]
+        if not counted or (failures and not self.accept_failures):
+            return None, {}
+        for client, result in counted:
+            if not math.isfinite(result.loss):
+                log(WARNING, "Loss of participant %s left out: found %s", client.cid, result.loss)
+        finite = [res for _, res in counted if math.isfinite(res.loss)]
+        examples = sum(res.num_examples for res in finite)
+        total = sum(res.num_examples * res.loss for res in finite)
+        loss = total / examples if examples else math.nan
+        function = self.evaluate_metrics_aggregation_fn
+        if function is None:
+            if server_round == 1:
+                log(WARNING, "No evaluate_metrics_aggregation_fn provided")
+            return loss, {}
+        return loss, _called(function, [(res.num_examples, res.metrics) for _, res in counted])
 
     @property
     def _round_mean(self) -> RoundMean:
@@ -240,6 +275,7 @@ class CoLearn(FedAvg):
 
     def _begin_mean(self, server_round: int, arrays: Arrays) -> None:
         if self._mean is None:
+            check_initial(arrays)
             self._roles = assign_roles(arrays, self._given_roles)
             self._mean = RoundMean(
                 arrays,
@@ -330,6 +366,15 @@ class CoLearn(FedAvg):
         except ColearnError as error:
             self._round_mean.refuse(participant, str(error))
             return None
+
+
+def _called(aggregate: MetricsAggregationFn, metrics: Metrics) -> dict[str, Scalar]:
+    """Return the metrics that a user's function aggregates; none if it raises an error."""
+    try:
+        return aggregate(metrics)
+    except Exception:  # a participant may lack a metric, and the model is valid all the same
+        log(WARNING, "CoLearn: the metrics could not be aggregated", exc_info=True)
+        return {}
 
 
 def _named(parameters: Parameters) -> Arrays:

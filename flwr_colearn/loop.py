@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from ._flwr import config_to_str, copied, is_private
+from .aggregation import check_initial, check_private_weighting
 from .checkpoint import (
     Checkpoint,
     CheckpointFolder,
@@ -122,11 +123,14 @@ def run(
     """
     if num_rounds is not None:
         whole_number("num_rounds", num_rounds, least=1)
+    check_initial(view(initial_arrays))
     manager = _manager_of(strategy, history)
     own = manager.transport if transport is None else manager.transport.combined(transport)
     connected = own.connect(grid, manager.check_reply, initial_arrays)
     if any(map(is_private, chain_of(strategy))):
         connected.transport.check_privacy()
+        if not isinstance(manager, Stock):  # which warns, since other strategies weigh as they like
+            check_private_weighting(manager.weighting)
     return _Run(
         strategy,
         manager,

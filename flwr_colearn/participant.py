@@ -6,7 +6,7 @@ from flwr.app import Context, Message
 
 from .compression import compressed
 from .normalization import with_local_arrays
-from .recovery import echoed, name_of, supervised
+from .recovery import discreet, echoed, name_of, supervised
 from .state_dir import with_state_dir
 
 Next = Callable[[Message, Context], Message]
@@ -24,6 +24,12 @@ def participant_mod(message: Message, context: Context, call_next: Next) -> Mess
     the run. With a folder ``state-dir`` in the SuperNode's node config, all of ``context.state`` is
     saved on disk too, and is restored for a message of the same training (the same session).
 
+    Of an exception only the type and the messages of this plugin leave the site, since the text of
+    others may hold a file name or a value of the data; Flower alone would send the text. The text
+    is in the participant's log. ``exception-text=true`` in the SuperNode's node config, for sites
+    that trust the server with it, lets it leave. An exception of a mod before this one leaves as
+    Flower sends it.
+
     Flower calls mods from first to last for a message, and from last to first for its reply. Mods
     that change the model, such as Flower's differential privacy mods, belong after this one, and
     mods that measure messages before it.
@@ -33,6 +39,8 @@ def participant_mod(message: Message, context: Context, call_next: Next) -> Mess
     ColearnError
         If the server has another version of this plugin, the codec is unknown at the participant,
         or the received model is damaged. Flower reports the error to the server.
+    ParticipantError
+        If the ClientApp raised another exception.
 
     Examples
     --------
@@ -40,12 +48,12 @@ def participant_mod(message: Message, context: Context, call_next: Next) -> Mess
 
         app = ClientApp(mods=[participant_mod])
     """
-    name = name_of(context).get("participant", "participant")
 
     # From inside to outside. The echo describes the model as the ClientApp returned it. Local
     # arrays are inside compression, since they complete the decoded model. The state folder is
-    # outside both, since it saves their state. Supervision is outermost: it checks the version
-    # before a layer reads the message, and its time limit is that of all layers.
+    # outside both, since it saves their state. Supervision is outside of all layers: it checks the
+    # version before a layer reads the message, and its time limit is that of all layers. Only the
+    # treatment of exceptions is outside of it, since every part may raise one.
     def describe(message: Message, context: Context) -> Message:
         return echoed(message, context, call_next)
 
@@ -56,6 +64,10 @@ def participant_mod(message: Message, context: Context, call_next: Next) -> Mess
         return compressed(message, context, localise)
 
     def remember(message: Message, context: Context) -> Message:
+        name = name_of(context).get("participant", "participant")
         return with_state_dir(message, context, compress, name)
 
-    return supervised(message, context, remember)
+    def supervise(message: Message, context: Context) -> Message:
+        return supervised(message, context, remember)
+
+    return discreet(message, context, supervise)

@@ -1,10 +1,11 @@
 """Roles of a model's arrays: trainable weights, statistics, counters and buffers."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from enum import StrEnum
 from logging import WARNING
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from flwr.common import log
 
@@ -19,6 +20,10 @@ Arrays = Mapping[str, NDArray]
 class Role(StrEnum):
     """The role of an array, which decides how it is averaged.
 
+    An array of the initial model that has no mean is not averaged in any role: one with infinity,
+    such as a mask of -inf, or one of integers whose sum over all participants overflows int64, such
+    as a hash. It stays as the server sent it, and a reply with other values is refused.
+
     ============= ============================================ =================================
     role          in the average                               in eq. 4's relative change
     ============= ============================================ =================================
@@ -27,7 +32,17 @@ class Role(StrEnum):
     ``variance``  pooled with its mean where paired            left out
     ``counter``   mean rounded to the nearest whole number     left out
     ``buffer``    mean                                         left out
+    ``unit``      mean, divided by its L2 norm                 left out
+    ``max``       largest value of each element                left out
+    ``min``       smallest value of each element               left out
+    ``keep``      as the server sent it                        left out
     ============= ============================================ =================================
+
+    ``unit`` is for the vectors of spectral normalization, of which a shorter mean would make the
+    layer too large; those of torch are also fitted to the averaged weight by power iteration.
+    ``max`` and ``min`` are for extremes that a layer has seen, such as those of quantization's
+    observers; ``keep`` is for what each participant may change for itself, such as states of random
+    generators, and for codebooks that are trained elsewhere.
     """
 
     TRAINABLE = "trainable"
@@ -35,9 +50,16 @@ class Role(StrEnum):
     VARIANCE = "variance"
     COUNTER = "counter"
     BUFFER = "buffer"
+    UNIT = "unit"
+    MAXIMUM = "max"
+    MINIMUM = "min"
+    KEEP = "keep"
 
 
-UNTRAINED = frozenset((Role.MEAN, Role.VARIANCE, Role.COUNTER))
+RULED = frozenset((Role.UNIT, Role.MAXIMUM, Role.MINIMUM, Role.KEEP))
+"""The roles of arrays whose value in the average is none of the means."""
+
+UNTRAINED = frozenset((Role.MEAN, Role.VARIANCE, Role.COUNTER)) | RULED
 """The roles whose average is not a plain mean of floats."""
 
 Roles = Mapping[str, Role | str] | Sequence[Role | str] | None
@@ -64,8 +86,9 @@ def assign_roles(arrays: Arrays, given: Roles = None) -> dict[str, Role]:
     given : mapping or sequence, optional
         Roles by name (the others get their default), or one role for every array in order.
         The default depends on the name (``running_mean``, ``running_var``, ``num_batches_tracked``
-        of torch; ``moving_mean``, ``moving_variance`` of Keras and TF-slim), then on the type:
-        floats are trainable, integers and booleans are counters.
+        of torch; ``moving_mean``, ``moving_variance`` of Keras and TF-slim; the vectors of
+        spectral normalization; ``min_val`` and ``max_val`` of observers), then on the type: floats
+        are trainable, or buffers if they have infinity; integers and booleans are counters.
 
     Raises
     ------
@@ -74,6 +97,7 @@ def assign_roles(arrays: Arrays, given: Roles = None) -> dict[str, Role]:
         has another length than the model.
     """
     roles = {name: _default_role(name, array) for name, array in arrays.items()}
+    roles.update(_roles_by_partner(arrays))
     # A role for a name that is not in the model is a spelling mistake, not a role to ignore.
     if isinstance(given, Mapping):
         unknown = [name for name in given if name not in arrays]
@@ -94,6 +118,8 @@ def assign_roles(arrays: Arrays, given: Roles = None) -> dict[str, Role]:
         )
     # A mean of integers is no integer unless it is rounded, which only counters are.
     for name, role in roles.items():
+        if role in (Role.MAXIMUM, Role.MINIMUM, Role.KEEP):
+            continue
         is_float = arrays[name].dtype.kind == "f"
         if is_float == (role is Role.COUNTER):
             wanted = "a float type" if role is not Role.COUNTER else "an integer type"
@@ -128,11 +154,47 @@ def pair_statistics(arrays: Arrays, roles: Mapping[str, Role]) -> list[tuple[str
     return pairs
 
 
+def _roles_by_partner(arrays: Arrays) -> dict[str, Role]:
+    """Return the roles of arrays whose names mean something only beside others of their layer."""
+    layers: dict[str, dict[str, str]] = {}
+    for name, array in arrays.items():
+        if array.dtype.kind == "f":
+            layer, last = split_name(name)
+            layers.setdefault(layer, {})[last] = name
+    return {
+        name: role
+        for layer, names in layers.items()
+        for last, name in names.items()
+        if (role := _role_beside(last, layer, names.keys())) is not None
+    }
+
+
+def _role_beside(last: str, layer: str, names: Set[str]) -> Role | None:
+    """Return the role of the array `last` of a layer with arrays of these names, if they say it."""
+    stem = last[:-2]
+    vectors = {f"{stem}_u", f"{stem}_v"}
+    # torch's two spectral norms; a weight_u alone may be any weight.
+    original = f"{stem}_orig" in names or "parametrizations" in layer.split(".")
+    if last == "vector_u" or (last in vectors and vectors <= names and original):
+        return Role.UNIT
+    if {"min_val", "max_val", "eps"} <= names:  # torch's observers
+        return {"min_val": Role.MINIMUM, "max_val": Role.MAXIMUM}.get(last)
+    return None
+
+
 def _default_role(name: str, array: NDArray) -> Role:
     if array.dtype.kind not in "fiub":
-        raise expected(f"array '{name}'", "a float, integer or boolean type", str(array.dtype))
+        # numpy reads the bytes of a bfloat16 array as void16.
+        wanted = (
+            "a float, integer or boolean type of numpy's own; bfloat16 is sent as float32, which "
+            "get_arrays of flwr_colearn.torch and flwr_colearn.keras returns"
+        )
+        raise expected(f"array '{name}'", wanted, str(array.dtype))
     if array.dtype.kind != "f":
         return Role.COUNTER
+    # Infinite elements, as masks have, are never trained, and eq. 4 cannot measure their change.
+    if np.isinf(array).any():
+        return Role.BUFFER
     role = _BY_NAME.get(split_name(name)[1], Role.TRAINABLE)
     # A counter in a float type is averaged without rounding, and is left out of eq. 4.
     return Role.BUFFER if role is Role.COUNTER else role

@@ -17,7 +17,7 @@ from flwr.server import ClientManager
 
 from . import legacy
 from ._flwr import ClientProxy
-from .errors import expected
+from .errors import expected, real_number
 from .roles import UNTRAINED, NDArray
 
 
@@ -51,6 +51,9 @@ class CoLearn(legacy.CoLearn):
     ----------
     num_participants, local_epochs, learning_rate, total_epochs, history, **kwargs
         As for `flwr_colearn.legacy.CoLearn`.
+    clipping_range : float, default 8.0
+        That of the workflow. An average beyond it is refused, since participants cut their values
+        to the range before they are summed.
     roles : mapping or sequence, optional
         As for `flwr_colearn.legacy.CoLearn`, but without means, variances and counters: statistics
         must stay with the participants.
@@ -60,10 +63,12 @@ class CoLearn(legacy.CoLearn):
     ColearnError
         If an argument cannot work under SecAgg+; in the first round, if the model holds integers,
         float16 or arrays without dimensions; in any round, if a participant states another number
-        of examples than 1.
+        of examples than 1, or if the average is not finite or beyond the clipping range.
     """
 
-    def __init__(self, num_participants: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, num_participants: int | None = None, *, clipping_range: float = 8.0, **kwargs: Any
+    ) -> None:
         if kwargs.setdefault("recovery", None) is not None:
             raise expected(
                 "recovery under SecAgg+",
@@ -86,6 +91,7 @@ class CoLearn(legacy.CoLearn):
                     str(role),
                 )
         super().__init__(num_participants, **kwargs)
+        self.clipping_range = real_number("clipping_range", clipping_range, least=0.0)
         self._plain: list[NDArray] = []
 
     def configure_fit(
@@ -150,6 +156,23 @@ class CoLearn(legacy.CoLearn):
     def _as_sent(self, parameters: Parameters) -> list[bytes]:
         """Return the tensors of the average, which SecAgg+ makes float64, in the types sent."""
         average = parameters_to_ndarrays(parameters)
+        for index, array in enumerate(average):
+            self._check_range(index, array)
         # Not strict: the base class refuses too few or too many arrays, and states the reason.
         cast = [np.asarray(a, sent.dtype) for a, sent in zip(average, self._plain)]  # noqa: B905
         return ndarrays_to_parameters(cast + average[len(cast) :]).tensors
+
+    def _check_range(self, index: int, array: NDArray) -> None:
+        """Raise a ColearnError for an average that no honest participants can have."""
+        largest = float(np.abs(array).max(initial=0.0))
+        # A mean of values within the range is within it, up to the rounding of the quotient. Not
+        # `largest > limit`, which is false for NaN.
+        if not largest <= self.clipping_range * (1 + 1e-6):
+            raise expected(
+                f"array '{index}' of the average under SecAgg+",
+                f"values within the clipping range of {self.clipping_range}, to which participants "
+                "cut theirs (give CoLearn the clipping_range of SecAggPlusWorkflow); a participant "
+                "that sends other masked values than the protocol's can cause this, and SecAgg+ "
+                "hides which",
+                largest,
+            )

@@ -18,6 +18,7 @@ from .aggregation import (
     check_model,
     read_reply,
     relative_change,
+    spectral_vectors,
     trainable,
 )
 from .errors import ColearnError
@@ -66,6 +67,7 @@ class Stock(Managed[RoundLog]):
         self._variances: list[str] = []
         self._record = ArrayRecord()
         self._epochs_done = 0
+        self._weights_differ = False
 
     @property
     def roles(self) -> Mapping[str, Role]:
@@ -82,6 +84,7 @@ class Stock(Managed[RoundLog]):
         """Begin a run, and reset the state of an earlier one."""
         self.transport = grid.transport
         self._timeout, self._roles, self._epochs_done = timeout, {}, 0
+        self._weights_differ = False
         self.log.clear()
 
     def open(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord) -> None:
@@ -115,10 +118,11 @@ class Stock(Managed[RoundLog]):
             return
         check_echo(sent, reply)
         model, examples = read_reply(reply, self._key)
-        check_model(model, view(arrays_of(sent)))
-        # The strategy itself may send a model that cannot be summed; each of the replies to it is
-        # judged by the strategy alone then.
-        if self._sums is not None:
+        # The strategy itself may send a model that cannot be summed; the replies to it need only be
+        # like it, and finite.
+        if self._sums is None:
+            check_model(model, view(arrays_of(sent)))
+        else:
             self._sums.check(model, examples)
 
     def _sums_of(self, model: Arrays) -> RunningMean | None:
@@ -140,7 +144,7 @@ class Stock(Managed[RoundLog]):
 
         Some strategies cannot do arithmetic on integers. The messages hold the original types.
         """
-        counters = [name for name, role in self._roles.items() if role is Role.COUNTER]
+        counters = [name for name in self._roles if self._sent[name].dtype.kind != "f"]
         return cast_record(arrays, dict.fromkeys(counters, "float64") if self._trains else {})
 
     def give_floats(self, replies: list[Message]) -> None:
@@ -161,6 +165,8 @@ class Stock(Managed[RoundLog]):
         participants do not return, keep the values that were sent.
         """
         scheme, sent = self.transport.normalization, self._sent
+        if self._private:
+            self._warn_of_weights(replies)
         names = [] if self._private else self._pooled_names()
         pooled = self._pooled(names, replies) if names else {}
         local = scheme.local(sent, self._roles) if scheme.is_local else []
@@ -176,8 +182,13 @@ class Stock(Managed[RoundLog]):
         model = view(average)
         kept = [n for n in self._variances if n not in statistics and n in model]
         raised = {} if self._private else {n: np.maximum(model[n], 0) for n in kept}
-        ours = to_record({**raised, **statistics})
-        return ArrayRecord({n: ours.get(n, a) for n, a in average.items()}) if ours else average
+        own = {**raised, **statistics}
+        if not own:
+            return average
+        # Under `Average` the vectors of the strategy's own average stay.
+        vectors = spectral_vectors({**model, **own}, self._roles, self._sent)
+        ours = to_record({n: vectors.get(n, array) for n, array in own.items()})
+        return ArrayRecord({n: ours.get(n, a) for n, a in average.items()})
 
     def _pooled_names(self) -> list[str]:
         if isinstance(self.transport.normalization, Average) or not self._trains:
@@ -232,6 +243,27 @@ class Stock(Managed[RoundLog]):
         # JSON has no tuples, and setstate takes nothing else.
         version, numbers, gauss = state["random"]
         random.setstate((version, tuple(numbers), gauss))
+
+    def _warn_of_weights(self, replies: list[Message]) -> None:
+        """Log a warning, once a run, if participants under differential privacy weigh differently.
+
+        Whether the strategy weighs by this number at all is not known, so nothing is refused.
+        """
+        records = [r for reply in replies for r in records_of(reply.content, MetricRecord).values()]
+        weights = [record[self._key] for record in records if self._key in record]
+        if self._weights_differ or all(weight == weights[0] for weight in weights):
+            return
+        self._weights_differ = True
+        write(
+            WARNING,
+            "Run: under differential privacy, expected the same '%s' from all participants, found "
+            "%s to %s. The noise is calibrated for a share of 1/K of each, and a strategy that "
+            "weighs by this number, as FedAvg does, gives one participant more. Let participants "
+            "reply with the same number, or use CoLearn or Averaging(weighting='uniform').",
+            self._key,
+            min(weights),
+            max(weights),
+        )
 
     def _warn_of_privacy(self) -> None:
         untrained = [name for name, role in self._roles.items() if role in UNTRAINED]

@@ -9,15 +9,32 @@ from tqdm import tqdm
 
 from clients.data import Examples, shuffled_batches
 from clients.objective import CLASSES, Objective
-from clients.tensorflow.setup import check_device, keras, tf
+from clients.tensorflow.setup import check_device, forget_kernels, keras, tf
 from clients.tensorflow.transforms import Transform, no_transform
-from clients.trainer import EpochResult, NDArray, check_settings, derive_seed
+from clients.trainer import (
+    EpochResult,
+    NDArray,
+    check_settings,
+    check_trained,
+    derive_seed,
+    one_example,
+)
 from flwr_colearn import ColearnError, Role
-from flwr_colearn.aggregation import check_weights
-from flwr_colearn.keras import named_variables, normalised, recalibrated, roles
+from flwr_colearn.keras import (
+    as_array,
+    assign_all,
+    load,
+    named_variables,
+    normalised,
+    recalibrated,
+    roles,
+)
 from flwr_colearn.normalization import UsableBatches
 
 FIRST_LOSS_SCALE = 2.0**15
+
+STEPS_TO_GROW = 2000
+"""The number of steps without an overflow after which the loss scale is doubled, as in torch."""
 
 
 class KerasTrainer:
@@ -67,8 +84,8 @@ class KerasTrainer:
     Raises
     ------
     ColearnError
-        If there is nothing to train on, the model is not built, Keras has another backend, or an
-        argument is unknown.
+        If there is nothing to train on, the model is not built or has no weights to train, Keras
+        has another backend, or an argument is unknown.
     """
 
     def __init__(
@@ -89,6 +106,8 @@ class KerasTrainer:
         clip_norm: float | None = None,
     ) -> None:
         check_settings(train_set, batch_size, precision)
+        # A ClientApp builds a model and a trainer for every message.
+        forget_kernels()
         self.model = model
         self.train_set, self.test_set = train_set, test_set
         self.batch_size = batch_size
@@ -111,6 +130,9 @@ class KerasTrainer:
         # By identity, because Keras's variables overload == and have no hash.
         trained = {id(variable) for variable in model.trainable_variables}
         self._trained = {n: v for n, v in self._variables.items() if id(v) in trained}
+        check_trained(len(self._trained))
+        # Whether batch norm uses the statistics of this participant's batch, see `normalised`.
+        self._uses_own_batch = True
         self._seeds = [g for layer in model._flatten_layers() for g in layer._seed_generators]
         with self._on_device():
             self._velocities = {
@@ -119,21 +141,19 @@ class KerasTrainer:
                 if momentum
             }
             self._loss_scale = tf.Variable(1.0, trainable=False)
-        # With an open batch size a smaller last batch does not trace the step again.
-        batch = tf.TensorSpec((None, *train_set.inputs.shape[1:]), train_set.inputs.dtype)
-        labels = tf.TensorSpec((None, *train_set.labels.shape[1:]), train_set.labels.dtype)
-        rate, seed = tf.TensorSpec((), tf.float32), tf.TensorSpec((2,), tf.int64)
-        self._train_step = tf.function(
-            self._step, input_signature=[batch, labels, rate, seed], jit_compile=jit_compile
-        )
-        self._gradients = tf.function(
-            self._loss_and_gradients, input_signature=[batch, labels, seed], jit_compile=jit_compile
-        )
-        self._predict_batch = tf.function(self._outputs, input_signature=[batch])
+            # Steps since the last change of the scale, and skipped steps of the epoch.
+            # As floats, since TensorFlow places int32 variables on the CPU, where XLA's compiled
+            # step on a GPU cannot use them.
+            self._good_steps = tf.Variable(0.0, trainable=False)
+            self._skipped = tf.Variable(0.0, trainable=False)
+        self._renew_loss_scale()
+        self._jit_compile = jit_compile
+        self._gradients: Callable[..., Any]
+        self._trace()
 
     def get_weights(self) -> dict[str, NDArray]:
         """Return the model's arrays by the names of `flwr_colearn.keras.get_arrays`."""
-        return {name: np.array(variable.numpy()) for name, variable in self._variables.items()}
+        return {name: as_array(variable) for name, variable in self._variables.items()}
 
     def set_weights(self, weights: Mapping[str, NDArray]) -> None:
         """Load the arrays and reinitialise the optimizer.
@@ -143,11 +163,12 @@ class KerasTrainer:
         ColearnError
             If names, shapes or types differ from the model's.
         """
-        check_weights(weights, self._variables, f"Keras model '{self.model.name}'")
-        for name, variable in self._variables.items():
-            variable.assign(weights[name])
+        what = f"Keras model '{self.model.name}'"
+        if load(self.model, self._variables, weights, what):
+            self._trace()
         for velocity in self._velocities.values():
             velocity.assign(tf.zeros_like(velocity))
+        self._renew_loss_scale()
 
     def roles(self) -> dict[str, Role]:
         """Return the role of every array, by layer type."""
@@ -155,8 +176,9 @@ class KerasTrainer:
 
     def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
         """Train one full pass over the local data; see `Trainer.train_epoch`."""
+        self._check_batch(min(self.batch_size, len(self.train_set)))
         self._seed_layers(seed)
-        self._loss_scale.assign(FIRST_LOSS_SCALE if self.precision == "float16" else 1.0)
+        self._skipped.assign(0.0)
         total, count = 0.0, 0
         batches = shuffled_batches(len(self.train_set), self.batch_size, seed)
         with self._on_device():
@@ -171,7 +193,10 @@ class KerasTrainer:
                 )
                 total += loss * len(batch)
                 count += len(batch)
-        return EpochResult(float(total) / count, count)
+        if self.precision != "float16":
+            return EpochResult(float(total) / count, count)
+        skipped = int(self._skipped.numpy())
+        return EpochResult(float(total) / count, count, len(batches) - skipped, skipped)
 
     def gradients(
         self, names: Sequence[str], step: int, seed: int
@@ -196,7 +221,9 @@ class KerasTrainer:
             The loss and the size of the batch.
         """
         batch, own_seed = self._batch(step, seed), derive_seed(seed, 0, step)
+        self._check_batch(len(batch))
         self._seed_layers(own_seed)
+        scale = float(self._loss_scale.numpy())
         self._loss_scale.assign(1.0)
         with self._on_device():
             step_seed = np.array([derive_seed(own_seed, 0), 0])
@@ -204,12 +231,11 @@ class KerasTrainer:
             # Tensors, because under `Synchronised` the function runs eagerly, without the signature
             # that converts arrays.
             loss, found = self._gradients(*(tf.constant(each) for each in given))
+        self._loss_scale.assign(scale)
         arrays = self.get_weights()
         for name in names:
             gradient = found.get(name)
-            arrays[name] = (
-                np.zeros_like(arrays[name]) if gradient is None else np.array(gradient.numpy())
-            )
+            arrays[name] = np.zeros_like(arrays[name]) if gradient is None else as_array(gradient)
         return arrays, EpochResult(float(loss), len(batch))
 
     def recalibrated(self) -> tuple[dict[str, NDArray], int]:
@@ -237,13 +263,16 @@ class KerasTrainer:
         `flwr_colearn.keras.normalised`.
         """
         compiled = self._gradients
-        if config.get("normalization") == "synchronised":
+        synchronised = config.get("normalization") == "synchronised"
+        if synchronised:
             self._gradients = self._loss_and_gradients
+        self._uses_own_batch = not (synchronised or config.get("normalization-frozen"))
         try:
             with normalised(self.model, config):
                 yield
         finally:
             self._gradients = compiled
+            self._uses_own_batch = True
 
     def evaluate(self) -> dict[str, float]:
         """Return ``num-examples``, mean ``loss`` and the objective's metrics on the test set."""
@@ -265,13 +294,11 @@ class KerasTrainer:
 
     def get_optimizer_state(self) -> dict[str, NDArray]:
         """Return the momentum of every trained array by the array's name."""
-        return {name: velocity.numpy().copy() for name, velocity in self._velocities.items()}
+        return {name: as_array(velocity) for name, velocity in self._velocities.items()}
 
     def set_optimizer_state(self, state: Mapping[str, NDArray]) -> None:
         """Load momentum that `get_optimizer_state` returned."""
-        check_weights(state, self._velocities, f"momentum of Keras model '{self.model.name}'")
-        for name, velocity in self._velocities.items():
-            velocity.assign(state[name])
+        assign_all(self._velocities, state, f"momentum of Keras model '{self.model.name}'")
 
     def _step(
         self, inputs: tf.Tensor, targets: tf.Tensor, rate: tf.Tensor, seed: tf.Tensor
@@ -283,7 +310,7 @@ class KerasTrainer:
             finite = tf.reduce_all(
                 [tf.reduce_all(tf.math.is_finite(g)) for g in gradients.values()]
             )
-            tf.cond(finite, lambda: self._apply(gradients, rate), self._halve_loss_scale)
+            tf.cond(finite, lambda: self._apply_scaled(gradients, rate), self._skip)
         else:
             self._apply(gradients, rate)
         return loss
@@ -319,8 +346,43 @@ class KerasTrainer:
             if variable.constraint is not None:
                 variable.assign(variable.constraint(variable))
 
-    def _halve_loss_scale(self) -> None:
+    def _apply_scaled(self, gradients: dict[str, tf.Tensor], rate: tf.Tensor) -> None:
+        """Make a step with finite gradients; double the scale after many of them."""
+        self._apply(gradients, rate)
+        grows = self._good_steps.assign_add(1.0) >= STEPS_TO_GROW
+        self._loss_scale.assign(tf.where(grows, self._loss_scale * 2, self._loss_scale))
+        self._good_steps.assign(tf.where(grows, 0.0, self._good_steps))
+
+    def _skip(self) -> None:
+        """Skip a step whose gradients overflowed, and halve the scale."""
+        self._skipped.assign_add(1.0)
+        self._good_steps.assign(0.0)
         self._loss_scale.assign(self._loss_scale / 2)
+
+    def _trace(self) -> None:
+        """Compile the functions of a step anew, at their next call."""
+        # With an open batch size a smaller last batch does not trace the step again.
+        batch, labels = (
+            tf.TensorSpec((None, *array.shape[1:]), array.dtype)
+            for array in (self.train_set.inputs, self.train_set.labels)
+        )
+        rate, seed = tf.TensorSpec((), tf.float32), tf.TensorSpec((2,), tf.int64)
+        jit = {"jit_compile": self._jit_compile}
+        self._train_step = tf.function(
+            self._step, input_signature=[batch, labels, rate, seed], **jit
+        )
+        self._gradients = tf.function(
+            self._loss_and_gradients, input_signature=[batch, labels, seed], **jit
+        )
+        self._predict_batch = tf.function(self._outputs, input_signature=[batch])
+
+    def _renew_loss_scale(self) -> None:
+        """Set the first loss scale of a round; it lives through all epochs of the round.
+
+        The first steps may overflow, which with few batches may be all steps of an epoch.
+        """
+        self._loss_scale.assign(FIRST_LOSS_SCALE if self.precision == "float16" else 1.0)
+        self._good_steps.assign(0.0)
 
     def _outputs(self, inputs: tf.Tensor) -> tf.Tensor:
         no_seed = tf.zeros(2, tf.int64)  # nothing is drawn in evaluation
@@ -334,6 +396,16 @@ class KerasTrainer:
         batches = shuffled_batches(count, self.batch_size, derive_seed(seed, done + 1))
         return self.train_set.take(batches[place])
 
+    def _check_batch(self, size: int) -> None:
+        """Raise a ColearnError if a batch has one example and batch norm one value a channel.
+
+        Keras would compute with a variance of zero: outputs without any signal, and a moving
+        variance that decays.
+        """
+        layers = self.model._flatten_layers()
+        if size == 1 and self._uses_own_batch and any(map(_needs_two, layers)):
+            raise one_example(size, len(self.train_set))
+
     def _seed_layers(self, seed: int) -> None:
         """Set the state of random layers (dropout) from a seed."""
         for index, generator in enumerate(self._seeds):
@@ -341,6 +413,18 @@ class KerasTrainer:
 
     def _on_device(self) -> Any:
         return tf.device(self.device) if self.device else nullcontext()
+
+
+def _needs_two(layer: keras.Layer) -> bool:
+    """Return whether a layer computes statistics over nothing but the examples of a batch."""
+    return (
+        isinstance(layer, keras.layers.BatchNormalization)
+        # Group and layer norm, to which a scheme converts, have none.
+        and layer.moving_mean is not None
+        # Keras's batch norm uses its moving statistics where it is not trained.
+        and layer.trainable
+        and layer.input_spec.ndim == 2
+    )
 
 
 def _loss_of(objective: Objective) -> keras.losses.Loss:

@@ -10,6 +10,7 @@ from torch import nn
 
 from clients.torch.streams import Stream
 from flwr_colearn import learner, participant_mod
+from flwr_colearn.torch import get_arrays
 
 
 def make_online_app(
@@ -78,6 +79,4 @@ def load(model: nn.Module, arrays: ArrayRecord) -> None:
 
 def dump(model: nn.Module) -> ArrayRecord:
     """Return the model's arrays as Flower sends them."""
-    return ArrayRecord(
-        {name: Array(tensor.detach().numpy()) for name, tensor in model.state_dict().items()}
-    )
+    return ArrayRecord({name: Array(array) for name, array in get_arrays(model).items()})

@@ -8,6 +8,8 @@ import tempfile
 import traceback
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from logging import ERROR
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from flwr.common import log
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, Dataset
@@ -64,6 +67,11 @@ class ParallelTrainer:
         world = len(devices)
         if batch_size < world:
             raise ColearnError(f"batch_size: expected at least {world} devices, found {batch_size}")
+        if len(train_set) < world:  # type: ignore[arg-type]
+            raise ColearnError(
+                f"train_set: expected an example for each of {world} devices, found "
+                f"{len(train_set)}"  # type: ignore[arg-type]
+            )
         if any(isinstance(module, BatchRenormLayer) for module in model.modules()):
             raise ColearnError(
                 "devices: expected one device for a network with batch renorm, which torch cannot "
@@ -118,7 +126,8 @@ class ParallelTrainer:
         results = self._ask("train_epoch", learning_rate, seed)
         examples = sum(result.num_examples for result in results)
         loss = sum(result.loss * result.num_examples for result in results) / examples
-        return EpochResult(loss, examples)
+        # Gradients are averaged before a step, so that all devices make or skip the same steps.
+        return EpochResult(loss, examples, results[0].steps, results[0].skipped)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate on the first device."""
@@ -146,7 +155,10 @@ class ParallelTrainer:
         replies = [_receive(pipe) for pipe in pipes]
         for rank, (failure, _) in enumerate(replies):
             if failure:
-                raise ColearnError(f"device {rank}: expected {method} to succeed, found {failure}")
+                log(ERROR, "Device %s: %s raised\n%s", rank, method, failure.traceback)
+                raise ColearnError(
+                    f"device {rank}: expected {method} to succeed, found {failure.reason}"
+                )
         answers = [answer for _, answer in replies]
         return answers[0] if only_first else answers
 
@@ -218,15 +230,40 @@ def _serve(
             return
         try:
             pipe.send((None, getattr(replica, method)(*arguments)))
-        except Exception:  # every error goes to the participant's process, which waits for a reply
-            pipe.send((traceback.format_exc(), None))
+        # Every error goes to the participant's process, which waits for a reply.
+        except Exception as error:
+            pipe.send((Failure.of(error), None))
 
 
-def _receive(pipe: Connection) -> tuple[str | None, Any]:
+@dataclass(frozen=True)
+class Failure:
+    """A failure of a device's process.
+
+    Attributes
+    ----------
+    reason : str
+        The message of an error of this plugin, else the type of the exception only: the reason
+        leaves the site, and a foreign text may hold a value of its data.
+    traceback : str
+        The traceback with the text, for the site's log.
+    """
+
+    reason: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: Exception) -> "Failure":
+        """Return the failure of an exception that is being handled."""
+        ours = isinstance(error, ColearnError)
+        reason = f"{error}" if ours else f"{type(error).__name__}; this site's log has its text"
+        return cls(reason, traceback.format_exc())
+
+
+def _receive(pipe: Connection) -> tuple[Failure | None, Any]:
     try:
         return pipe.recv()  # type: ignore[no-any-return]
     except (EOFError, ConnectionResetError):
-        return "that its process ended", None
+        return Failure("that its process ended", "no traceback"), None
 
 
 def _dismiss(pipes: list[Connection], processes: list[Any]) -> None:

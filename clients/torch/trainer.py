@@ -14,10 +14,25 @@ from tqdm import tqdm
 
 from clients.objective import CLASSES, Objective
 from clients.torch.transforms import Transform
-from clients.trainer import EpochResult, NDArray, check_settings, derive_seed
+from clients.trainer import (
+    EpochResult,
+    NDArray,
+    check_settings,
+    check_trained,
+    derive_seed,
+    one_example,
+)
 from flwr_colearn import ColearnError, Role
 from flwr_colearn.normalization import UsableBatches
-from flwr_colearn.torch import get_arrays, normalised, recalibrated, roles, set_arrays
+from flwr_colearn.torch import (
+    check_state,
+    get_arrays,
+    normalised,
+    recalibrated,
+    roles,
+    set_arrays,
+    to_array,
+)
 
 
 class TorchTrainer:
@@ -47,7 +62,8 @@ class TorchTrainer:
     device : str or torch.device, optional
         The device; by default ``cuda`` if there is one, else ``cpu``.
     precision : {"float32", "bfloat16", "float16"}, default "float32"
-        The precision; the latter two train under autocast, float16 with loss scaling.
+        The precision; the latter two train under autocast, float16 with loss scaling. A model with
+        parameters of bfloat16 always computes in bfloat16.
     channels_last : bool, default False
         Whether the model and its 4-d inputs are channels-last: faster convolutions on recent GPUs.
         By default inputs have the format that `transform` returns.
@@ -61,7 +77,8 @@ class TorchTrainer:
     Raises
     ------
     ColearnError
-        If there is nothing to train on or an argument is unknown.
+        If there is nothing to train on, the model has no parameter to train, lazy ones or a state
+        that is no tensor, or an argument is unknown.
     """
 
     def __init__(
@@ -84,6 +101,8 @@ class TorchTrainer:
         workers: int = 0,
     ) -> None:
         check_settings(train_set, batch_size, precision)  # type: ignore[arg-type]
+        check_state(model)
+        check_trained(sum(p.requires_grad for p in model.parameters()))
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.channels_last = channels_last
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -100,13 +119,15 @@ class TorchTrainer:
             loss or (nn.BCEWithLogitsLoss if objective.multi_label else nn.CrossEntropyLoss)()
         )
         self.transform = transform or (lambda inputs, training: inputs)
-        self.precision = precision
+        # A bfloat16 layer takes no float32 inputs; under autocast it gets them converted.
+        self._in_bfloat16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
+        self.precision = "bfloat16" if self._in_bfloat16 else precision
         self.clip_norm = clip_norm
         self.workers = workers
         self._resident: WeakKeyDictionary[TensorDataset, tuple[Tensor, ...] | None]
         self._resident = WeakKeyDictionary()
         self._sgd = {"momentum": momentum, "weight_decay": weight_decay}
-        self.optimizer = self._new_optimizer()
+        self._renew_optimizer()
 
     def get_weights(self) -> dict[str, NDArray]:
         """Return the state dict as numpy arrays."""
@@ -121,7 +142,7 @@ class TorchTrainer:
             If names or shapes differ from the model's.
         """
         set_arrays(self.model, weights)
-        self.optimizer = self._new_optimizer()
+        self._renew_optimizer()
 
     def roles(self) -> dict[str, Role]:
         """Return the role of every array of the state dict, by module type."""
@@ -133,8 +154,7 @@ class TorchTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.model.train()
-        # Not enabled, the scaler passes losses and steps through unchanged.
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
+        scaler, steps, skipped = self._scaler, 0, 0
         # The sum stays on the device: reading it in every step would wait for the GPU.
         total, count = torch.zeros((), device=self.device), 0
         # disable=None: tqdm shows no bar unless stderr is a terminal.
@@ -148,11 +168,25 @@ class TorchTrainer:
                 # The norm is that of the true gradients, so they are unscaled before.
                 scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-            scaler.step(self.optimizer)
-            scaler.update()
+            if self._stepped():
+                steps += 1
+            else:
+                skipped += 1
             total += loss.detach() * len(targets)
             count += len(targets)
-        return EpochResult(float(total) / count, count)
+        scaled = scaler.is_enabled()
+        return EpochResult(
+            float(total) / count, count, steps if scaled else None, skipped if scaled else None
+        )
+
+    def _stepped(self) -> bool:
+        """Make the optimizer's step; return False if loss scaling skipped it."""
+        before = self._scaler.get_scale()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        # The scaler decreases the scale where it has skipped the step, and only there; a scale
+        # that has reached 0, where every step has overflowed, cannot decrease.
+        return self._scaler.get_scale() >= before > 0
 
     def gradients(
         self, names: Sequence[str], step: int, seed: int
@@ -188,9 +222,7 @@ class TorchTrainer:
             if name in wanted:
                 gradient = parameter.grad
                 arrays[name] = (
-                    np.zeros_like(arrays[name])
-                    if gradient is None
-                    else gradient.detach().cpu().numpy().copy()
+                    np.zeros_like(arrays[name]) if gradient is None else to_array(gradient, name)
                 )
         self.model.zero_grad(set_to_none=True)
         return arrays, EpochResult(float(loss.detach()), len(targets))
@@ -210,7 +242,8 @@ class TorchTrainer:
         loader = self._loader(self.train_set, BatchSampler(order, size, drop_last=False))
         usable = UsableBatches(inputs for inputs, _ in loader)
         batches = (self._prepare(inputs, training=False) for inputs in usable)
-        return recalibrated(self.model, batches), usable.examples
+        with self._autocast() if self._in_bfloat16 else nullcontext():
+            return recalibrated(self.model, batches), usable.examples
 
     def normalised(self, config: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Return a context manager that applies the server's normalization scheme."""
@@ -244,7 +277,7 @@ class TorchTrainer:
         # By index, since torch's optimizers do not know the parameters' names.
         state = self.optimizer.state_dict()["state"]
         return {
-            f"{index}/{name}": value.cpu().numpy().copy()
+            f"{index}/{name}": to_array(value, name)
             for index, values in state.items()
             for name, value in values.items()
             if isinstance(value, Tensor)
@@ -259,13 +292,26 @@ class TorchTrainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": buffers, "param_groups": groups})
 
+    def _renew_optimizer(self) -> None:
+        self.optimizer = self._new_optimizer()
+        # The scale lives through all epochs of a round: it begins so large that the first steps
+        # overflow, which with few batches may be all steps of an epoch. Not enabled, the scaler
+        # passes losses and steps through unchanged.
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
+
     def _new_optimizer(self) -> torch.optim.Optimizer:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return torch.optim.SGD(trained, lr=0.0, **self._sgd)  # type: ignore[arg-type]
 
     def _forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with self._autocast():
-            outputs = self.network(self._prepare(inputs, training=True))
+            try:
+                outputs = self.network(self._prepare(inputs, training=True))
+            except ValueError as error:
+                # The text of torch's batch norm, instance norm and BatchRenormLayer.
+                if "Expected more than 1" in str(error):
+                    raise one_example(len(targets), len(self.train_set)) from error  # type: ignore[arg-type]
+                raise
             return self.loss(outputs, targets.to(self.device, non_blocking=True))
 
     def _prepare(self, inputs: Tensor, training: bool) -> Tensor:

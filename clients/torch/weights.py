@@ -7,6 +7,7 @@ from torch import Tensor
 
 from clients.trainer import NDArray
 from flwr_colearn import ColearnError
+from flwr_colearn.torch import to_array
 
 
 def read_state_dict(path: Path) -> dict[str, NDArray]:
@@ -24,4 +25,4 @@ def read_state_dict(path: Path) -> dict[str, NDArray]:
             f"run config 'initial-weights': expected a state dict, tensors by name, in {path}, "
             f"found {type(state).__name__}; save model.state_dict()"
         )
-    return {name: tensor.numpy() for name, tensor in state.items()}
+    return {name: to_array(tensor, name) for name, tensor in state.items()}

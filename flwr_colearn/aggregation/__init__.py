@@ -13,9 +13,10 @@ from .replies import (
     metrics_of,
     read_reply,
 )
-from .round import RoundMean, Weighting, as_weighting
+from .round import RoundMean, Weighting, as_weighting, check_private_weighting
 from .sgd import SGD
-from .validation import check_model, check_weights
+from .spectral import spectral_vectors
+from .validation import check_initial, check_model, check_weights
 
 __all__ = [
     "ECHO",
@@ -27,7 +28,9 @@ __all__ = [
     "arrays_of",
     "as_weighting",
     "check_echo",
+    "check_initial",
     "check_model",
+    "check_private_weighting",
     "check_train_reply",
     "check_weights",
     "echo_of",
@@ -37,6 +40,7 @@ __all__ = [
     "metrics_of",
     "read_reply",
     "relative_change",
+    "spectral_vectors",
     "squared_distance",
     "squared_norm",
     "trainable",

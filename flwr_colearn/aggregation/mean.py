@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -10,6 +10,9 @@ from ..errors import ColearnError, expected
 from ..roles import Arrays, NDArray, Role, Roles, assign_roles, pair_statistics
 from .buckets import BucketSum
 from .chunks import CHUNK, Chunks, Part, flat
+from .kept import check_kept, without_mean
+from .ruled import RuledArrays
+from .spectral import spectral_vectors
 from .statistics import PooledStatistics
 from .validation import (
     check_model,
@@ -42,7 +45,8 @@ class RunningMean:
     models (as long as an element's magnitudes lie within a factor of 2^24 of each other and the
     weights are whole numbers below 2^5; the last bit of float64 arrays does depend on it).
     Integers are summed as int64 and rounded to the nearest whole number, halves upwards.
-    Batch-norm statistics are pooled:
+    Arrays of `like` that have no mean (floats with infinity, integers whose sum overflows) stay as
+    they are, and every model must have them unchanged. Batch-norm statistics are pooled:
 
     mu  = sum n_k mu_k / n
     var = sum n_k var_k / n + sum n_k (mu_k - mu)^2 / n
@@ -101,7 +105,12 @@ class RunningMean:
         self._rounded = rounded
         self.models = models
         self._empty = empty
-        pairs = pair_statistics(like, self.roles)
+        self._ruled = RuledArrays(self.roles)
+        self._kept = without_mean(self._averaged(like), models)
+        kept, whole = {*self._kept, *self._ruled.names}, like
+        like = {name: array for name, array in whole.items() if name not in kept}
+        summed_roles = {name: role for name, role in self.roles.items() if name not in kept}
+        pairs = pair_statistics(like, summed_roles)
         self._statistics = PooledStatistics(like, pairs)
         paired = {name for pair in pairs for name in pair}
         plain = {name: array for name, array in floats(like).items() if name not in paired}
@@ -115,7 +124,7 @@ class RunningMean:
             if array.size and not (array.dtype.kind == "f" and array.dtype.itemsize < 8)
         ]
         self._sums: dict[str, NDArray] = {}
-        self.renew(like)
+        self.renew(whole)
 
     def renew(self, like: Arrays) -> None:
         """Begin a new mean, with another model of the same names, shapes and types.
@@ -131,6 +140,7 @@ class RunningMean:
         self._averages: dict[str, NDArray] | None = None
         self._at_once = False
         self._small.clear()
+        self._ruled.clear()
         self._statistics.clear()
         self.weight: float = 0
         self.count = 0
@@ -165,7 +175,10 @@ class RunningMean:
             If the weight is not positive, an array is missing, unexpected, of another shape or
             type or not finite, a variance is negative, or `models` such models could not be summed.
         """
-        check_model(arrays, self._like)
+        check_structure(arrays, self._like)
+        check_model(self._averaged(arrays), self._averaged(self._like))
+        self._ruled.check(arrays)
+        check_kept(arrays, self._like, self._kept)
         self._check_variances(arrays)
         self._check_sizes(arrays, self._check_weight(weight))
 
@@ -217,6 +230,8 @@ class RunningMean:
         # pass over every model.
         for arrays, _ in models:
             check_structure(arrays, self._like)
+            self._ruled.check(arrays)
+            check_kept(arrays, self._like, self._kept)
         weighted = [(arrays, self._check_weight(weight)) for arrays, weight in models]
         try:
             for arrays, weight in weighted:
@@ -233,13 +248,28 @@ class RunningMean:
     def _add_rest(self, arrays: Arrays, weight: float) -> None:
         """Add all but the large arrays, and count the model."""
         self._small.add(arrays, weight)
+        self._ruled.add(arrays)
         self._statistics.add(arrays, weight)
         for name in self._whole:
-            # The product with a fractional weight, and so the sum, is float64.
-            scaled = arrays[name].astype(np.int64) * weight
-            self._integers[name] = np.asarray(self._integers.get(name, 0) + scaled)
+            self._add_whole(name, arrays[name].reshape(-1), weight)
         self.weight += weight
         self.count += 1
+
+    def _add_whole(self, name: str, term: NDArray, weight: float) -> None:
+        """Add weight * term to the sum of an integer array, chunk by chunk.
+
+        The sum is the only copy of the whole array in a wider type: of an int8 array, each int64
+        copy takes the memory of eight models.
+        """
+        total = self._integers.get(name)
+        if total is None:
+            total = np.zeros(term.size, np.int64)
+        # The product with a fractional weight, and so the sum, is float64.
+        if isinstance(weight, float):
+            total = total.astype(np.float64, copy=False)
+        for chunk in _chunks_of(term):
+            total[chunk] += term[chunk].astype(np.int64) * weight
+        self._integers[name] = total
 
     def mean(self) -> dict[str, NDArray]:
         """Return the mean of the models added, with the names, shapes and types of `like`.
@@ -263,9 +293,16 @@ class RunningMean:
         averages.update(self._small.split(self._small.total / self.weight))
         averages.update(self._statistics.pooled(self.weight))
         averages.update({name: self._divide_whole(name) for name in self._whole})
+        averages.update({name: self._copy(name) for name in self._kept})
+        averages.update(self._ruled.averages(averages, self._like))
+        averages.update(spectral_vectors(averages, self.roles, self._like))
         for name in self._positive:
             averages[name] = np.maximum(averages[name], 0)
         return {name: averages[name] for name in self._like}
+
+    def _averaged(self, arrays: Arrays) -> dict[str, NDArray]:
+        """Return the arrays without those that are not averaged because of their role."""
+        return {name: array for name, array in arrays.items() if name not in self._ruled.names}
 
     def _add_large(self, arrays: Arrays, weight: float) -> None:
         """Add weight * arrays to the float64 sums, chunk by chunk."""
@@ -350,14 +387,30 @@ class RunningMean:
         Chunks(averages).map(divide)
         return averages
 
+    def _copy(self, name: str) -> NDArray:
+        """Return an array that has no mean: all participants have returned it as it was sent."""
+        copy = self._empty(name, self._like[name])
+        copy[...] = self._like[name]
+        return copy
+
     def _divide_whole(self, name: str) -> NDArray:
-        total, dtype = self._integers[name], self._like[name].dtype
+        total, like = self._integers[name], self._like[name]
+        average = np.empty(like.size, like.dtype)
+        for chunk in _chunks_of(total):
+            average[chunk] = self._rounded(total[chunk])
+        return average.reshape(like.shape)
+
+    def _rounded(self, total: NDArray) -> NDArray:
+        """Return total / weight, rounded to the nearest whole number, halves upwards."""
         if total.dtype.kind == "f":
-            return np.floor(total / self.weight + 0.5).astype(dtype)
-        # Rounded to the nearest, halves upwards, in integers: a float64 quotient would not be exact
-        # above 2^53.
+            return np.floor(total / self.weight + 0.5)
+        # In integers: a float64 quotient would not be exact above 2^53.
         quotient, rest = np.divmod(total, self.weight)
-        return np.asarray(quotient + (rest >= self.weight - rest)).astype(dtype)
+        return quotient + (rest >= self.weight - rest)
+
+
+def _chunks_of(vector: NDArray) -> Iterator[slice]:
+    return (slice(start, start + CHUNK) for start in range(0, vector.size, CHUNK))
 
 
 def _plain(weight: float) -> float:

@@ -258,3 +258,14 @@ def as_weighting(value: object) -> Weighting:
     if value == "uniform" or value == "weighted":
         return value
     raise expected("weighting", "'uniform' or 'weighted'", value)
+
+
+def check_private_weighting(weighting: Weighting) -> None:
+    """Raise a ColearnError for weights that must not be used under differential privacy."""
+    if weighting != "uniform":
+        raise expected(
+            "weighting under differential privacy",
+            "'uniform', since the wrapper's noise is calibrated for a share of 1/K of every "
+            "participant, and a site with more examples than others would have a larger one",
+            weighting,
+        )

@@ -11,9 +11,15 @@ from .chunks import CHUNK, Chunks, Part, flat
 
 
 def check_model(arrays: Arrays, like: Arrays) -> None:
-    """Raise a ColearnError unless `arrays` is finite and has the names, shapes, types of `like`."""
+    """Raise a ColearnError unless `arrays` is finite and has the names, shapes, types of `like`.
+
+    An array with infinity, such as a mask, is accepted if it is equal to that of `like`.
+    """
     check_structure(arrays, like)
-    check_finite(floats(arrays))
+    for name in _not_finite(floats(arrays)):
+        # Compared only now, since few models have such arrays. NaN is equal to nothing.
+        if not np.array_equal(arrays[name], like[name]):
+            raise ColearnError(f"array '{name}': {NOT_FINITE}")
 
 
 def check_structure(arrays: Arrays, like: Arrays) -> None:
@@ -39,19 +45,40 @@ def floats(arrays: Arrays) -> dict[str, NDArray]:
     return {name: array for name, array in arrays.items() if array.dtype.kind == "f"}
 
 
-def check_finite(arrays: Arrays) -> None:
-    """Raise a ColearnError that names the first array with a number that is not finite."""
+def _not_finite(arrays: Arrays) -> list[str]:
+    """Return the names of the arrays with a number that is not finite, in the model's order."""
     vectors = flat(arrays)
 
-    def wrong(parts: list[Part]) -> str | None:
-        finite = np.empty(CHUNK, bool)
+    def wrong(parts: list[Part]) -> list[str]:
+        finite, found = np.empty(CHUNK, bool), []
         for name, chunk in parts:
             values = vectors[name][chunk]
             if not np.isfinite(values, out=finite[: values.size]).all():
+                found.append(name)
+        return found
+
+    return list(dict.fromkeys(name for names in Chunks(arrays).map(wrong) for name in names))
+
+
+def check_initial(arrays: Arrays) -> None:
+    """Raise a ColearnError if a model from which a run starts has NaN in an array.
+
+    Every participant would return NaN, and be refused for it, after a round of training.
+    """
+    vectors = flat(floats(arrays))
+
+    def spoiled(parts: list[Part]) -> str | None:
+        for name, chunk in parts:
+            if np.isnan(vectors[name][chunk]).any():
                 return name
         return None
 
-    refuse_first(Chunks(arrays).map(wrong))
+    for name in filter(None, Chunks(vectors).map(spoiled)):
+        raise expected(
+            f"initial model, array '{name}'",
+            "no NaN, from which nothing can be trained; check where the model comes from",
+            int(np.isnan(vectors[name]).sum()),
+        )
 
 
 def check_variances(arrays: Arrays, names: Iterable[str]) -> None:

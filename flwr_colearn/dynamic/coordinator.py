@@ -260,12 +260,31 @@ class Coordinator:
     def _note_training(self, answers: dict[int, _Answer]) -> None:
         record = self.record
         record.largest_distance = max(answer.report.distance for answer in answers.values())
-        losses = []
-        for answer in answers.values():
-            examples = answer.metrics.get("num-examples", 0)
+        losses: list[tuple[float, float]] = []
+        for node, answer in answers.items():
+            examples, loss = answer.metrics.get("num-examples", 0), answer.metrics.get("loss")
             record.examples += examples
-            losses.append(examples * answer.metrics.get("loss", math.nan))
-        record.loss = _sum_of(losses)
+            if loss is not None and math.isfinite(loss):
+                losses.append((examples, examples * loss))
+            elif loss is not None:
+                name = self.grid.name_of(node)
+                log(WARNING, "Averaging: loss of learner %s left out: found %s", name, loss)
+        record.loss = self._whole_loss(losses, len(answers))
+
+    def _whole_loss(self, losses: list[tuple[float, float]], learners: int) -> float | None:
+        """Return the sum of the loss over all examples, from (examples, loss) of each learner.
+
+        Learners without a loss count with the mean loss of the others, so that the sum remains
+        comparable with those of other rounds.
+        """
+        known = sum(examples for examples, _ in losses)
+        if not known:
+            return None
+        total = _sum_of(loss for _, loss in losses)
+        if total is None or len(losses) == learners:
+            return total
+        log(WARNING, "Averaging: expected the loss of %s learners, found %s", learners, len(losses))
+        return total * (self.record.examples / known)
 
     def _nobody(self) -> ColearnError:
         """Return the error of a round in which no learner trained, with the reasons known."""
@@ -417,11 +436,11 @@ class Coordinator:
 
 
 def _sum_of(losses: Iterable[float]) -> float | None:
-    """Return the sum of the losses; None if a learner has none, or if it is beyond float64."""
+    """Return the sum of the losses; None if it is beyond float64."""
     try:
-        # fsum is exact, so that the order of replies does not matter; without a loss it is NaN.
+        # fsum is exact, so that the order of replies does not matter.
         total = math.fsum(losses)
     # An overflow between the summands, or infinities of both signs.
     except (OverflowError, ValueError):
         return None
-    return None if math.isnan(total) else total
+    return total if math.isfinite(total) else None

@@ -27,7 +27,8 @@ class DynamicRecord:
         The examples of all learners in this round.
     loss : float or None
         The sum of the loss over these examples, each measured before the step that learns from it;
-        ``None`` if the learners report no loss.
+        ``None`` if the learners report no loss. A learner without a finite loss counts with the
+        mean loss of the others.
     cumulative_loss : float or None
         The sum of the loss over all rounds.
     delta : float

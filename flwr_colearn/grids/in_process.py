@@ -148,7 +148,9 @@ class InProcessGrid(Grid):
             reply = self.client_app(received, self.contexts[node_id])
             if not isinstance(reply, Message):
                 raise expected("ClientApp", "a Message in reply", reply)
-        except Exception as error:
+        # SystemExit too: in Flower it ends the participant's process, and here it would end the
+        # server and all participants. KeyboardInterrupt is the user's, who wants that.
+        except (Exception, SystemExit) as error:
             # Flower also makes an error reply of every exception in a ClientApp.
             log(ERROR, "The ClientApp of node %s raised", node_id, exc_info=True)
             reason = f"{type(error).__name__}: {error}"

@@ -20,14 +20,17 @@ if keras.backend.backend() != "tensorflow":
         "environment variable KERAS_BACKEND=tensorflow"
     )
 
-from .arrays import get_arrays, named_variables, roles, set_arrays
+from .arrays import as_array, assign_all, get_arrays, load, named_variables, roles, set_arrays
 from .normalization import batch_norms, convert, normalised, recalibrated
 from .recalibration import recalibrate
 
 __all__ = [
+    "as_array",
+    "assign_all",
     "batch_norms",
     "convert",
     "get_arrays",
+    "load",
     "named_variables",
     "normalised",
     "recalibrate",

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -19,12 +20,100 @@ def get_arrays(model: keras.Model) -> dict[str, NDArray]:
     own names (``variable.path``) count all layers that a process has made (``dense_7``), so they
     may differ between participants. The states of random layers are left out, since they are no
     weights.
+
+    bfloat16, and the other floats that numpy does not have, become float32, which has each of their
+    numbers; the server averages in float32, and `set_arrays` rounds to the model's own type.
     """
-    return {name: np.array(variable.numpy()) for name, variable, _ in named_variables(model)}
+    return {name: as_array(variable) for name, variable, _ in named_variables(model)}
+
+
+def as_array(variable: Any) -> NDArray:
+    """Return a copy of a variable or tensor; bfloat16 and 8-bit floats become float32."""
+    array = np.array(variable.numpy())
+    return array if array.dtype.kind != "V" else array.astype(np.float32)
+
+
+def assign_all(variables: Mapping[str, Any], arrays: Mapping[str, NDArray], what: str) -> None:
+    """Assign arrays to variables, rounded to types that numpy does not have.
+
+    Parameters
+    ----------
+    variables : mapping
+        The variables of Keras or TensorFlow, by name.
+    arrays : mapping
+        An array for each of them, of the type of `as_array`.
+    what : str
+        What they belong to, for the error message.
+
+    Raises
+    ------
+    ColearnError
+        If names, shapes or types differ; no variable has changed then.
+    """
+    # TensorFlow's arrays of such types are accepted too, such as those of model.get_weights().
+    arrays = {
+        name: array.astype(np.float32) if array.dtype.kind == "V" else array
+        for name, array in arrays.items()
+    }
+    check_weights(arrays, {name: _Sent.of(variable) for name, variable in variables.items()}, what)
+    for name, variable in variables.items():
+        variable.assign(tf.cast(arrays[name], variable.dtype))
+
+
+def load(
+    model: keras.Model, variables: Mapping[str, Any], arrays: Mapping[str, NDArray], what: str
+) -> bool:
+    """Assign arrays to a model's variables, and let layers compute what they derive from them.
+
+    ``keras.layers.Normalization``, and layers of a user's own with a method ``finalize_state``,
+    compute with tensors that are made from their variables, and not with the variables. Functions
+    that were traced have the former tensors in them, so those of ``fit``, ``evaluate`` and
+    ``predict`` are traced again.
+
+    Parameters
+    ----------
+    variables, arrays, what
+        As for `assign_all`.
+
+    Returns
+    -------
+    bool
+        Whether such tensors have changed, so that the caller's own functions must be traced again.
+    """
+    deriving = [layer for layer in model._flatten_layers() if _derives(layer)]
+    before = [as_array(variable) for layer in deriving for variable in layer.weights]
+    assign_all(variables, arrays, what)
+    after = [as_array(variable) for layer in deriving for variable in layer.weights]
+    for layer in deriving:
+        layer.finalize_state()
+    if all(map(np.array_equal, before, after)):
+        return False
+    for function in ("train_function", "test_function", "predict_function"):
+        if hasattr(model, function):
+            setattr(model, function, None)
+    return True
+
+
+def _derives(layer: Any) -> bool:
+    # Lookups and discretization have the method too, but no variables to derive anything from.
+    return callable(getattr(layer, "finalize_state", None)) and bool(layer.weights)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """The shape and type of a variable's array."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @classmethod
+    def of(cls, variable: Any) -> "_Sent":
+        dtype = np.dtype(tf.as_dtype(variable.dtype).as_numpy_dtype)
+        return cls(tuple(variable.shape), np.dtype(np.float32) if dtype.kind == "V" else dtype)
 
 
 def set_arrays(model: keras.Model, arrays: Mapping[str, NDArray]) -> None:
-    """Load arrays into a model.
+    """Load arrays into a model, so that models with equal arrays give equal predictions.
 
     Parameters
     ----------
@@ -39,10 +128,7 @@ def set_arrays(model: keras.Model, arrays: Mapping[str, NDArray]) -> None:
     ColearnError
         If names, shapes or types differ from the model's.
     """
-    variables = variables_as(model, arrays)
-    check_weights(arrays, variables, f"Keras model '{model.name}'")
-    for name, variable in variables.items():
-        variable.assign(arrays[name])
+    load(model, variables_as(model, arrays), arrays, f"Keras model '{model.name}'")
 
 
 def variables_as(model: keras.Model, names: Iterable[str]) -> dict[str, Any]:
@@ -72,7 +158,7 @@ def roles(model: keras.Model) -> dict[str, Role]:
 
     Trained variables are ``trainable``. Moving means and variances of
     ``keras.layers.BatchNormalization`` have the roles of these names. Integers are ``counter``.
-    Frozen variables and all others (for example spectral norm's vectors) are ``buffer``.
+    Spectral norm's vectors are ``unit``. Frozen variables and all others are ``buffer``.
 
     Examples
     --------
@@ -89,6 +175,8 @@ def roles(model: keras.Model) -> dict[str, Role]:
             variable is layer.moving_variance
         ):
             found[name] = Role.VARIANCE
+        elif isinstance(layer, keras.layers.SpectralNormalization) and (variable is layer.vector_u):
+            found[name] = Role.UNIT
         elif id(variable) in trained:
             found[name] = Role.TRAINABLE
         else:

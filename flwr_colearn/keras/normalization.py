@@ -17,7 +17,7 @@ from ..errors import ColearnError
 from ..grids import AllReduceGroup, group_of
 from ..normalization import BatchRenorm, Frozen, GroupNorm, LayerNorm, Normalization
 from ..roles import NDArray
-from .arrays import named_variables
+from .arrays import as_array, named_variables
 
 ops = keras.ops
 BatchNorm: TypeAlias = keras.layers.BatchNormalization
@@ -218,7 +218,7 @@ def recalibrated(
     for layer, seen in zip(layers, moments, strict=True):
         values = ((layer.moving_mean, seen.mean), (layer.moving_variance, seen.variance))
         for variable, value in values:
-            arrays[name_of(variable)] = np.asarray(value, variable.numpy().dtype)
+            arrays[name_of(variable)] = np.asarray(value, as_array(variable).dtype)
     return arrays
 
 

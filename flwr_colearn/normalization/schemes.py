@@ -53,12 +53,9 @@ class Normalization:
 
         Local arrays are not averaged, so they are left out of eq. 4 too.
         """
-        # Counters keep their role, since only an integer type has it.
-        local = set(self.local(arrays, roles))
-        return {
-            name: Role.BUFFER if name in local and role is not Role.COUNTER else role
-            for name, role in roles.items()
-        }
+        # Integers keep their role, since a buffer is of a float type.
+        local = {n for n in self.local(arrays, roles) if arrays[n].dtype.kind == "f"}
+        return {name: Role.BUFFER if name in local else role for name, role in roles.items()}
 
     def config(self, server_round: int) -> dict[str, str | bool]:
         """Return the scheme's entries of the participants' train config."""

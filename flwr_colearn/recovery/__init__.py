@@ -1,6 +1,7 @@
 """Recovery: participants that fail are restarted in the same round, or left out by a policy."""
 
 from .client import echoed, name_of, supervised
+from .exceptions import discreet
 from .grid import RecoveringGrid
 from .identity import Directory
 from .membership import Members, choose_members, wait_for_nodes
@@ -10,6 +11,7 @@ __all__ = [
     "Members",
     "RecoveringGrid",
     "choose_members",
+    "discreet",
     "echoed",
     "name_of",
     "supervised",

@@ -13,7 +13,8 @@ from flwr.common import DEFAULT_TTL, log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ..aggregation import RoundMean, Weighting, as_weighting
+from .._flwr import called_privately
+from ..aggregation import RoundMean, Weighting, as_weighting, check_private_weighting
 from ..checkpoint import CheckpointFolder, as_folder
 from ..compression import Compression
 from ..errors import expected
@@ -31,7 +32,7 @@ from ..transport import ConnectedGrid, Transport
 from .algorithm import Algorithm, Progress
 from .arguments import number_of, participant_arguments, patience
 from .foreign_loop import refuse_in_foreign_loop
-from .metrics import aggregated, evaluations_of
+from .metrics import aggregated, average_metrics, evaluations_of
 from .shared_model import SharedModel
 
 UNLIMITED = 365 * 86_400.0
@@ -146,6 +147,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
         given = number_of(participants, num_participants)
         self._given = kwargs.get(LEAST[0]) if given is None else given
         self._arguments = kwargs
+        # Flower's own default averages a metric that a participant lacks as 0.
+        for key in ("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"):
+            kwargs[key] = kwargs.get(key) or average_metrics
         super().__init__(
             **{**kwargs, **participant_arguments(self._given, kwargs, FRACTION, LEAST)}
         )
@@ -230,6 +234,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
         if self._timeout is None:
             total = None if self.algorithm is None else self.algorithm.total_epochs
             refuse_in_foreign_loop(self.transport, total, self.checkpoints)
+            if called_privately():
+                check_private_weighting(self.weighting)
             if self._grid is not None:
                 self._grid.transport.check_privacy()
         # Under a wrapper Flower's own loop runs, which has no hook for the start of a run: a round
@@ -288,7 +294,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self._account()
         average = self._outgoing.record(self._mean.mean())
         # Sorted by participant, so that the order of arrival does not change the last bits.
-        metrics = [content for _, content in sorted(accepted, key=itemgetter(0))]
+        metrics = sorted(accepted, key=itemgetter(0))
         train_metrics = aggregated(self.train_metrics_aggr_fn, metrics, self.weighted_by_key)
         self.log.note(train_metrics=train_metrics)
         return average, train_metrics
@@ -316,8 +322,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
         Under a wrapper that runs Flower's own loop, such as differential privacy, this is the last
         hook of a round, so the round's record is closed here.
         """
-        contents = evaluations_of(replies, self.weighted_by_key)
-        metrics = aggregated(self.evaluate_metrics_aggr_fn, contents, self.weighted_by_key)
+        named = evaluations_of(replies, self.weighted_by_key, self._name_of)
+        metrics = aggregated(self.evaluate_metrics_aggr_fn, named, self.weighted_by_key)
         self.log.note(evaluate_metrics=metrics)
         if self._timeout is None and self._evaluated is not None:
             if self._grid is not None:

@@ -1,7 +1,9 @@
 """The participants' metrics: which replies count, and their aggregation."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import WARNING
+from typing import Any
 
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.common import log
@@ -11,32 +13,134 @@ from ..errors import ColearnError
 
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 
+Named = tuple[str, RecordDict]
+"""A participant, and the content of its reply with exactly one MetricRecord."""
 
-def evaluations_of(replies: Iterable[Message], weighted_by_key: str) -> list[RecordDict]:
-    """Return the contents of the well-formed evaluate replies; the log names the others."""
+_MOST_NAMED = 20  # a participant may send any number of metrics, and each is a line of the log
+
+
+def evaluations_of(
+    replies: Iterable[Message], weighted_by_key: str, name_of: Callable[[int], str]
+) -> list[Named]:
+    """Return the participants and contents of the well-formed evaluate replies.
+
+    The log has a warning for each of the others.
+    """
     contents = []
     for reply in replies:
+        name = name_of(reply.metadata.src_node_id)
         try:
             examples_of(reply, weighted_by_key)
         except ColearnError as error:
-            node = reply.metadata.src_node_id
-            log(WARNING, "CoLearn: evaluation of node %s left out: %s", node, error)
+            log(WARNING, "CoLearn: evaluation of participant %s left out: %s", name, error)
         else:
-            contents.append(reply.content)
+            contents.append((name, reply.content))
     return contents
 
 
 def aggregated(
-    aggregate: Aggregate, contents: list[RecordDict], weighted_by_key: str
+    aggregate: Aggregate, named: Sequence[Named], weighted_by_key: str
 ) -> MetricRecord | None:
     """Return the aggregated metrics; None if there are none, or if they do not fit together.
 
-    An error in this does not end the round, since the model is valid.
+    An error in this does not end the round, since the model is valid. The log has a warning for a
+    metric that some participants lack.
     """
-    if not contents:
+    if not named:
         return None
     try:
-        return aggregate(contents, weighted_by_key)
+        _warn_of_gaps({name: _metrics_of(content) for name, content in named})
+        return aggregate([content for _, content in named], weighted_by_key)
     except Exception:  # a user's function, and metrics that participants chose
         log(WARNING, "CoLearn: the metrics could not be aggregated", exc_info=True)
         return None
+
+
+def average_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """Return the means of the participants' metrics, each over the participants that have it.
+
+    In contrast to ``aggregate_metricrecords``, the default of Flower's strategies, a participant
+    that lacks a metric does not count as one whose metric is 0, and NaN or infinity of one
+    participant does not become the mean of all. Where all participants have a metric as a finite
+    number, both functions return the same bits.
+
+    Parameters
+    ----------
+    contents : list of RecordDict
+        The participants' replies, each with one MetricRecord.
+    weighted_by_key : str
+        The metric that is the weight of a participant. It is not averaged.
+
+    Returns
+    -------
+    MetricRecord
+        The means. A metric whose values do not fit together (a number and a list, or lists of
+        different lengths) is left out. A metric that no participant has as a finite number is NaN.
+
+    Examples
+    --------
+    >>> replies = [{"num-examples": 1, "auc": 0.5}, {"num-examples": 3}]
+    >>> contents = [RecordDict({"metrics": MetricRecord(reply)}) for reply in replies]
+    >>> average_metrics(contents, "num-examples")["auc"]
+    0.5
+    """
+    means = MetricRecord()
+    records = [_metrics_of(content) for content in contents]
+    for key in _names(records):
+        if key == weighted_by_key:
+            continue
+        having = [record for record in records if key in record]
+        values, weights = [r[key] for r in having], [r[weighted_by_key] for r in having]
+        if all(isinstance(value, int | float) for value in values):
+            means[key] = _mean(values, weights)
+        elif len({len(v) if isinstance(v, list) else -1 for v in values}) == 1:
+            means[key] = [_mean(each, weights) for each in zip(*values, strict=True)]
+        else:
+            log(WARNING, "CoLearn: metric %.80r has no mean: its values have several forms", key)
+    return means
+
+
+def finite_only(values: Iterable[Any], *others: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Return the tuples of several sequences in which the first value is a finite number."""
+    return [each for each in zip(values, *others, strict=True) if math.isfinite(each[0])]
+
+
+def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Return the weighted mean of the finite values, in the order of FedAvg's operations."""
+    finite = finite_only(values, weights)
+    if not finite:
+        return math.nan
+    total = sum(weight for _, weight in finite)
+    mean = 0.0
+    for value, weight in finite:
+        mean += value * (weight / total)
+    return mean
+
+
+def _warn_of_gaps(sites: Mapping[str, Mapping[str, Any]]) -> None:
+    """Log which participants lack a metric that another has, or have it as NaN or infinity."""
+    for key in _names(sites.values())[:_MOST_NAMED]:
+        lacking = [name for name, metrics in sites.items() if not _has_finite(metrics.get(key))]
+        if lacking:
+            log(
+                WARNING,
+                "CoLearn: metric %.80r: expected a finite number from each of %s participants, "
+                "found none from %s; the default mean is that of the others",
+                key,
+                len(sites),
+                ", ".join(lacking),
+            )
+
+
+def _has_finite(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(each, int | float) and math.isfinite(each) for each in values)
+
+
+def _names(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of all metrics, in the order of their first occurrence."""
+    return list(dict.fromkeys(key for record in records for key in record))
+
+
+def _metrics_of(content: RecordDict) -> Mapping[str, Any]:
+    return next(iter(content.metric_records.values()))

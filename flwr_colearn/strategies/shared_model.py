@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from flwr.app import ArrayRecord
 
-from ..aggregation import relative_change, trainable
+from ..aggregation import check_initial, relative_change, trainable
 from ..records import fingerprint, is_unchanged, view
 from ..roles import UNTRAINED, Arrays, Role, assign_roles
 from ..transport import Transport
@@ -51,11 +51,13 @@ class SharedModel:
         Raises
         ------
         ColearnError
-            In the first round, if roles or normalization scheme do not fit the model.
+            In the first round, if the model has NaN, or if roles or normalization scheme do not fit
+            it.
         """
         # The relative change of the last round has been used for this round's plan by now.
         self.arrays, self._measured = view(record), False
         if not self.roles:
+            check_initial(self.arrays)
             roles = assign_roles(self.arrays, transport.roles)
             transport.normalization.check(self.arrays, roles)
             self.roles = transport.normalization.roles(self.arrays, roles)

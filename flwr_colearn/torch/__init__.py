@@ -11,13 +11,14 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError.of(__name__, "torch", error) from error
 
-from .arrays import get_arrays, roles, set_arrays
+from .arrays import check_state, get_arrays, roles, set_arrays, to_array
 from .layers import BatchRenormLayer, holds_activation, timm_layers
 from .normalization import convert, normalised, recalibrated
 from .recalibration import recalibrate
 
 __all__ = [
     "BatchRenormLayer",
+    "check_state",
     "convert",
     "get_arrays",
     "holds_activation",
@@ -27,4 +28,5 @@ __all__ = [
     "roles",
     "set_arrays",
     "timm_layers",
+    "to_array",
 ]

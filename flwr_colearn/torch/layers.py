@@ -41,6 +41,12 @@ class BatchRenormLayer(BatchNorm):
         r_max, d_max = self.scheme.limits(int(self.num_batches_tracked))
         self.num_batches_tracked.add_(1)
         axes = [axis for axis in range(inputs.dim()) if axis != 1]
+        if inputs.numel() == inputs.shape[1]:
+            # As batch norm does: one value has no variance.
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size "
+                f"{inputs.shape}"
+            )
         # Under autocast inputs have half precision, too little for a variance.
         wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         mean = wide.mean(axes)

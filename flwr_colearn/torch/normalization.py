@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ColearnError
 from ..grids import AllReduceGroup, group_of
 from ..normalization import BatchRenorm, GroupNorm, LayerNorm, Normalization
+from .arrays import to_array
 from .layers import (
     ActingBatchRenorm,
     ActingGroupNorm,
@@ -190,7 +191,7 @@ class _Moments:
             raise ColearnError("recalibration: expected at least one batch of data, found none")
         values = {"running_mean": self.mean, "running_var": self.squares / self.count}
         dtype = layer.running_mean.dtype
-        return {name: value.to(dtype).cpu().numpy() for name, value in values.items()}
+        return {name: to_array(value.to(dtype), name) for name, value in values.items()}
 
 
 class _Synchronise(torch.autograd.Function):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from clients.trainer import EpochResult, accuracy, derive_seed, follow
-from flwr_colearn import CyclicalRate, LocalPlan
+from flwr_colearn import ColearnError, CyclicalRate, LocalPlan
 
 
 class Diary:
@@ -71,3 +71,32 @@ def test_derived_seeds_fit_every_generator_and_depend_on_every_number_and_its_pl
 def test_accuracy_by_hand():
     outputs = np.array([[3.0, 1.0], [0.0, 2.0], [5.0, 4.0]])
     assert accuracy(outputs, np.array([0, 1, 1])) == pytest.approx(2 / 3)
+
+
+class Scaled:
+    """A trainer with loss scaling, whose passes make the given (loss, steps, skipped)."""
+
+    def __init__(self, *passes):
+        self.passes, self.seeds = list(passes), []
+
+    def train_epoch(self, learning_rate, seed):
+        self.seeds.append(seed)
+        loss, steps, skipped = self.passes[min(len(self.seeds), len(self.passes)) - 1]
+        return EpochResult(loss, 48, steps, skipped)
+
+
+def test_an_epoch_without_a_step_is_repeated_and_skipped_steps_are_reported():
+    trainer = Scaled((5.0, 0, 3), (5.0, 0, 3), (5.0, 2, 1), (4.0, 3, 0))
+    metrics = follow(LocalPlan(1, 2, 0.1), trainer, seed=0)
+    assert metrics["train-loss"] == 4.0
+    assert metrics["skipped-steps"] == 7
+    assert len(trainer.seeds) == 4
+    assert len(set(trainer.seeds)) == 2  # a repeated pass has the data in the same order
+
+
+@pytest.mark.parametrize(("loss", "passes"), [(5.0, 20), (float("nan"), 1), (float("inf"), 1)])
+def test_a_round_without_a_step_is_an_error(loss, passes):
+    trainer = Scaled((loss, 0, 3))
+    with pytest.raises(ColearnError, match="expected at least one step, found all 3 skipped"):
+        follow(LocalPlan(1, 2, 0.1), trainer, seed=0)
+    assert len(trainer.seeds) == passes

@@ -71,3 +71,11 @@ def test_a_whole_model_is_no_state_dict(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "model.pt")
     with pytest.raises(ColearnError, match=r"expected a state dict.*found list"):
         read_weights(tmp_path / "model.pt")
+
+
+def test_a_bfloat16_state_dict_is_read_as_float32(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"w": torch.tensor([1.5, -2.0], dtype=torch.bfloat16)}, path)
+    found = read_weights(path)
+    assert found["w"].dtype == np.float32
+    assert found["w"].tolist() == [1.5, -2.0]

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flwr_colearn import ColearnError, History, RoundRecord
+from flwr_colearn.history import RoundLog
 
 records = st.builds(
     RoundRecord,
@@ -176,3 +177,11 @@ def test_every_round_is_logged_with_what_a_user_chooses_epsilon_from(flower_log)
     text = flower_log.text
     for part in ("round 3", "Local epochs: 5", "Relative change: 0.0123", "2 averaged, 0 refused"):
         assert part in text
+
+
+@pytest.mark.parametrize(("change", "said"), [(0.0, True), (1e-300, False), (None, False)])
+def test_a_relative_change_of_exactly_zero_is_said(change, said, flower_log):
+    log = RoundLog()
+    log.open(record(7))
+    log.close(change)
+    assert ("Round 7: the relative change is exactly 0" in flower_log.text) == said

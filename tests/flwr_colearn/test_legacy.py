@@ -360,6 +360,13 @@ def test_failures_end_the_run_if_they_are_not_accepted():
         run_legacy(legacy_strategy(accept_failures=False), legacy_app(train))
 
 
+def test_nan_in_the_initial_model_is_refused_before_anybody_trains():
+    strategy = legacy_strategy()
+    strategy.initial_parameters = ndarrays_to_parameters([np.array([1.0, np.nan])])
+    with pytest.raises(ColearnError, match="initial model, array '0': expected no NaN"):
+        run_legacy(strategy, legacy_app(lambda *_: pytest.fail("trained")))
+
+
 def test_metrics_of_every_kind_reach_the_history(tmp_path):
     shared = []
     strategy = legacy_strategy(
@@ -374,6 +381,33 @@ def test_metrics_of_every_kind_reach_the_history(tmp_path):
         assert record.train_metrics == {"ks": 3.0}
         assert record.evaluate_metrics == {"loss": pytest.approx((20 * 1 + 50 * 2) / 80)}
         assert record.server_metrics == {"loss": number, "server": 1.0}
+
+
+def test_a_metrics_function_that_raises_does_not_end_the_run(flower_log):
+    def failing(metrics):
+        return {"auc": sum(each["auc"] for _, each in metrics)}
+
+    strategy = legacy_strategy(
+        fit_metrics_aggregation_fn=failing, evaluate_metrics_aggregation_fn=failing
+    )
+    run_legacy(strategy, legacy_app(descend), num_rounds=2)
+    assert len(strategy.history.records) == 2
+    for record in strategy.history:
+        assert record.train_metrics == {}
+        assert record.evaluate_metrics == {"loss": pytest.approx((20 * 1 + 50 * 2) / 80)}
+    assert "the metrics could not be aggregated" in flower_log.text
+    assert "KeyError: 'auc'" in flower_log.text
+
+
+def test_a_loss_of_nan_of_one_participant_is_left_out(flower_log):
+    def evaluate(k, arrays):
+        return [math.nan, 1.0, 2.0][k]
+
+    strategy = legacy_strategy()
+    run_legacy(strategy, legacy_app(descend, evaluate=evaluate), num_rounds=1)
+    [record] = strategy.history
+    assert record.evaluate_metrics == {"loss": pytest.approx((20 * 1 + 50 * 2) / 70)}
+    assert "left out: found nan" in flower_log.text
 
 
 def test_numpy_metrics_do_not_end_a_run_that_writes_its_history(tmp_path):

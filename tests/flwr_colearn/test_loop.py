@@ -5,11 +5,13 @@ import random
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, MetricRecord
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideAdaptiveClipping,
     FedAdam,
     FedAvg,
     FedAvgM,
+    Strategy,
 )
 
 from flwr_colearn import (
@@ -17,6 +19,7 @@ from flwr_colearn import (
     CoLearn,
     ColearnError,
     Compression,
+    DynamicAveraging,
     Float16,
     History,
     InProcessGrid,
@@ -369,3 +372,29 @@ def test_what_the_strategy_and_the_run_both_say_is_refused():
     transport = Transport(compression=Compression(down=Float16()))
     with pytest.raises(ColearnError, match=r"compression: expected it once.*'?int8.*Transport"):
         start(strategy, train_config=ConfigRecord(), transport=transport)
+
+
+def untrained_app():
+    app = ClientApp()
+    app.train()(lambda message, context: pytest.fail("trained"))
+    return app
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda model, grid: run(FedAvg(), grid, model, 1),
+        lambda model, grid: own_strategy().start(grid, model),
+        lambda model, grid: Strategy.start(own_strategy(), grid, model),
+        lambda model, grid: DynamicAveraging(0.1, num_learners=K).start(grid, model),
+    ],
+    ids=["run", "CoLearn", "a foreign loop", "dynamic averaging"],
+)
+def test_nan_in_the_initial_model_is_refused_before_anybody_trains(begin):
+    model = record_of({"w": np.array([1.0, np.nan])})
+    with pytest.raises(ColearnError, match="initial model, array 'w': expected no NaN"):
+        begin(model, InProcessGrid(untrained_app(), K))
+
+
+def own_strategy():
+    return CoLearn(K, local_epochs=2, learning_rate=0.1, fraction_evaluate=0.0)

@@ -155,6 +155,34 @@ def test_a_number_of_examples_other_than_one_ends_the_run():
         run(strategy_of(), examples=20)
 
 
+def run_to_an_average_of(value, **arguments):
+    """Run one round in which the participants' mean is `value`, by a workflow that lets it pass."""
+    shared = []
+    strategy = strategy_of(model=[np.ones(3, np.float32)], shared=shared, **arguments)
+    workflow = SecAggPlusWorkflow(K, 3, max_weight=1.0, clipping_range=16.0)
+    run(strategy, workflow=workflow, train=lambda *_: [np.array([0, 1, value], np.float32)])
+    return shared[1][0]
+
+
+@pytest.mark.parametrize("value", [8.1, -8.1, 15.0])
+def test_an_average_beyond_the_clipping_range_is_refused(value):
+    with pytest.raises(ColearnError, match=r"array '0' of the average under SecAgg\+.* of 8\.0"):
+        run_to_an_average_of(value)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_an_average_that_is_not_finite_is_refused(value):
+    strategy = strategy_of()
+    with pytest.raises(ColearnError, match=r"array '0' of the average under SecAgg\+"):
+        strategy._as_sent(ndarrays_to_parameters([np.array([0.0, value])]))
+
+
+@pytest.mark.parametrize(("value", "clipping_range"), [(7.9, 8.0), (-7.9, 8.0), (15.0, 16.0)])
+def test_an_average_within_the_clipping_range_passes(value, clipping_range):
+    average = run_to_an_average_of(value, clipping_range=clipping_range)
+    assert average == pytest.approx([0, 1, value], abs=1e-4)
+
+
 def test_the_plain_strategy_says_what_to_use_instead():
     with pytest.raises(ColearnError, match=r"one average for all.*flwr_colearn.secagg.CoLearn"):
         run(strategy_of(plain.CoLearn))

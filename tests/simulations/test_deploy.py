@@ -75,16 +75,74 @@ def test_a_renewal_keeps_the_authority(certificates, tmp_path):
     assert not list(folder.glob("*.new"))
 
 
-def test_without_the_authoritys_key_nothing_is_made(certificates, tmp_path):
+def certificates_for(folder, *hosts):
+    command = [DEPLOY / "certificates.sh", folder, *hosts]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        (["ca.key"], "expected ca.key beside ca.crt"),
+        (["ca.crt"], "expected ca.crt beside ca.key"),
+        (["ca.key", "ca.crt"], "expected ca.key and ca.crt, which issued proxy.pem"),
+        (["ca.key", "ca.crt", "proxy.pem"], "expected ca.key and ca.crt, which issued superlink"),
+    ],
+)
+def test_without_the_authority_nothing_is_made(missing, said, certificates, tmp_path):
     folder = shutil.copytree(certificates, tmp_path / "certificates")
-    (folder / "ca.key").unlink()
-    done = subprocess.run(
-        [DEPLOY / "certificates.sh", folder, "link.example.org"], capture_output=True, text=True
-    )
+    for name in missing:
+        (folder / name).unlink()
+    done = certificates_for(folder, "link.example.org")
     assert done.returncode == 2
-    assert "expected ca.key beside ca.crt" in done.stderr
+    assert said in done.stderr
+    assert {p.name for p in folder.iterdir()} == {p.name for p in certificates.iterdir()} - {
+        *missing
+    }
     for path in folder.iterdir():
         assert path.read_bytes() == (certificates / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "link.example.org:9092",
+        "192.0.2.7:9092",
+        "[2001:db8::1]:9092",
+        "https://link.example.org",
+        "link.example.org/",
+        "link.example.org,DNS:evil.example.org",
+        "link example",
+        "192.0.2",
+        "-link",
+        "",
+    ],
+)
+def test_a_host_that_no_certificate_can_have_is_refused_by_name(host, tmp_path):
+    done = certificates_for(tmp_path / "certificates", "link.example.org", host)
+    assert done.returncode == 2
+    assert f"without a port or a scheme, found '{host}'" in done.stderr
+    assert not (tmp_path / "certificates").exists()
+
+
+def test_a_certificate_may_have_every_kind_of_host(certificates, tmp_path):
+    folder = shutil.copytree(certificates, tmp_path / "certificates")
+    hosts = ["a" * 60 + ".example.org", "2001:db8::1", "*.example.org", "link", "10.0.0.1"]
+    done = certificates_for(folder, *hosts)
+    assert done.returncode == 0, done.stderr
+    found = openssl("x509", "-in", folder / "proxy.pem", "-noout", "-ext", "subjectAltName")
+    for name in (f"DNS:{hosts[0]}", "IP Address:2001:DB8:0:0:0:0:0:1", "DNS:*.example.org"):
+        assert name in found
+
+
+def test_what_openssl_refuses_is_said(certificates, tmp_path):
+    folder = shutil.copytree(certificates, tmp_path / "certificates")
+    done = certificates_for(folder, "999.0.0.1")
+    assert done.returncode == 1
+    assert "openssl x509" in done.stderr
+    assert "bad ip address" in done.stderr
+    for name in ("ca.crt", "ca.key", "proxy.pem", "proxy.key"):
+        assert (folder / name).read_bytes() == (certificates / name).read_bytes()
 
 
 # nginx

@@ -1,5 +1,10 @@
 """KerasTrainer against PyTorch and scikit-learn, from equal weights."""
 
+import ctypes
+import gc
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +19,9 @@ from clients.keras.models import densenet40, resnet8, small_cnn
 from clients.keras.trainer import KerasTrainer
 from clients.tensorflow.setup import keras, tf
 from clients.torch.trainer import TorchTrainer
-from flwr_colearn import ColearnError, Role
+from clients.trainer import follow
+from flwr_colearn import ColearnError, Frozen, GroupNorm, LocalPlan, Role
+from flwr_colearn.keras import convert
 from flwr_colearn.keras import roles as roles_of
 
 layers = keras.layers
@@ -142,7 +149,7 @@ def test_the_seed_decides_everything_dropout_included():
     assert same(other.get_weights(), first)
 
 
-@pytest.mark.parametrize(("n", "trained"), [(33, 32), (34, 34), (1, 1)])
+@pytest.mark.parametrize(("n", "trained"), [(33, 32), (34, 34)])
 def test_only_a_single_left_over_example_is_left_out(n, trained):
     assert make(train_set=examples(n)).train_epoch(0.1, seed=0).num_examples == trained
 
@@ -185,6 +192,35 @@ def test_a_float16_step_that_overflows_is_left_out_and_the_scale_is_halved(monke
     np.testing.assert_array_equal(before["dense/kernel"], trainer.get_weights()["dense/kernel"])
     assert float(trainer._loss_scale) == 2.0**29
     assert not any(array.any() for array in trainer.get_optimizer_state().values())
+
+
+def steep():
+    """48 examples, whose scaled float16 gradients overflow at first."""
+    data = examples(48)
+    return Examples(300 * data.inputs, data.labels)
+
+
+@pytest.mark.parametrize("epochs", [1, 8])
+def test_few_float16_batches_with_steep_gradients_learn(epochs, monkeypatch):
+    monkeypatch.setattr(keras_trainer, "FIRST_LOSS_SCALE", 2.0**20)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    trainer = make(model, steep(), test_set=steep(), precision="float16")
+    before = trainer.evaluate()["loss"]
+    metrics = follow(LocalPlan(1, epochs, 1e-5), trainer, seed=0)
+    assert trainer.evaluate()["loss"] < 0.99 * before
+    assert metrics["skipped-steps"] >= 3  # all steps of a first epoch
+
+
+def test_the_loss_scale_lives_through_a_round_and_grows_again(monkeypatch):
+    monkeypatch.setattr(keras_trainer, "STEPS_TO_GROW", 8)
+    trainer = make(precision="float16")  # four steps an epoch
+    trainer._loss_scale.assign(2.0)
+    trainer.train_epoch(0.01, 1)
+    assert float(trainer._loss_scale) == 2.0
+    trainer.train_epoch(0.01, 2)
+    assert float(trainer._loss_scale) == 4.0
+    trainer.set_weights(trainer.get_weights())
+    assert float(trainer._loss_scale) == keras_trainer.FIRST_LOSS_SCALE
 
 
 def test_regularizers_and_constraints_of_the_model_count():
@@ -376,3 +412,155 @@ def test_random_layers_at_any_depth_are_seeded():
     inner = keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.Dropout(0.5)])
     model = keras.Sequential([keras.Input((4,)), inner, layers.GaussianDropout(0.5)])
     assert len(make(model)._seeds) == 2
+
+
+# Unusual models and shards
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 16), (4, 1)])
+def test_a_batch_of_one_under_batch_norm_is_an_error_of_ours(n, batch_size):
+    trainer = make(train_set=examples(n), batch_size=batch_size)
+    found = f"found a batch of 1 of this site's {n} examples"
+    with pytest.raises(ColearnError, match=found):
+        trainer.train_epoch(0.1, 0)
+    with pytest.raises(ColearnError, match=found):
+        trainer.gradients([], 1, 0)
+
+
+def frozen_norm():
+    model = network()
+    model.layers[1].trainable = False
+    return model
+
+
+def images_normed():
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Reshape((2, 2, 1)),
+            layers.BatchNormalization(),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: keras.Sequential([keras.Input((4,)), layers.Dense(3)]),
+        images_normed,
+        frozen_norm,
+        lambda: convert(network(), GroupNorm(1)),
+    ],
+    ids=["none", "2d", "frozen", "group norm"],
+)
+def test_one_example_is_enough_where_batch_norm_has_values(model):
+    trainer = make(model(), examples(1))
+    before = trainer.get_weights()
+    assert trainer.train_epoch(0.1, 0).num_examples == 1
+    assert any((before[name] != array).any() for name, array in trainer.get_weights().items())
+
+
+def test_one_example_is_enough_with_shared_statistics():
+    trainer = make(convert(network(), Frozen(1)), examples(1))
+    with trainer.normalised({"normalization-frozen": True}):
+        assert trainer.train_epoch(0.1, 0).num_examples == 1
+    with pytest.raises(ColearnError, match="found a batch of 1"):
+        trainer.train_epoch(0.1, 0)
+
+
+def test_a_frozen_model_is_refused():
+    model = network()
+    model.trainable = False
+    with pytest.raises(ColearnError, match="one parameter that is trained, found none"):
+        make(model)
+
+
+# bfloat16 models
+
+
+def in_bfloat16(seed=0):
+    keras.utils.set_random_seed(seed)
+    kind = {"dtype": "bfloat16"}
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(6, **kind),
+            layers.BatchNormalization(momentum=0.9, **kind),
+            layers.ReLU(**kind),
+            layers.Dense(3, **kind),
+        ]
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_bfloat16_model_learns_and_travels_as_float32(precision):
+    model = in_bfloat16()
+    trainer = make(model, test_set=examples(60, seed=1), precision=precision, clip_norm=5.0)
+    losses = [result.loss for result in train(trainer, [(0.05, seed) for seed in range(10)])]
+    assert losses[-1] < 0.6 * losses[0]
+    assert trainer.evaluate()["accuracy"] > 0.6  # chance is a third
+    assert {v.dtype for v in model.trainable_variables} == {"bfloat16"}
+    weights = trainer.get_weights()
+    assert {array.dtype.name for array in weights.values()} == {"float32"}
+    other = make(in_bfloat16(seed=1))
+    other.set_weights(weights)
+    assert same(other.get_weights(), weights)
+
+
+def test_optimizer_gradients_and_statistics_of_a_bfloat16_model_are_arrays_too():
+    trainer = make(in_bfloat16())
+    train(trainer, EPOCHS[:1])
+    state = trainer.get_optimizer_state()
+    assert {array.dtype.name for array in state.values()} == {"float32"}
+    other = make(in_bfloat16(seed=1))
+    other.set_optimizer_state(state)
+    assert same(other.get_optimizer_state(), state)
+    arrays, _ = trainer.gradients(["dense/kernel"], 1, 0)
+    assert arrays["dense/kernel"].dtype == np.float32
+    statistics, _ = trainer.recalibrated()
+    assert {array.dtype.name for array in statistics.values()} == {"float32"}
+
+
+# Layers that compute from their variables; memory
+
+
+def test_a_trainer_computes_with_the_normalization_that_it_has_loaded():
+    def normalising(seed):
+        keras.utils.set_random_seed(seed)
+        norm = layers.Normalization()
+        model = keras.Sequential([keras.Input((4,)), norm, layers.Dense(3)])
+        norm.adapt(examples(seed=seed).inputs * (1 + seed))
+        return make(model, test_set=examples(60, seed=9))
+
+    own, other = normalising(0), normalising(3)
+    train(own, EPOCHS[:1])
+    own.predict()
+    own.set_weights(other.get_weights())
+    np.testing.assert_array_equal(own.predict()[0], other.predict()[0])
+    train(own, EPOCHS[:1])
+    train(other, EPOCHS[:1])
+    assert same(own.get_weights(), other.get_weights())
+
+
+def resident():
+    """The process's resident memory in bytes, without what it could give back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_the_memory_of_a_trainer_is_returned():
+    def message():
+        # Not `network`, whose seed makes TensorFlow drop its kernels too.
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(6), layers.Dense(3)])
+        make(model).train_epoch(0.1, 0)
+
+    for _ in range(20):
+        message()
+    before = resident()
+    for _ in range(30):
+        message()
+    assert resident() - before < 30 * 2**17

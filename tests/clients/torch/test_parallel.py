@@ -72,6 +72,8 @@ def test_a_fault_on_a_device_is_told(two_devices):
 def test_bad_arguments_say_what_was_expected():
     with pytest.raises(ColearnError, match="at least 2 devices"):
         ParallelTrainer(net(), data(8), batch_size=1, devices=["cpu", "cpu"])
+    with pytest.raises(ColearnError, match="an example for each of 2 devices, found 1"):
+        ParallelTrainer(net(), data(1), devices=["cpu", "cpu"])
     norm = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
     with pytest.raises(ColearnError, match="CUDA devices"):
         ParallelTrainer(norm, data(8), devices=["cpu", "cpu"])

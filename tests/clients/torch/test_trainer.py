@@ -11,7 +11,9 @@ from torch.utils.data import Dataset, TensorDataset
 
 from clients.torch.models.small import resnet8, small_cnn
 from clients.torch.trainer import TorchTrainer
-from flwr_colearn import ColearnError
+from clients.trainer import follow
+from flwr_colearn import ColearnError, LocalPlan
+from flwr_colearn.torch import BatchRenormLayer
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
@@ -461,3 +463,190 @@ def test_trainers_recalibrate_over_their_whole_shard_without_augmentation():
     assert seen == [(256, False)]
     reached = model[0](shard.tensors[0][:256].double()).transpose(0, 1).flatten(1)
     np.testing.assert_allclose(arrays["1.running_var"], reached.detach().var(1, unbiased=False))
+
+
+# Loss scaling
+
+
+def steep_problem():
+    """A linear regression of 48 examples, whose scaled float16 gradients overflow at first."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = 30.0 * torch.randn(48, 4, generator=generator)
+    torch.manual_seed(0)
+    return nn.Linear(4, 1), inputs, inputs.sum(1, keepdim=True)
+
+
+def squared_error(model, inputs, targets):
+    with torch.no_grad():
+        return float(nn.functional.mse_loss(model(inputs), targets))
+
+
+def steep_round(epochs, problem, clip_norm=None):
+    model, inputs, targets = problem
+    trainer = TorchTrainer(
+        model,
+        TensorDataset(inputs, targets),
+        batch_size=16,
+        loss=nn.functional.mse_loss,
+        device="cpu",
+        precision="float16",
+        clip_norm=clip_norm,
+    )
+    return follow(LocalPlan(1, epochs, 1e-4), trainer, seed=0)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e3])
+@pytest.mark.parametrize("epochs", [1, 8])
+def test_few_float16_batches_with_steep_gradients_learn(epochs, clip_norm):
+    problem = steep_problem()
+    before = squared_error(*problem)
+    metrics = steep_round(epochs, problem, clip_norm)
+    assert squared_error(*problem) < 0.95 * before
+    assert metrics["skipped-steps"] >= 3  # all steps of a first epoch
+
+
+def test_float16_examples_of_nan_end_the_round_with_an_error():
+    model, inputs, targets = steep_problem()
+    with pytest.raises(ColearnError, match=r"found all 3 skipped .*loss nan"):
+        steep_round(2, (model, torch.full_like(inputs, float("nan")), targets))
+
+
+def test_the_loss_scale_lives_through_a_round_and_not_longer():
+    trainer = make(network(), precision="float16")
+    trainer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    trainer.train_epoch(0.01, 1)
+    assert trainer._scaler.get_scale() == 2.0
+    trainer.set_weights(trainer.get_weights())
+    assert trainer._scaler.get_scale() == 65_536.0
+
+
+def test_float32_reports_no_skipped_steps():
+    assert "skipped-steps" not in follow(LocalPlan(1, 1, 0.1), make(), seed=0)
+
+
+def test_a_long_epoch_of_nan_in_float16_has_no_step_either():
+    model, _, _ = steep_problem()
+    inputs = torch.full((400, 4), float("nan"))  # more skipped steps than halvings until 0
+    trainer = TorchTrainer(
+        model,
+        TensorDataset(inputs, torch.zeros(400, 1)),
+        batch_size=1,
+        loss=nn.functional.mse_loss,
+        device="cpu",
+        precision="float16",
+    )
+    with pytest.raises(ColearnError, match="found all 400 skipped"):
+        follow(LocalPlan(1, 1, 1e-4), trainer, seed=0)
+
+
+# Unusual models and shards
+
+
+def batch_normed(layer=nn.BatchNorm1d):
+    return nn.Sequential(nn.Flatten(), nn.Linear(108, 5), layer(5), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 16), (4, 1)])
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d, BatchRenormLayer])
+def test_a_batch_of_one_under_batch_norm_is_an_error_of_ours(n, batch_size, layer):
+    trainer = make(batch_normed(layer), examples(n), batch_size=batch_size)
+    found = f"found a batch of 1 of this site's {n} examples"
+    with pytest.raises(ColearnError, match=found):
+        trainer.train_epoch(0.1, 0)
+    with pytest.raises(ColearnError, match=found):
+        trainer.gradients(["1.weight"], 1, 0)
+
+
+@pytest.mark.parametrize(
+    "model", [lambda: nn.Sequential(nn.Flatten(), nn.Linear(108, 3)), network], ids=["none", "2d"]
+)
+def test_one_example_is_enough_where_every_channel_has_values(model):
+    model = model()
+    before = numpy_state(model)
+    assert make(model, examples(1)).train_epoch(0.1, 0).num_examples == 1
+    assert not same(before, numpy_state(model))
+
+
+class Extra(nn.Linear):
+    def __init__(self, extra):
+        super().__init__(108, 3)
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), r"lazy ones \['1\.weight'"),
+        (lambda: nn.LazyBatchNorm1d(), "lazy ones"),
+        (lambda: network().requires_grad_(False), "one parameter that is trained, found none"),
+        (nn.Flatten, "one parameter that is trained, found none"),
+        (lambda: Extra({"steps": 3}), "found dict at '_extra_state'"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_together_is_refused_at_once(model, message):
+    with pytest.raises(ColearnError, match=message):
+        make(model())
+
+
+def test_a_bfloat16_model_trains_and_keeps_its_momentum():
+    def cast(inputs, training):
+        return inputs.to(torch.bfloat16)
+
+    trainer = make(network().to(torch.bfloat16), transform=cast)
+    losses = [result.loss for result in train(trainer)]
+    assert losses[-1] < losses[0]
+    weights, state = trainer.get_weights(), trainer.get_optimizer_state()
+    assert {a.dtype for a in state.values()} == {np.dtype(np.float32)}
+    trainer.set_weights(weights)
+    trainer.set_optimizer_state(state)
+    assert same(trainer.get_weights(), weights)
+    assert same(trainer.get_optimizer_state(), state)
+    gradients, _ = trainer.gradients(["0.weight"], 1, 0)
+    assert gradients["0.weight"].dtype == np.float32
+
+
+def test_extra_state_that_is_a_tensor_travels():
+    model = nn.Sequential(nn.Flatten(), Extra(torch.tensor([3.0])))
+    trainer = make(model)
+    weights = trainer.get_weights()
+    assert weights["1._extra_state"] == [3.0]
+    trainer.set_weights({**weights, "1._extra_state": np.array([4.0], np.float32)})
+    assert model[1].extra == torch.tensor([4.0])
+
+
+# bfloat16 models
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_bfloat16_model_learns_and_travels_as_float32(precision):
+    model = network().bfloat16()
+    trainer = make(model, test_set=examples(60, seed=1), precision=precision, clip_norm=5.0)
+    losses = [result.loss for result in train(trainer, [(0.05, seed) for seed in range(10)])]
+    assert losses[-1] < 0.6 * losses[0]
+    assert trainer.evaluate()["accuracy"] > 0.6  # chance is a third
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    weights = trainer.get_weights()
+    assert {array.dtype.name for array in weights.values()} == {"float32", "int64"}
+    other = make(network(seed=1).bfloat16())
+    other.set_weights(weights)
+    assert same(other.get_weights(), weights)
+
+
+def test_optimizer_gradients_and_statistics_of_a_bfloat16_model_are_arrays_too():
+    trainer = make(network().bfloat16())
+    train(trainer, EPOCHS[:1])
+    state = trainer.get_optimizer_state()
+    assert {array.dtype.name for array in state.values()} == {"float32"}
+    other = make(network(seed=1).bfloat16())
+    other.set_optimizer_state(state)
+    assert same(other.get_optimizer_state(), state)
+    arrays, _ = trainer.gradients(["0.weight"], 1, 0)
+    assert arrays["0.weight"].dtype == np.float32
+    statistics, _ = trainer.recalibrated()
+    assert {array.dtype.name for array in statistics.values()} == {"float32"}

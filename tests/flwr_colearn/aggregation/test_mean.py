@@ -305,6 +305,25 @@ def test_memory_does_not_grow_with_the_number_of_models():
     assert peak < 1.2 * (8 + 4 + 4) * size  # and two models in float32: the last and the next
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_memory_of_integers_is_one_sum(at_once):
+    size = 40 * CHUNK
+    models = [{"n": np.full(size, k, np.int8)} for k in range(4)]
+    mean = RunningMean(models[0])
+    tracemalloc.start()
+    if at_once:
+        mean.add_all([(model, 1) for model in models])
+    else:
+        for model in models:
+            mean.add(model)
+    average = mean.mean()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (average["n"] == 2).all()  # 1.5, halves upwards
+    # An int64 sum and the int8 average; each chunk's work is a small part of the 40.
+    assert peak < 1.2 * (8 + 1) * size
+
+
 def test_mean_of_nothing_is_refused():
     with pytest.raises(ColearnError, match="at least one model added, found none"):
         RunningMean({"w": np.zeros(2)}).mean()
@@ -434,8 +453,10 @@ def test_a_model_of_absurd_weight_is_added_whole_or_not_at_all(weight):
 )
 def test_what_is_accepted_depends_on_the_model_alone(models, dtype, value, weight, accepted):
     model = {"a": np.array([0, 0], dtype), "n": np.array([0, value], dtype)}
+    # Ordinary numbers: of a model that was sent with such large ones, they are kept (test_kept).
+    sent = {name: np.zeros(2, dtype) for name in model}
     for others in range(models):
-        mean = RunningMean(model, models=models)
+        mean = RunningMean(sent, models=models)
         for _ in range(others):
             mean.add(
                 {"a": model["a"], "n": np.array([value if accepted else 1, 1], dtype)},

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from flwr_colearn import ColearnError
-from flwr_colearn.aggregation import check_weights
+from flwr_colearn.aggregation import check_initial, check_weights
 
 OWN = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.int64)}
 
@@ -24,3 +24,15 @@ def test_weights_of_another_model_are_refused_with_what_differs(change, message)
 
 def test_weights_of_the_same_model_are_accepted_in_any_order():
     check_weights(dict(reversed(OWN.items())), OWN, "net")
+
+
+def test_a_nan_anywhere_in_an_initial_model_is_found_and_counted():
+    large = np.zeros((3, 100_000), np.float32)  # more than one chunk
+    large[2, -1] = large[0, 5] = np.nan
+    with pytest.raises(ColearnError, match=r"array 'w': expected no NaN.*found 2"):
+        check_initial({"n": np.zeros(4, np.int64), "b": np.ones(2), "w": large})
+
+
+def test_other_initial_models_are_accepted():
+    check_initial({})
+    check_initial({"mask": np.array([0, -np.inf], np.float16), "n": np.array(3), "e": np.ones(0)})

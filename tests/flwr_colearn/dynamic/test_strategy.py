@@ -313,6 +313,25 @@ def test_models_are_weighted_by_the_examples_since_the_last_full_synchronisation
     assert strategy.history.records[0].loss is None
 
 
+@pytest.mark.parametrize("third", [{}, {"loss": math.nan}, {"loss": math.inf}])
+def test_a_learner_without_a_loss_counts_with_the_mean_loss_of_the_others(third, flower_log):
+    app = ClientApp()
+
+    @learner(app)
+    def train(message, context):
+        k = context.node_config["partition-id"]
+        metrics = {"num-examples": (10, 30, 40)[k], **({"loss": (1.0, 3.0)[k]} if k < 2 else third)}
+        content = {"arrays": message.content["arrays"], "metrics": MetricRecord(metrics)}
+        return Message(RecordDict(content), reply_to=message)
+
+    strategy, result, _ = run(Never(), 2, m=3, grid=InProcessGrid(app, 3))
+    mean = (10 * 1.0 + 30 * 3.0) / 40
+    assert [entry.loss for entry in strategy.history] == [80 * mean] * 2
+    assert strategy.history.cumulative_loss == 160 * mean
+    assert result.train_metrics_clientapp[1]["loss"] == mean
+    assert "expected the loss of 3 learners, found 2" in flower_log.text
+
+
 # Bytes ------------------------------------------------------------------------------------------
 
 
@@ -447,7 +466,7 @@ def failing(times, k=1, server_round=3, how=None):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        (None, "injected fault"),
+        (None, "RuntimeError: the text stays"),
         (lambda a: {"w": a["w"] * np.float32(np.nan)}, "found NaN or Inf"),
         (lambda a: {"w": a["w"][:2]}, "expected float32 of shape (3,)"),
         (lambda a: {"v": a["w"]}, "1 missing"),
@@ -673,7 +692,7 @@ def test_without_recovery_a_learner_that_fails_is_left_out_of_the_round():
     strategy, _, _ = run(Periodic(1), 4, grid=grid_of(step=failing(1)), recovery=None)
     refused = [[e["reason"] for e in entry.refusals] for entry in strategy.history]
     assert [len(each) for each in refused] == [0, 0, 1, 0]
-    assert "injected fault" in refused[2][0]
+    assert "RuntimeError: the text stays in the participant's log" in refused[2][0]
     assert [len(entry.lost) for entry in strategy.history] == [0, 0, 0, 1]
 
 

@@ -7,7 +7,7 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flwr_colearn import ColearnError, InProcessGrid
+from flwr_colearn import ColearnError, InProcessGrid, ThreadedGrid
 
 
 def grid_of(train, num_supernodes=3, **kwargs):
@@ -116,6 +116,23 @@ def test_an_exception_becomes_an_error_reply_with_its_traceback_in_the_log(flowe
     assert failed.error.reason == "ValueError: no data on this node"
     assert "Traceback" in flower_log.text
     assert "in train" in flower_log.text
+
+
+@pytest.mark.parametrize("kind", [InProcessGrid, ThreadedGrid])
+@pytest.mark.parametrize(("code", "reason"), [(None, "SystemExit"), (3, "SystemExit: 3")])
+def test_a_participant_that_exits_does_not_end_the_others(kind, code, reason):
+    def train(message, context):
+        if context.node_id == 2:
+            sys.exit(code)
+        return answer(message)
+
+    app = ClientApp()
+    app.train()(train)
+    replies = kind(app, 3).send_and_receive([Message(RecordDict(), n, "train") for n in (1, 2, 3)])
+    assert sorted(reply.has_error() for reply in replies) == [False, False, True]
+    [failed] = [reply for reply in replies if reply.has_error()]
+    assert failed.error.code == 2
+    assert failed.error.reason.startswith(reason)
 
 
 def test_a_participant_that_answers_nothing_becomes_an_error_reply():

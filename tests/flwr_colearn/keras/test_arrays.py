@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from flwr_colearn import ColearnError, Role
+from flwr_colearn import ColearnError, Role, RunningMean
 from flwr_colearn.roles import pair_statistics
 
 keras = pytest.importorskip("keras")
@@ -173,3 +173,69 @@ def test_frozen_weights_do_not_count_and_statistics_of_a_frozen_layer_still_pair
     assert roles["dense/kernel"] is roles["batch_normalization/gamma"] is Role.BUFFER
     assert roles["batch_normalization/moving_variance"] is Role.VARIANCE
     assert roles["dense_1/kernel"] is Role.TRAINABLE
+
+
+@pytest.mark.parametrize("by", ["type", "name"])
+def test_the_shared_vector_of_spectral_normalization_has_length_one(by):
+    def site(seed):
+        keras.utils.set_random_seed(seed)
+        norm = layers.SpectralNormalization(layers.Dense(5, use_bias=False))
+        return keras.Sequential([keras.Input((6,)), norm])
+
+    sites = [site(seed) for seed in range(4)]
+    for each in sites:
+        for _ in range(5):
+            each(np.ones((3, 6), np.float32), training=True)
+    arrays = [get_arrays(each) for each in sites]
+    mean = RunningMean(arrays[0], roles_of(sites[0]) if by == "type" else None)
+    for each in arrays:
+        mean.add(each)
+    [vector] = [array for name, array in mean.mean().items() if name.endswith("vector_u")]
+    assert np.linalg.norm(vector) == pytest.approx(1)
+
+
+# Layers that compute from their variables
+
+
+class Doubling(layers.Layer):
+    """A user's layer with a tensor that is derived from its variable."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(), initializer="ones", trainable=False)
+        self.finalize_state()
+
+    def finalize_state(self):
+        self.doubled = 2 * keras.ops.convert_to_tensor(self.scale)
+
+    def call(self, inputs):
+        return self.doubled * inputs
+
+
+def derived(seed):
+    rng = np.random.default_rng(seed)
+    normalise, double = layers.Normalization(), Doubling()
+    model = keras.Sequential([keras.Input((4,)), normalise, double])
+    normalise.adapt(rng.normal(seed, 1 + seed, (50, 4)))
+    double.scale.assign(1.0 + seed)
+    double.finalize_state()
+    model.compile(loss="mse")
+    return model
+
+
+@pytest.mark.parametrize("ways", ["call", "predict", "evaluate"])
+def test_equal_arrays_give_equal_predictions_before_and_after_tracing(ways):
+    inputs = np.random.default_rng(0).normal(size=(5, 4)).astype("f4")
+
+    def outputs(model):
+        if ways == "call":
+            return model(inputs).numpy()
+        if ways == "predict":
+            return model.predict(inputs, verbose=0)
+        return model.evaluate(inputs, inputs, verbose=0)
+
+    own = derived(0)
+    for seed in (1, 2):
+        outputs(own)  # traces a function
+        other = derived(seed)
+        set_arrays(own, get_arrays(other))
+        np.testing.assert_allclose(outputs(own), outputs(other), rtol=1e-6)

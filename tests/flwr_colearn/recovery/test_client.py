@@ -107,11 +107,11 @@ def test_an_error_passes_as_it_is():
     assert reply.error.reason == "no data"
 
 
-def test_an_exception_passes_as_it_is():
+def test_an_error_of_this_plugin_passes_as_it_is():
     def fail(message, context):
-        raise ValueError("no data")
+        raise ColearnError("no data")
 
-    with pytest.raises(ValueError, match="no data"):
+    with pytest.raises(ColearnError, match=r"^no data$"):
         participant_mod(message_of(**{"server-round": 1}), context_of(), fail)
 
 

@@ -720,11 +720,11 @@ def test_an_error_in_the_first_round_returns_the_initial_model():
 
 
 def test_metrics_that_do_not_fit_together_do_not_cost_the_model(flower_log):
-    def train(k, plan, arrays):
-        return reply(record(**arrays), **{"num-examples": 1, "loss": [[1.0], 2.0, 3.0][k]})
+    def failing(contents, key):
+        raise KeyError("auc")
 
-    strategy = strategy_of()
-    result = strategy.start(grid_of(train), record(w=np.ones(2)), num_rounds=1)
+    strategy = strategy_of(train_metrics_aggr_fn=failing)
+    result = strategy.start(grid_of(echo), record(w=np.ones(2)), num_rounds=1)
     assert strategy.history.records[0].participants == ["1", "2", "3"]
     assert result.train_metrics_clientapp == {}
     assert "metrics could not be aggregated" in flower_log.text
@@ -780,6 +780,24 @@ def test_metrics_are_aggregated_as_fedavg_does():
         assert result.train_metrics_clientapp[round_] == each.train_metrics == {"loss": 0.75}
         assert result.evaluate_metrics_clientapp[round_] == each.evaluate_metrics
         assert each.evaluate_metrics == {"accuracy": 0.75}
+
+
+def test_a_metric_that_a_site_lacks_is_averaged_over_the_others(flower_log):
+    def train(k, plan, arrays):
+        metrics = {} if k == 2 else {"auc": 0.9}
+        return reply(record(**arrays), **{"num-examples": 1, **metrics})
+
+    def evaluate(k, arrays):
+        return {"accuracy": [math.nan, 0.25, 0.75][k]}
+
+    strategy = strategy_of()
+    grid = grid_of(train, evaluate=evaluate)
+    result = strategy.start(grid, record(w=np.ones(1)), num_rounds=1)
+    assert result.train_metrics_clientapp[1]["auc"] == pytest.approx(0.9)
+    assert result.evaluate_metrics_clientapp[1]["accuracy"] == 0.5
+    assert strategy.history.records[0].site_means == {"accuracy": 0.5}
+    assert re.search("metric 'auc': expected .* 3 participants, found none from 3", flower_log.text)
+    assert "metric 'accuracy': " in flower_log.text
 
 
 def test_a_failed_evaluation_is_left_out():

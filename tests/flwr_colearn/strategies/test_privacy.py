@@ -1,15 +1,31 @@
 """CoLearn inside Flower's differential privacy wrappers."""
 
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
 )
+from scipy.optimize import brentq
+from scipy.stats import norm
 
-from flwr_colearn import CoLearn, CyclicalRate, IncreasingEpochs, InProcessGrid
+from flwr_colearn import (
+    Averaging,
+    CoLearn,
+    ColearnError,
+    CyclicalRate,
+    IncreasingEpochs,
+    InProcessGrid,
+)
 from flwr_colearn import run as run_any
 from flwr_colearn.strategies import Progress
 from tests import small_net
@@ -137,3 +153,104 @@ def test_run_ends_with_the_budget_and_resumes(tmp_path):
     history, resumed = start(tmp_path / "halted", None)
     assert history.epochs_path == [2, 2, 2, 1]
     assert resumed == whole
+
+
+def weighted():
+    return strategy_of(weighting="weighted")
+
+
+def averaging():
+    return Averaging(K, fraction_evaluate=0.0)  # "weighted" by default
+
+
+@pytest.mark.parametrize("inner", [weighted, averaging])
+@pytest.mark.parametrize("loop", ["run", "the wrapper's own"])
+def test_weights_by_number_of_examples_are_refused_under_privacy(inner, loop):
+    private = DifferentialPrivacyServerSideFixedClipping(inner(), 1.0, 1.0, K)
+    grid = InProcessGrid(small_net.message_app(), K)
+    start = private.start if loop != "run" else lambda *args, **kw: run_any(private, *args, **kw)
+    with pytest.raises(ColearnError, match="weighting under differential privacy: expected 'unif"):
+        start(grid, small_net.named(small_net.initial()), num_rounds=1)
+
+
+def sized_app(sizes):
+    """Participants that move every array by a little, and state these numbers of examples."""
+    app = ClientApp()
+
+    @app.train()
+    def _(message, context):
+        metrics = MetricRecord({"num-examples": sizes[context.node_config["partition-id"]]})
+        sent = message.content["arrays"].items()
+        arrays = ArrayRecord({name: Array(each.numpy() + np.float32(0.1)) for name, each in sent})
+        content = {"arrays": arrays, "metrics": metrics}
+        return Message(RecordDict(content), reply_to=message)
+
+    return app
+
+
+@pytest.mark.parametrize(("first", "warnings"), [(1, 0), (9, 1)])
+def test_unequal_weights_of_a_strategy_of_flower_are_warned_of_once(first, warnings, flower_log):
+    nodes = {"min_train_nodes": K, "min_available_nodes": K, "fraction_evaluate": 0.0}
+    private = DifferentialPrivacyServerSideFixedClipping(FedAvg(**nodes), 0.1, 1.0, K)
+    grid = InProcessGrid(sized_app([first] + [1] * (K - 1)), K)
+    run_any(private, grid, small_net.named(small_net.initial()), 2)
+    assert len([text for text in warnings_of(flower_log) if "found 1 to 9" in text]) == warnings
+
+
+# The example of docs/privacy.md -----------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[3] / "docs" / "privacy.md").read_text()
+
+
+def number_of(name):
+    return float(re.search(rf"{name}=([\d.]+)", PAGE)[1])
+
+
+def epsilon_of(noise_multiplier, rounds, delta, sensitivity):
+    """The exact epsilon of a Gaussian mechanism (Balle and Wang, 2018, theorem 8)."""
+    mu = sensitivity * math.sqrt(rounds) / noise_multiplier
+
+    def excess(epsilon):
+        first = norm.cdf(mu / 2 - epsilon / mu)
+        return first - math.exp(epsilon + norm.logcdf(-mu / 2 - epsilon / mu)) - delta
+
+    return brentq(excess, 0, mu**2 + 20 * mu)
+
+
+def test_the_epsilon_of_the_documented_example_is_the_computed_one():
+    delta = 1e-5
+    noise, rounds = number_of("noise_multiplier"), number_of("num_rounds")
+    joins, replaced = map(float, re.findall(r"\(([\d.]+), 1e-5\)", PAGE))
+    assert epsilon_of(noise, rounds, delta, 1) == pytest.approx(joins, abs=0.05)
+    assert epsilon_of(noise, rounds, delta, 2) == pytest.approx(replaced, abs=0.05)
+    assert joins < 10
+    assert epsilon_of(0.1, 20, delta, 1) == pytest.approx(1190, abs=1)
+
+
+def test_a_model_learns_with_the_documented_noise():
+    np.random.seed(0)
+    participants = int(number_of("num_sampled_clients"))
+    assert participants == int(re.search(r"CoLearn\((\d+),", PAGE)[1])
+    strategy = CoLearn(
+        participants,
+        local_epochs=IncreasingEpochs(5, epsilon=0.08),
+        learning_rate=CyclicalRate(0.5),
+        fraction_evaluate=0.0,
+    )
+    private = DifferentialPrivacyServerSideFixedClipping(
+        strategy, number_of("noise_multiplier"), number_of("clipping_norm"), participants
+    )
+    grid = InProcessGrid(small_net.message_app(), participants)
+    initial = small_net.initial()
+    result = run_any(private, grid, small_net.named(initial), int(number_of("num_rounds")))
+    assert small_net.accuracy(initial) < 0.7
+    assert small_net.accuracy(result.arrays.to_numpy_ndarrays()) > 0.95
+
+
+def test_flower_refuses_its_accountant_as_documented():
+    accounting = pytest.importorskip("flwr.supercore.privacy_accounting")
+    config = SimpleNamespace(sampling_method=accounting.SamplingMethod.NO_AMPLIFICATION)
+    with pytest.raises(ValueError, match=r"FedAvg\.aggregate_train"):
+        DifferentialPrivacyServerSideFixedClipping(
+            strategy_of(), 1.0, 1.0, K, accountant=SimpleNamespace(config=config)
+        )

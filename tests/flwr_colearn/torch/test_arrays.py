@@ -1,11 +1,15 @@
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
 from torch import nn
 from torchvision.models import resnet18
 
 from clients.torch.models.small import densenet40, resnet8, small_cnn
-from flwr_colearn import ColearnError, Role
+from flwr_colearn import ColearnError, InProcessGrid, Role, RunningMean, participant_mod, run
+from flwr_colearn.records import to_record
 from flwr_colearn.roles import assign_roles, pair_statistics
 from flwr_colearn.torch import get_arrays, set_arrays
 from flwr_colearn.torch import roles as roles_of
@@ -23,6 +27,22 @@ def test_arrays_are_copies_and_are_loaded_as_copies():
     set_arrays(model, taken)
     model.running_mean += 1
     assert not taken["running_mean"].any()
+
+
+def test_bfloat16_travels_as_float32_and_returns_with_the_same_bits():
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).to(torch.bfloat16)
+    taken = get_arrays(model)
+    assert {name: a.dtype for name, a in taken.items() if a.dtype != np.float32} == {
+        "1.num_batches_tracked": np.dtype(np.int64)
+    }
+    other = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).to(torch.bfloat16)
+    set_arrays(other, taken)
+    for one, two in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two)
+    # Between 1 and 1 + 2^-7 lies an average; the even neighbour of the middle is 1.
+    set_arrays(other, {**taken, "0.bias": np.array([1, 1 + 2**-8, 1 + 3 * 2**-9, 2, 3], "f4")})
+    assert other[0].bias.tolist() == [1, 1, 1 + 2**-7, 2, 3]
 
 
 @pytest.mark.parametrize("other", [nn.BatchNorm1d(3), nn.Linear(2, 2)])
@@ -99,3 +119,81 @@ def test_running_statistics_pair_with_each_other_even_if_the_layer_is_frozen(fre
     model[1].requires_grad_(not freeze)
     pairs = pair_statistics(get_arrays(model), roles_of(model))
     assert pairs == [("1.running_mean", "1.running_var")]
+
+
+# Arrays without a mean, by the modules' types
+
+
+def spectral(kind, layer):
+    if kind == "hook":
+        return nn.utils.spectral_norm(layer())
+    return nn.utils.parametrizations.spectral_norm(layer())
+
+
+def largest_singular_value(site, axis):
+    """The one of the weight with which the layer computes."""
+    site.eval()
+    with torch.no_grad():
+        site(torch.zeros(1, site.weight.shape[1 - axis], *[4] * (site.weight.dim() - 2)))
+    matrix = site.weight.detach().numpy()
+    return np.linalg.svd(np.moveaxis(matrix, axis, 0).reshape(matrix.shape[axis], -1))[1][0]
+
+
+LAYERS = [
+    (lambda: nn.Linear(6, 5), 0),
+    (lambda: nn.Linear(6, 6), 0),
+    (lambda: nn.Conv2d(3, 4, 3), 0),
+    (lambda: nn.ConvTranspose2d(4, 4, 3), 1),  # which could be a Conv2d by its sizes
+    (lambda: nn.ConvTranspose2d(3, 5, 2), 1),
+]
+
+
+@pytest.mark.parametrize("kind", ["hook", "parametrization"])
+@pytest.mark.parametrize("by", ["type", "name"])
+@pytest.mark.parametrize(("layer", "axis"), LAYERS)
+def test_a_shared_spectral_norm_normalises_as_one_at_a_site_does(kind, by, layer, axis):
+    sites = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        sites.append(spectral(kind, layer))
+    arrays = [get_arrays(site) for site in sites]
+    mean = RunningMean(arrays[0], roles_of(sites[0]) if by == "type" else None)
+    for each in arrays:
+        mean.add(each)
+    set_arrays(sites[0], mean.mean())
+    assert largest_singular_value(sites[0], axis) == pytest.approx(1, abs=0.01)
+
+
+def test_a_shared_spectral_norm_of_zeros_keeps_its_vectors():
+    site = spectral("hook", lambda: nn.Linear(3, 2))
+    arrays = {n: a if n != "weight_orig" else np.zeros_like(a) for n, a in get_arrays(site).items()}
+    mean = RunningMean(arrays)
+    mean.add(arrays)
+    np.testing.assert_allclose(mean.mean()["weight_u"], arrays["weight_u"], rtol=1e-6)
+
+
+def test_a_stock_strategy_shares_a_spectral_norm_too():
+    app = ClientApp(mods=[participant_mod])
+
+    @app.train()
+    def train(message, context):
+        torch.manual_seed(context.node_config["partition-id"])
+        arrays = to_record(get_arrays(spectral("hook", LAYERS[0][0])))
+        content = {"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})}
+        return Message(RecordDict(content), reply_to=message)
+
+    site = spectral("hook", LAYERS[0][0])
+    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=4, min_available_nodes=4)
+    result = run(strategy, InProcessGrid(app, 4), to_record(get_arrays(site)), num_rounds=1)
+    set_arrays(site, {name: array.numpy() for name, array in result.arrays.items()})
+    assert largest_singular_value(site, 0) == pytest.approx(1, abs=0.01)
+
+
+def test_extremes_of_observers_have_their_roles():
+    from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
+
+    model = nn.Sequential(FakeQuantize(MovingAverageMinMaxObserver, reduce_range=False))
+    found = roles_of(model)
+    assert found["0.activation_post_process.min_val"] == "min"
+    assert found["0.activation_post_process.max_val"] == "max"
+    assert found["0.scale"] == "buffer"
