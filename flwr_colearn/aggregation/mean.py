@@ -102,7 +102,7 @@ class RunningMean:
         self.roles = assign_roles(like, roles)
         by_role = [name for name, role in self.roles.items() if role is Role.VARIANCE]
         self._variances = by_role if variances is None else list(variances)
-        self._rounded = rounded
+        self._rounds = rounded
         self.models = models
         self._empty = empty
         self._ruled = RuledArrays(self.roles)
@@ -183,7 +183,7 @@ class RunningMean:
         self._check_sizes(arrays, self._check_weight(weight))
 
     def _check_variances(self, arrays: Arrays) -> None:
-        if not self._rounded:
+        if not self._rounds:
             check_variances(arrays, self._positive)
 
     def add_checked(self, arrays: Arrays, weight: float = 1) -> None:
