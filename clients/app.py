@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import cast
 
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord
 
 from clients.client_app import make_client_app
 from clients.settings import ParticipantSettings
-from clients.tasks.registry import agreement, participant_trainer, site_trainer
+from clients.tasks.own_data import class_counts
+from clients.tasks.registry import agreement, own_task, participant_trainer, site_trainer
 from clients.tasks.sources import imported_task
 from clients.trainer import Trainer
 from flwr_colearn import ColearnError
@@ -99,16 +101,38 @@ def check_agreement(
     return call_next(message, context)
 
 
+def report_class_counts(
+    message: Message, context: Context, call_next: Callable[[Message, Context], Message]
+) -> Message:
+    """Add the numbers of training examples by class to the evaluation's metrics, if permitted.
+
+    Only the site's node config gives the permission, ``class-counts=true``; the run config cannot.
+    """
+    reply = call_next(message, context)
+    wanted = message.metadata.message_type == MessageType.EVALUATE and reply.has_content()
+    if wanted and context.node_config.get("class-counts") is True:
+        settings = _settings(context)
+        metrics = cast(MetricRecord, reply.content["metrics"])
+        metrics.update(class_counts(_own_task(settings), settings))
+    return reply
+
+
 # A process that handles many messages (simulation, in process) prepares each shard once. Every
 # `set_weights` reinitialises the trainer's optimizer, so no state leaks from one round to the next.
 _trainer = lru_cache(maxsize=64)(participant_trainer)
-_site_trainer = lru_cache(maxsize=8)(site_trainer)
+_own_task = lru_cache(maxsize=8)(own_task)
+
+
+@lru_cache(maxsize=8)
+def _site_trainer(settings: ParticipantSettings) -> Trainer:
+    return site_trainer(settings, _own_task(settings))
 
 
 def forget_trainers() -> None:
     """Free the models and data that this process caches for its participants."""
     _trainer.cache_clear()
     _site_trainer.cache_clear()
+    _own_task.cache_clear()
     imported_task.cache_clear()
 
 
@@ -116,5 +140,5 @@ app = make_client_app(
     build,
     seed=lambda context: _settings(context).seed,
     keep_optimizer=lambda context: _settings(context).keep_optimizer,
-    mods=[check_agreement],
+    mods=[check_agreement, report_class_counts],
 )

@@ -70,6 +70,28 @@ def _classes(examples: Any) -> str:
     return f" in {len(np.unique(labels))} classes"
 
 
+def class_counts(task: Task, settings: ParticipantSettings) -> dict[str, int]:
+    """Return the number of a site's training examples of each class, for the metrics of a reply.
+
+    The keys are ``examples:CLASS``, with the class's name of the run config's `classes`, else its
+    number. A class without examples at the site has no key.
+
+    Raises
+    ------
+    ColearnError
+        If the examples have no class each.
+    """
+    labels = getattr(task.train_set, "labels", None)
+    if labels is None or labels.ndim > 1:
+        raise ColearnError(
+            f"node config 'class-counts': expected a task with one class for each example, found "
+            f"{settings.task!r}; leave the key out"
+        )
+    numbers, counts = np.unique(labels, return_counts=True)
+    names = settings.class_names or range(int(numbers.max()) + 1)
+    return {f"examples:{names[n]}": int(c) for n, c in zip(numbers, counts, strict=True)}
+
+
 def numbered_classes(found: set[str], classes: tuple[str, ...], folder: Path) -> dict[str, int]:
     """Return the number of each agreed class; a site may lack some, but have no other.
 

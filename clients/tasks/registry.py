@@ -144,9 +144,9 @@ def participant_trainer(
     return _participant_trainer(settings, replace(task, train_set=shard, test_set=shard))
 
 
-def site_trainer(settings: ParticipantSettings) -> Trainer:
-    """Return the trainer of a site with data of its own, see `own_task`."""
-    return _participant_trainer(settings, own_task(settings))
+def site_trainer(settings: ParticipantSettings, task: Task | None = None) -> Trainer:
+    """Return the trainer of a site with data of its own: the given task, else `own_task`."""
+    return _participant_trainer(settings, own_task(settings) if task is None else task)
 
 
 def _participant_trainer(settings: ParticipantSettings, task: Task) -> Trainer:

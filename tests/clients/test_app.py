@@ -86,6 +86,26 @@ def test_a_participant_evaluates_on_its_own_shard():
     assert reply.content["metrics"]["num-examples"] == 260  # 1,297 over five: 260, 260, 259 ...
 
 
+@pytest.mark.parametrize("permission", [{}, {"class-counts": False}, {"class-counts": True}])
+def test_counts_by_class_leave_a_site_only_if_its_own_node_config_permits_it(tmp_path, permission):
+    labels = np.array([0] * 7 + [2] * 4)
+    np.savez(tmp_path / "train.npz", x=np.zeros((11, 8, 8)), y=labels)
+    # The run config, which the server's operator writes, is no permission.
+    config = {**ParticipantSettings(held_out=0.0).to_config(), "class-counts": True}
+    grid = InProcessGrid(app, 1, run_config=config)
+    grid.contexts[1].node_config = {"data-dir": str(tmp_path), **permission}
+    arrays = to_record(server_trainer(ParticipantSettings()))
+    plan = ConfigRecord(LocalPlan(1, 1, 0.05).to_config())
+    for kind in ("train", "evaluate"):
+        content = RecordDict({"arrays": arrays, "config": plan})
+        [reply] = grid.send_and_receive([Message(content, 1, kind)])
+        metrics = reply.content["metrics"]
+        assert metrics["num-examples"] == 11
+        counts = {name: n for name, n in metrics.items() if name.startswith("examples:")}
+        permitted = kind == "evaluate" and permission == {"class-counts": True}
+        assert counts == ({"examples:0": 7, "examples:2": 4} if permitted else {})
+
+
 def test_the_runs_seed_and_keep_optimizer_reach_the_training():
     def rounds(*numbers, **settings):
         """One participant has all data, whatever the seed, and starts each round from one model."""
