@@ -283,8 +283,8 @@ ERRORS = {
         "train",
         "array 'z.weight': expected a serialised numpy array",
     ),
-    "a tuple of arrays": (Recorder(arrays=tuple(MODEL.values())), "train", "TypeError: .*NDArrays"),
-    "an exception": (Failing(), "train", "OSError: disk on fire"),
+    "a tuple of arrays": (Recorder(arrays=tuple(MODEL.values())), "train", "ParticipantError: TypeError: "),
+    "an exception": (Failing(), "train", "ParticipantError: OSError: "),
     "no client": (
         lambda context: "client",
         "train",
@@ -439,7 +439,7 @@ def test_a_client_that_fails_is_restarted_by_its_name_in_the_same_round():
     assert same(result.arrays.to_numpy_ndarrays(), wanted.arrays.to_numpy_ndarrays())
     [restart] = strategy.history.records[1].restarts
     assert restart["participant"] == "partition-2"
-    assert "disk on fire" in restart["reason"]
+    assert "ParticipantError: OSError" in restart["reason"]
 
 
 def test_a_client_may_keep_what_it_likes_in_its_context():

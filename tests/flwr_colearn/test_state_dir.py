@@ -277,7 +277,7 @@ def test_states_of_old_sessions_are_removed_and_those_of_others_are_not(tmp_path
     assert other.ask("0") == 2
 
 
-NAMES = ["../../x", "/etc/x", "a b", "..", "ü/é", "", "-", "x" * 300, "é" * 300, "*", "\ud800"]
+NAMES = ["../../x", "/etc/x", "a b", "..", "ü/é", "-", "x" * 300, "é" * 300, "*"]
 
 
 @pytest.mark.parametrize("name", NAMES)
