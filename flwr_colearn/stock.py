@@ -25,7 +25,7 @@ from .errors import ColearnError
 from .history import RoundLog, RoundRecord
 from .managed import Managed
 from .normalization import Average
-from .policy import attempt_limit
+from .policy import attempt_limit, timed
 from .records import cast_record, kind_of, number_in, records_of, to_record, view
 from .roles import UNTRAINED, Arrays, NDArray, Role, assign_roles
 from .strategy_state import chain_of
@@ -105,8 +105,7 @@ class Stock(Managed[RoundLog]):
         rate = number_in(config, "learning-rate") or number_in(config, "lr")
         self.log.open(RoundRecord(server_round, epochs, rate, self._epochs_done))
         self.time_limit = attempt_limit(self._timeout)
-        if self.time_limit is not None:
-            config["time-limit"] = self.time_limit
+        config.update(timed(self.time_limit))
 
     def check_reply(self, sent: Message, reply: Message) -> None:
         """Raise a ColearnError unless `reply` is a usable answer to the train message `sent`.

@@ -1,6 +1,5 @@
 """Averaging: federated averaging with an exact mean, recovery and a history; a base class."""
 
-import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.common import DEFAULT_TTL, log
+from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
@@ -34,9 +33,6 @@ from .arguments import number_of, participant_arguments, patience
 from .foreign_loop import refuse_in_foreign_loop
 from .metrics import aggregated, average_metrics, evaluations_of
 from .shared_model import SharedModel
-
-UNLIMITED = 365 * 86_400.0
-"""The time to live of messages in seconds where an attempt has no time limit."""
 
 FRACTION = "fraction_train"
 LEAST = ("min_train_nodes", "min_available_nodes", "min_evaluate_nodes")
@@ -268,10 +264,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         )
         # A copy of the config, since Flower passes the same ConfigRecord to every round.
         content = self._content(arrays, ConfigRecord({**config, **entries}))
-        # Flower drops a reply that arrives after the message's time to live, by default 12 hours.
-        longest = UNLIMITED if self._timeout == math.inf else 2.0 * (self.time_limit or 0.0)
-        ttl = max(float(DEFAULT_TTL), longest)
-        return [Message(content, node, MessageType.TRAIN, ttl=ttl) for node in members.nodes]
+        return [Message(content, node, MessageType.TRAIN) for node in members.nodes]
 
     @folds
     def aggregate_train(
