@@ -54,7 +54,8 @@ class Recovery:
     pause : float, default 1.0
         The seconds before the first restart; doubled before each further one, up to a minute.
     patience : float, default 600.0
-        The seconds within which a disconnected participant must reconnect.
+        The seconds within which a disconnected participant must reconnect. Under a `Quorum` they
+        are spent once per absence: later rounds begin without it, until it is back.
     policy : "fail", "wait" or Quorum, default "fail"
         The policy when restarts or patience are spent.
 

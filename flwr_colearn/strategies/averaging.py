@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from logging import INFO
 from operator import itemgetter
 from pathlib import Path
@@ -255,6 +256,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             self._features.recovery,
             self.wait_for_participants,
             self.min_available_nodes,
+            len(self.history.records[-1].participants) if self.history.records else None,
         )
         self.last_nodes, self._missing = members.nodes, members.missing
         self.log.open(record)
@@ -347,7 +349,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
             The number of rounds; by default 3, as in Flower, or without limit if there is a budget.
         timeout : float, default 3600
             The seconds that one attempt of one participant may take. The limit grows with T, by
-            the measured time of a local epoch, and the log contains a warning then.
+            the measured time of a local epoch, of which more than twice that of the first round
+            does not count, and the log contains a warning then.
         train_config, evaluate_config : ConfigRecord, optional
             Further config entries for the participants; the plan's keys are added to the former.
         evaluate_fn : callable, optional
@@ -460,7 +463,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 number_in(config, "learning-rate"),
             )
             done = self.progress.epochs_done + epochs
-            self.progress = Progress(server_round, epochs, done, self.progress.seconds_per_epoch)
+            self.progress = replace(
+                self.progress, round=server_round, local_epochs=epochs, epochs_done=done
+            )
             entries: dict[str, Any] = {"server-round": server_round}
         else:
             # Without a mean this is the first round after a resume, whose change was restored.
