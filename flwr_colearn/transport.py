@@ -14,7 +14,7 @@ from ._version import __version__
 from .aggregation import check_train_reply
 from .compression import Compression, CompressionGrid, Uncompressed, as_compression
 from .errors import ColearnError, expected
-from .grids import MeteringGrid, SelectingGrid, WrappingGrid
+from .grids import BoundingGrid, MeteringGrid, SelectingGrid, WrappingGrid
 from .normalization import Normalization, NormalizationGrid, Pooled, as_normalization
 from .policy import Recovery, time_to_live, timed
 from .records import SentTypes, config_of, kind_of, records_of
@@ -193,6 +193,7 @@ class ConnectedGrid(WrappingGrid):
         self._types = SentTypes(like)
         names = transport.participants
         self._meter = MeteringGrid(grid if names is None else SelectingGrid(grid, names))
+        self._bounds = BoundingGrid(self._meter)
         self._compressing: CompressionGrid | None = None
         self._normalizing: NormalizationGrid | None = None
         self._recovering: RecoveringGrid | None = None
@@ -205,7 +206,8 @@ class ConnectedGrid(WrappingGrid):
         # From inside to outside. The meter counts the compressed bytes. Normalization is outside
         # compression, so that only the arrays that remain are compressed. Recovery is outermost,
         # so that a restart passes through every layer and its check sees complete models.
-        top: Grid = self._meter
+        # Replies are bounded as soon as they are counted, before any other layer reads them.
+        top: Grid = self._bounds
         if not transport.compression.is_plain:
             top = self._compressing = CompressionGrid(top, transport.compression)
         if not transport.normalization.travels_whole:
@@ -317,6 +319,7 @@ class ConnectedGrid(WrappingGrid):
         """
         batch = self._types.cast(messages)
         for message in filter(Message.has_content, batch):
+            self._bounds.refer_to(message)
             config = config_of(message.content)
             # `config_of` returns a record outside the message if the message has no config.
             if "server-round" in config:

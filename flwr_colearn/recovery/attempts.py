@@ -15,7 +15,8 @@ from ..aggregation import echo_of, failure_of
 from ..errors import ColearnError, expected
 from ..grids import WrappingGrid
 from ..policy import Recovery
-from ..traffic import Event, EventKind
+from ..text import printable
+from ..traffic import LONGEST_REASON, Event, EventKind
 from .identity import Directory
 
 LONGEST_POLL = 3.0
@@ -274,7 +275,7 @@ class Attempts:
             return
         participant.not_before = now + recovery.pause_before(participant.restarts)
         participant.waiting_since, participant.waited_for = now, False
-        participant.failure = reason
+        participant.failure = printable(reason, LONGEST_REASON)
         participant.restarts += 1
 
     def _restart(self) -> bool:
@@ -344,8 +345,9 @@ class Attempts:
 
     def _note(self, kind: EventKind, participant: Participant, reason: str) -> None:
         name = self.directory.name_of(participant.node_id)
-        self.events.append(Event(kind, name, reason))
-        log(WARNING, "Recovery: %s of participant %s: %s", kind, name, reason)
+        event = Event(kind, name, reason)
+        self.events.append(event)
+        log(WARNING, "Recovery: %s of participant %s: %s", kind, name, event.reason)
 
 
 def _shared_name(one: Participant, other: Participant, name: str) -> ColearnError:
