@@ -10,6 +10,9 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.server.client_proxy import ClientProxy as ClientProxy
 from flwr.server.server import fit_clients as fit_clients
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy.strategy_utils import (
+    aggregate_metricrecords as aggregate_metricrecords,
+)
 from flwr.serverapp.strategy.strategy_utils import config_to_str as config_to_str
 
 REFUSED = 1000
@@ -124,6 +127,7 @@ __all__ = [
     "CLIENT_RAISED",
     "REFUSED",
     "ClientProxy",
+    "aggregate_metricrecords",
     "assume_identity",
     "called_privately",
     "config_to_str",

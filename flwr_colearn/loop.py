@@ -285,7 +285,9 @@ class _Run:
         names = [self.grid.name_of(reply.metadata.src_node_id) for reply in good]
         statistics = self.manager.statistics_of(good)
         self.manager.give_floats(good)
-        average, metrics = self.strategy.aggregate_train(server_round, list(replies))
+        treatment = self.manager.metrics("train", self.grid.name_of)
+        average, own = self.strategy.aggregate_train(server_round, treatment.given(replies))
+        metrics = treatment.result(own)
         self.manager.log.note_traffic(self.grid.take())
         self.manager.note_training(names, metrics)
         if average is not None:
@@ -352,12 +354,19 @@ class _Run:
         replies = list(self.grid.send_and_receive(messages, timeout=reply_within(limit)))
         sites = self._metrics_by_site(replies)
         self.manager.log.note(site_metrics=sites, site_means=plain_means(sites.values()))
-        metrics = self.strategy.aggregate_evaluate(server_round, replies)
+        metrics = self._aggregated_metrics(server_round, replies)
         self.manager.log.note_evaluation(self.grid.take())
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             self.manager.log.note(evaluate_metrics=metrics)
             self.result.evaluate_metrics_clientapp[server_round] = metrics
+
+    def _aggregated_metrics(self, server_round: int, replies: list[Message]) -> MetricRecord | None:
+        if not isinstance(self.manager, Stock):
+            return self.strategy.aggregate_evaluate(server_round, replies)
+        treatment = self.manager.metrics("evaluate", self.grid.name_of)
+        own = self.strategy.aggregate_evaluate(server_round, treatment.given(replies))
+        return treatment.result(own)
 
     def _metrics_by_site(self, replies: Iterable[Message]) -> dict[str, dict[str, Any]]:
         return {

@@ -28,6 +28,7 @@ from .normalization import Average
 from .policy import attempt_limit, timed
 from .records import cast_record, kind_of, number_in, records_of, to_record, view
 from .roles import UNTRAINED, Arrays, NDArray, Role, assign_roles
+from .stock_metrics import Kind, StockMetrics
 from .strategy_state import chain_of
 from .transport import ConnectedGrid, Transport
 
@@ -145,6 +146,11 @@ class Stock(Managed[RoundLog]):
         """
         counters = [name for name in self._roles if self._sent[name].dtype.kind != "f"]
         return cast_record(arrays, dict.fromkeys(counters, "float64") if self._trains else {})
+
+    def metrics(self, kind: Kind, name_of: Callable[[int], str]) -> StockMetrics:
+        """Return the treatment of the metrics in one of the strategy's aggregations."""
+        innermost = list(chain_of(self._strategy))[-1]
+        return StockMetrics(innermost, kind, self._key, name_of)
 
     def give_floats(self, replies: list[Message]) -> None:
         """Replace the models in replies by the form that the strategy receives."""

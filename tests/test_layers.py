@@ -13,7 +13,7 @@ LAYERS = [  # a module imports those of earlier lines, and those of its own line
     | {"strategy_state"},
     {"aggregation", "grids"},
     {"recovery", "compression", "normalization", "state_dir"},
-    {"transport", "participant", "numpy_client", "managed", "stock", "loop"},
+    {"transport", "participant", "numpy_client", "managed", "stock", "stock_metrics", "loop"},
     {"strategies", "dynamic", "reporting"},
     {"legacy", "secagg"},
     {"__init__"},

@@ -14,7 +14,15 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from .._flwr import called_privately
-from ..aggregation import RoundMean, Weighting, as_weighting, check_private_weighting
+from ..aggregation import (
+    RoundMean,
+    Weighting,
+    aggregated,
+    as_weighting,
+    average_metrics,
+    check_private_weighting,
+    evaluations_of,
+)
 from ..checkpoint import CheckpointFolder, as_folder
 from ..compression import Compression
 from ..errors import expected
@@ -32,7 +40,6 @@ from ..transport import ConnectedGrid, Transport
 from .algorithm import Algorithm, Progress
 from .arguments import number_of, participant_arguments, patience
 from .foreign_loop import refuse_in_foreign_loop
-from .metrics import aggregated, average_metrics, evaluations_of
 from .shared_model import SharedModel
 
 FRACTION = "fraction_train"

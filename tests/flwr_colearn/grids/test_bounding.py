@@ -93,7 +93,7 @@ def with_metrics(message, reply):
     reply.content["metrics"] = MetricRecord({"num-examples": 1, "accuracy": 0.5, **more})
 
 
-@pytest.mark.parametrize("stock", [False])
+@pytest.mark.parametrize("stock", [False, True])
 def test_metrics_are_bounded_in_history_and_checkpoints(stock, tmp_path, flower_log):
     file, folder = tmp_path / "history.jsonl", tmp_path / "checkpoints"
     grid = grid_of(with_metrics, answers=("train", "evaluate"))
