@@ -10,6 +10,9 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.server.client_proxy import ClientProxy as ClientProxy
 from flwr.server.server import fit_clients as fit_clients
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy.strategy_utils import (
+    aggregate_metricrecords as aggregate_metricrecords,
+)
 from flwr.serverapp.strategy.strategy_utils import config_to_str as config_to_str
 
 REFUSED = 1000
@@ -25,14 +28,19 @@ def set_message_id(message: Message, message_id: str) -> None:
     message.metadata.__dict__["_message_id"] = message_id
 
 
-def copied(message: Message, content: RecordDict, node_id: int | None = None) -> Message:
-    """Return a new message like another, without its id, with another content and destination."""
+def copied(
+    message: Message,
+    content: RecordDict,
+    node_id: int | None = None,
+    ttl: float | None = None,
+) -> Message:
+    """Return a new message like another, without its id, with what is given in place of its own."""
     metadata = message.metadata
     return Message(
         content=content,
         dst_node_id=metadata.dst_node_id if node_id is None else node_id,
         message_type=metadata.message_type,
-        ttl=metadata.ttl,
+        ttl=metadata.ttl if ttl is None else ttl,
         group_id=metadata.group_id,
     )
 
@@ -119,6 +127,7 @@ __all__ = [
     "CLIENT_RAISED",
     "REFUSED",
     "ClientProxy",
+    "aggregate_metricrecords",
     "assume_identity",
     "called_privately",
     "config_to_str",

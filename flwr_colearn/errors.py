@@ -4,6 +4,11 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+from .text import printable
+
+_LONGEST = 10_000
+"""The characters of an error's message. It may have a reason for each of many participants."""
+
 
 class ColearnError(Exception):
     """Raised for every fault that flwr-colearn recognises.
@@ -18,6 +23,11 @@ class ColearnError(Exception):
     """
 
     result: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A message may quote what a participant sent, and is logged and recorded.
+        shown = (printable(each, _LONGEST) if isinstance(each, str) else each for each in args)
+        super().__init__(*shown, **kwargs)
 
 
 class MissingExtraError(ColearnError, ModuleNotFoundError):
@@ -53,7 +63,7 @@ NOT_FINITE = "expected finite numbers, found NaN or Inf"
 
 def expected(what: str, wanted: str, found: object) -> ColearnError:
     """Build the error ``{what}: expected {wanted}, found {found}``."""
-    return ColearnError(f"{what}: expected {wanted}, found {found!r}")
+    return ColearnError(f"{what}: expected {wanted}, found {printable(repr(found), 1000)}")
 
 
 def whole_number(what: str, value: object, least: int) -> int:

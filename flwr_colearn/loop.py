@@ -28,7 +28,7 @@ from .errors import ColearnError, expected, whole_number
 from .history import History, RoundLog, plain_means
 from .managed import Managed
 from .normalization import PARTIAL, Keys, Recalibration
-from .policy import reply_within
+from .policy import attempt_limit, reply_within, timed
 from .records import cast_record, data_bytes, records_of, to_record, types_of, view
 from .roles import Arrays, assign_roles
 from .stock import Stock
@@ -285,7 +285,9 @@ class _Run:
         names = [self.grid.name_of(reply.metadata.src_node_id) for reply in good]
         statistics = self.manager.statistics_of(good)
         self.manager.give_floats(good)
-        average, metrics = self.strategy.aggregate_train(server_round, list(replies))
+        treatment = self.manager.metrics("train", self.grid.name_of)
+        average, own = self.strategy.aggregate_train(server_round, treatment.given(replies))
+        metrics = treatment.result(own)
         self.manager.log.note_traffic(self.grid.take())
         self.manager.note_training(names, metrics)
         if average is not None:
@@ -333,7 +335,8 @@ class _Run:
         # A node that has left since the training would only use up the time limit.
         connected = set(self.grid.get_node_ids())
         nodes = [node for node in self.grid.node_ids if node in connected]
-        messages = exchange.messages(nodes, {"server-round": server_round})
+        limit = timed(self.manager.time_limit)
+        messages = exchange.messages(nodes, {"server-round": server_round, **limit})
         replies = self.grid.send_and_receive(messages, timeout=within)
         traffic = self.grid.take()
         arrays, refusals = exchange.pooled(replies, traffic.names)
@@ -342,23 +345,28 @@ class _Run:
         return arrays
 
     def _evaluate(self, server_round: int) -> None:
+        # The limit is that of a training before it grows with T: an evaluation has no epochs.
+        limit = attempt_limit(self.timeout)
+        config = ConfigRecord({**timed(limit), **self.evaluate_config})
         messages = list(
-            self.strategy.configure_evaluate(
-                server_round,
-                self.result.arrays,
-                ConfigRecord({**self.evaluate_config}),
-                self.grid,
-            )
+            self.strategy.configure_evaluate(server_round, self.result.arrays, config, self.grid)
         )
-        replies = list(self.grid.send_and_receive(messages, timeout=self.timeout))
+        replies = list(self.grid.send_and_receive(messages, timeout=reply_within(limit)))
         sites = self._metrics_by_site(replies)
         self.manager.log.note(site_metrics=sites, site_means=plain_means(sites.values()))
-        metrics = self.strategy.aggregate_evaluate(server_round, replies)
+        metrics = self._aggregated_metrics(server_round, replies)
         self.manager.log.note_evaluation(self.grid.take())
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             self.manager.log.note(evaluate_metrics=metrics)
             self.result.evaluate_metrics_clientapp[server_round] = metrics
+
+    def _aggregated_metrics(self, server_round: int, replies: list[Message]) -> MetricRecord | None:
+        if not isinstance(self.manager, Stock):
+            return self.strategy.aggregate_evaluate(server_round, replies)
+        treatment = self.manager.metrics("evaluate", self.grid.name_of)
+        own = self.strategy.aggregate_evaluate(server_round, treatment.given(replies))
+        return treatment.result(own)
 
     def _metrics_by_site(self, replies: Iterable[Message]) -> dict[str, dict[str, Any]]:
         return {

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from flwr.common import DEFAULT_TTL
+
 from .errors import expected, real_number, whole_number
 
 LONGEST_PAUSE = 60.0
@@ -11,6 +13,9 @@ LONGEST_PAUSE = 60.0
 
 REPORT_WITHIN = 120.0
 """The seconds that Flower may take to report the end of a participant's process."""
+
+UNLIMITED = 365 * 86_400.0
+"""The time to live of messages in seconds where an attempt has no time limit."""
 
 SLACK = 3.0
 """The time limit of an attempt, as a multiple of the time that its local epochs should take."""
@@ -49,7 +54,8 @@ class Recovery:
     pause : float, default 1.0
         The seconds before the first restart; doubled before each further one, up to a minute.
     patience : float, default 600.0
-        The seconds within which a disconnected participant must reconnect.
+        The seconds within which a disconnected participant must reconnect. Under a `Quorum` they
+        are spent once per absence: later rounds begin without it, until it is back.
     policy : "fail", "wait" or Quorum, default "fail"
         The policy when restarts or patience are spent.
 
@@ -100,9 +106,32 @@ def attempt_limit(timeout: float, expected_seconds: float = 0.0) -> float | None
     return None if math.isinf(limit) else limit
 
 
+def timed(limit: float | None) -> dict[str, float]:
+    """Return the entry of a message's config with the time limit of an attempt, if there is one.
+
+    A ClientApp process of a deployment that takes longer ends itself.
+    """
+    return {} if limit is None else {"time-limit": limit}
+
+
 def reply_within(limit: float | None) -> float | None:
     """Return the seconds to wait for a reply to an attempt with a time limit.
 
     They are more than the limit, since Flower detects the end of a process with a delay.
     """
     return None if limit is None else limit + REPORT_WITHIN
+
+
+def time_to_live(within: float | None) -> float:
+    """Return the time to live of a message, in seconds; it is longer than any wait for its reply.
+
+    Flower drops a reply that arrives after the time to live of its message, by default 12 hours.
+
+    Parameters
+    ----------
+    within : float or None
+        The seconds for which the server waits for the reply; None or infinity for no limit.
+    """
+    if within is None or math.isinf(within):
+        return UNLIMITED
+    return max(float(DEFAULT_TTL), 2.0 * within)

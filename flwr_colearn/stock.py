@@ -25,9 +25,10 @@ from .errors import ColearnError
 from .history import RoundLog, RoundRecord
 from .managed import Managed
 from .normalization import Average
-from .policy import attempt_limit
+from .policy import attempt_limit, timed
 from .records import cast_record, kind_of, number_in, records_of, to_record, view
 from .roles import UNTRAINED, Arrays, NDArray, Role, assign_roles
+from .stock_metrics import Kind, StockMetrics
 from .strategy_state import chain_of
 from .transport import ConnectedGrid, Transport
 
@@ -105,8 +106,7 @@ class Stock(Managed[RoundLog]):
         rate = number_in(config, "learning-rate") or number_in(config, "lr")
         self.log.open(RoundRecord(server_round, epochs, rate, self._epochs_done))
         self.time_limit = attempt_limit(self._timeout)
-        if self.time_limit is not None:
-            config["time-limit"] = self.time_limit
+        config.update(timed(self.time_limit))
 
     def check_reply(self, sent: Message, reply: Message) -> None:
         """Raise a ColearnError unless `reply` is a usable answer to the train message `sent`.
@@ -146,6 +146,11 @@ class Stock(Managed[RoundLog]):
         """
         counters = [name for name in self._roles if self._sent[name].dtype.kind != "f"]
         return cast_record(arrays, dict.fromkeys(counters, "float64") if self._trains else {})
+
+    def metrics(self, kind: Kind, name_of: Callable[[int], str]) -> StockMetrics:
+        """Return the treatment of the metrics in one of the strategy's aggregations."""
+        innermost = list(chain_of(self._strategy))[-1]
+        return StockMetrics(innermost, kind, self._key, name_of)
 
     def give_floats(self, replies: list[Message]) -> None:
         """Replace the models in replies by the form that the strategy receives."""

@@ -3,6 +3,11 @@
 from dataclasses import asdict, dataclass, field
 from typing import Literal, NamedTuple
 
+from .text import printable
+
+LONGEST_REASON = 1000
+"""The largest number of characters of an event's reason, which a participant may have chosen."""
+
 EventKind = Literal["restart", "refusal", "absence", "reinitialised"]
 
 
@@ -19,12 +24,15 @@ class Event:
     participant : str
         The participant's name where known, else its node id.
     reason : str
-        The reason, for the record.
+        The reason, for the record; it is bounded and printable, see `flwr_colearn.text.printable`.
     """
 
     kind: EventKind
     participant: str
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", printable(self.reason, LONGEST_REASON))
 
     def entry(self) -> dict[str, str]:
         """Return the event as an entry of a record."""

@@ -1,20 +1,23 @@
 """Transport: recovery, normalization and compression for the exchanges of any Flower strategy."""
 
+import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
-from flwr.app import ArrayRecord, Message, MessageType
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.common import DEFAULT_TTL
 from flwr.serverapp import Grid
 
+from ._flwr import copied
 from ._version import __version__
 from .aggregation import check_train_reply
 from .compression import Compression, CompressionGrid, Uncompressed, as_compression
 from .errors import ColearnError, expected
-from .grids import MeteringGrid, SelectingGrid, WrappingGrid
+from .grids import BoundingGrid, MeteringGrid, SelectingGrid, WrappingGrid
 from .normalization import Normalization, NormalizationGrid, Pooled, as_normalization
-from .policy import Recovery
-from .records import SentTypes, config_of, kind_of
+from .policy import Recovery, time_to_live, timed
+from .records import SentTypes, config_of, kind_of, records_of
 from .recovery import Directory, RecoveringGrid
 from .roles import Arrays, Roles
 from .traffic import Directions, Event, RoundTraffic, Transfers
@@ -190,6 +193,7 @@ class ConnectedGrid(WrappingGrid):
         self._types = SentTypes(like)
         names = transport.participants
         self._meter = MeteringGrid(grid if names is None else SelectingGrid(grid, names))
+        self._bounds = BoundingGrid(self._meter)
         self._compressing: CompressionGrid | None = None
         self._normalizing: NormalizationGrid | None = None
         self._recovering: RecoveringGrid | None = None
@@ -202,7 +206,8 @@ class ConnectedGrid(WrappingGrid):
         # From inside to outside. The meter counts the compressed bytes. Normalization is outside
         # compression, so that only the arrays that remain are compressed. Recovery is outermost,
         # so that a restart passes through every layer and its check sees complete models.
-        top: Grid = self._meter
+        # Replies are bounded as soon as they are counted, before any other layer reads them.
+        top: Grid = self._bounds
         if not transport.compression.is_plain:
             top = self._compressing = CompressionGrid(top, transport.compression)
         if not transport.normalization.travels_whole:
@@ -226,7 +231,7 @@ class ConnectedGrid(WrappingGrid):
 
         A reply that has been processed can be freed before the next is in memory.
         """
-        batch = self._introduced(messages)
+        batch = self._introduced(messages, timeout)
         if batch and kind_of(batch[0]) == MessageType.TRAIN:
             self._asked = [message.metadata.dst_node_id for message in batch]
         # The recovery's layer refreshes the directory itself.
@@ -304,15 +309,40 @@ class ConnectedGrid(WrappingGrid):
         """The nodes of the last train round's participants, after any replacement."""
         return self._asked if self._recovering is None else self._recovering.node_ids
 
-    def _introduced(self, messages: Iterable[Message]) -> list[Message]:
-        """Return the messages with the session and the version in their configs."""
+    def _introduced(
+        self, messages: Iterable[Message], timeout: float | None = None
+    ) -> list[Message]:
+        """Return the messages with the session, the version and the time limit in their configs.
+
+        The time limit is the strategy's own, else the timeout. With it a participant ends a
+        ClientApp that hangs, in whatever type of message, before that delays the next message.
+        """
         batch = self._types.cast(messages)
         for message in filter(Message.has_content, batch):
+            self._bounds.refer_to(message)
             config = config_of(message.content)
             # `config_of` returns a record outside the message if the message has no config.
             if "server-round" in config:
                 config["session"], config["colearn-version"] = self.session, __version__
-        return batch
+            if timeout is not None and math.isfinite(timeout):
+                _limit(message.content, timeout)
+        return [_living(message, time_to_live(timeout)) for message in batch]
+
+
+def _limit(content: RecordDict, seconds: float) -> None:
+    """Set the time limit in the config of a message's content, unless it has one."""
+    for key, config in list(records_of(content, ConfigRecord).items()):
+        if config is config_of(content) and "time-limit" not in config:
+            # A copy, since Flower's strategies pass on the config that the user gave them, which
+            # may be used again in a run with another timeout.
+            content[key] = ConfigRecord({**config, **timed(float(seconds))})
+
+
+def _living(message: Message, seconds: float) -> Message:
+    """Return the message with this time to live, if it has Flower's default and not its own."""
+    if not message.has_content() or message.metadata.ttl != DEFAULT_TTL:
+        return message
+    return copied(message, message.content, ttl=seconds)
 
 
 def _named(events: Iterable[Event], names: Mapping[int, str]) -> list[Event]:

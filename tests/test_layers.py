@@ -8,12 +8,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a module imports those of earlier lines, and those of its own line
-    {"errors", "_flwr", "_version", "files", "folder_lock", "journal"},
+    {"errors", "text", "_flwr", "_version", "files", "folder_lock", "journal"},
     {"roles", "traffic", "records", "schedules", "plan", "policy", "history", "checkpoint"}
     | {"strategy_state"},
     {"aggregation", "grids"},
     {"recovery", "compression", "normalization", "state_dir"},
-    {"transport", "participant", "numpy_client", "managed", "stock", "loop"},
+    {"transport", "participant", "numpy_client", "managed", "stock", "stock_metrics", "loop"},
     {"strategies", "dynamic", "reporting"},
     {"legacy", "secagg"},
     {"__init__"},

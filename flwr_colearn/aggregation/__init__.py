@@ -2,6 +2,7 @@
 
 from .distance import relative_change, squared_distance, squared_norm, trainable
 from .mean import Empty, RunningMean, empty_array
+from .metrics import Named, aggregated, average_metrics, evaluations_of
 from .replies import (
     ECHO,
     arrays_of,
@@ -22,11 +23,14 @@ __all__ = [
     "ECHO",
     "SGD",
     "Empty",
+    "Named",
     "RoundMean",
     "RunningMean",
     "Weighting",
+    "aggregated",
     "arrays_of",
     "as_weighting",
+    "average_metrics",
     "check_echo",
     "check_initial",
     "check_model",
@@ -35,6 +39,7 @@ __all__ = [
     "check_weights",
     "echo_of",
     "empty_array",
+    "evaluations_of",
     "examples_of",
     "failure_of",
     "metrics_of",

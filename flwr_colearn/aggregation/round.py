@@ -211,8 +211,9 @@ class RoundMean:
 
     def refuse(self, participant: str, reason: str) -> None:
         """Record that a participant's reply is left out of the mean."""
-        log(WARNING, "CoLearn: reply of participant %s refused: %s", participant, reason)
-        self.events.append(Event("refusal", participant, reason))
+        event = Event("refusal", participant, reason)
+        log(WARNING, "CoLearn: reply of participant %s refused: %s", participant, event.reason)
+        self.events.append(event)
 
     def note(self, events: Iterable[Event]) -> None:
         """Record further events of participants, for the reasons in errors."""

@@ -21,7 +21,7 @@ from ..aggregation import (
 )
 from ..compression import AGREEMENT, AVERAGE_OF, LOCAL_REFERENCE, Compression
 from ..errors import ColearnError
-from ..policy import reply_within
+from ..policy import reply_within, timed
 from ..records import fingerprint, into_record, is_unchanged, records_of, view
 from ..roles import Arrays, Role
 from ..traffic import Event
@@ -348,8 +348,6 @@ class Coordinator:
             reference_check=self._reference_check,
         )
         config = ConfigRecord({**self._config, **ask.to_config()})
-        if self.timeout is not None:
-            config["time-limit"] = self.timeout
         return self._message(node, config, anew, average_of=self.reference.round)
 
     def _question(
@@ -368,7 +366,7 @@ class Coordinator:
     def _message(
         self, node: int, config: ConfigRecord, arrays: ArrayRecord | None, average_of: int
     ) -> Message:
-        content = RecordDict({CONFIG: config})
+        content = RecordDict({CONFIG: ConfigRecord({**config, **timed(self.timeout)})})
         if arrays is not None:
             content[ARRAYS] = arrays
         if not self.compression.is_plain:

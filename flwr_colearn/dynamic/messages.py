@@ -25,6 +25,7 @@ from ..aggregation import failure_of
 from ..errors import ColearnError, expected
 from ..records import records_of
 from ..roles import Arrays
+from ..text import printable
 
 ARRAYS, CONFIG, METRICS, REPORT = "arrays", "config", "metrics", "learner"
 """The keys of the records in messages."""
@@ -178,7 +179,7 @@ def report_of(reply: Message) -> Report:
             sorted(reply.content),
         )
     if "lost" in record:
-        return Report(lost=_printable(record["lost"]))
+        return Report(lost=printable(record["lost"], _LONGEST_REASON))
     examples, distance = record.get("examples"), record.get("distance")
     for name, value, least in (("examples", examples, 1e-9), ("distance", distance, 0.0)):
         if not isinstance(value, int | float) or not least <= value < math.inf:
@@ -211,12 +212,6 @@ def metrics_of(reply: Message) -> dict[str, int | float]:
             examples,
         )
     return numbers
-
-
-def _printable(text: object) -> str:
-    """Return a learner's text, bounded and without characters that a log cannot show."""
-    shown = str(text)[:_LONGEST_REASON]
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def checksum(arrays: Arrays) -> int:

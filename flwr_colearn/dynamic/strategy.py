@@ -189,6 +189,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
             coordinator.random,
             self._features.recovery,
             self.wait_for_participants,
+            replied=len(coordinator.present) or None,
         )
         coordinator.train(server_round, members.nodes, config)
         self.log.note_events(

@@ -1,6 +1,7 @@
 """Flower Grids: layers around another grid, and grids with participants in this process."""
 
 from .all_reduce import GROUP, RANK, AllReduceGroup, group_of, new_group
+from .bounding import BoundingGrid, bounded_metrics
 from .in_process import InProcessGrid
 from .metering import MeteringGrid, control_bytes
 from .rewriting import RewritingGrid
@@ -12,12 +13,14 @@ __all__ = [
     "GROUP",
     "RANK",
     "AllReduceGroup",
+    "BoundingGrid",
     "InProcessGrid",
     "MeteringGrid",
     "RewritingGrid",
     "SelectingGrid",
     "ThreadedGrid",
     "WrappingGrid",
+    "bounded_metrics",
     "control_bytes",
     "group_of",
     "new_group",

@@ -43,7 +43,9 @@ class Recalibration:
     weighting: Weighting = "uniform"
     keys: Keys = field(default_factory=Keys)
 
-    def messages(self, nodes: Iterable[int], config: Mapping[str, int | str]) -> list[Message]:
+    def messages(
+        self, nodes: Iterable[int], config: Mapping[str, int | float | str]
+    ) -> list[Message]:
         """Return the messages that request the statistics.
 
         Parameters
@@ -51,7 +53,7 @@ class Recalibration:
         nodes : iterable of int
             The nodes of the participants.
         config : mapping
-            ``server-round`` and ``session``.
+            ``server-round``, and ``time-limit`` if there is one.
         """
         content = RecordDict(
             {self.keys.arrays: self.arrays, self.keys.config: ConfigRecord({**config})}

@@ -1,5 +1,6 @@
 """Attempts: the train messages of one round, each sent until its participant has replied."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from ..aggregation import echo_of, failure_of
 from ..errors import ColearnError, expected
 from ..grids import WrappingGrid
 from ..policy import Recovery
-from ..traffic import Event, EventKind
+from ..text import printable
+from ..traffic import LONGEST_REASON, Event, EventKind
 from .identity import Directory
 
 LONGEST_POLL = 3.0
@@ -34,7 +36,9 @@ class Participant:
     not_before: float = 0.0
     waiting_since: float = 0.0
     restarts: int = 0
+    failure: str = ""
     warned: bool = False
+    waited_for: bool = False
     replied: bool = False
     lost: str | None = None
     seconds: float = 0.0
@@ -270,9 +274,9 @@ class Attempts:
             self._give_up(participant, f"{reason} (after {participant.restarts} restarts)")
             return
         participant.not_before = now + recovery.pause_before(participant.restarts)
-        participant.waiting_since = now
+        participant.waiting_since, participant.waited_for = now, False
+        participant.failure = printable(reason, LONGEST_REASON)
         participant.restarts += 1
-        self._note("restart", participant, reason)
 
     def _restart(self) -> bool:
         """Send messages again to participants whose pause is over and whose node is connected."""
@@ -291,18 +295,30 @@ class Attempts:
                 participant.message = copied(
                     participant.message, participant.message.content, node_id
                 )
+                # Recorded only now: a participant that does not come back is not restarted.
+                self._note("restart", participant, participant.failure)
                 ready.append(participant)
-            elif (
-                now - participant.waiting_since >= self.recovery.patience
-                and not self.recovery.restarts_for_ever
-            ):
-                self._give_up(
-                    participant,
-                    f"it left and did not come back within {self.recovery.patience:g} s",
-                )
+            else:
+                self._wait_for(participant, now)
         if ready:
             self._push(ready)
         return bool(ready)
+
+    def _wait_for(self, participant: Participant, now: float) -> None:
+        """Give up a disconnected participant whose patience is spent; log that it is waited for."""
+        patience = math.inf if self.recovery.restarts_for_ever else self.recovery.patience
+        if now - participant.waiting_since >= patience:
+            reason = f"it left and did not come back within {patience:g} s"
+            self._give_up(participant, f"{reason}: {participant.failure}")
+        elif not participant.waited_for:
+            participant.waited_for = True
+            log(
+                WARNING,
+                "Recovery: waiting for participant %s to reconnect, %s: %s",
+                self.directory.name_of(participant.node_id),
+                "without limit" if math.isinf(patience) else f"at most {patience:g} s",
+                participant.failure,
+            )
 
     def _find_node(self, participant: Participant, connected: set[int]) -> int | None:
         """Return the connected node of a participant, or None."""
@@ -329,8 +345,9 @@ class Attempts:
 
     def _note(self, kind: EventKind, participant: Participant, reason: str) -> None:
         name = self.directory.name_of(participant.node_id)
-        self.events.append(Event(kind, name, reason))
-        log(WARNING, "Recovery: %s of participant %s: %s", kind, name, reason)
+        event = Event(kind, name, reason)
+        self.events.append(event)
+        log(WARNING, "Recovery: %s of participant %s: %s", kind, name, event.reason)
 
 
 def _shared_name(one: Participant, other: Participant, name: str) -> ColearnError:

@@ -21,10 +21,10 @@ Next = Callable[[Message, Context], Message]
 
 
 def supervised(message: Message, context: Context, call_next: Next) -> Message:
-    """Answer the server's query for the name, and train within the time limit.
+    """Answer the server's query for the name, and any other message within its time limit.
 
-    If the train config contains ``time-limit`` (seconds), a ClientApp process of a deployment that
-    runs longer ends itself. Flower reports the end, and the server restarts the training. In a
+    If the message's config contains ``time-limit`` (seconds), a ClientApp process of a deployment
+    that runs longer ends itself. Flower reports the end, and the server restarts a training. In a
     simulation, where participants share processes, the limit is ignored.
 
     Raises
@@ -113,5 +113,5 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
 
 
 def _end_process(seconds: float) -> None:
-    log(ERROR, "Local training exceeded its time limit of %s s; this process ends itself", seconds)
+    log(ERROR, "The ClientApp exceeded its time limit of %s s; this process ends itself", seconds)
     os._exit(os.EX_TEMPFAIL)

@@ -42,6 +42,7 @@ def choose_members(
     recovery: Recovery | None = None,
     patience: float = float("inf"),
     available: int = 0,
+    replied: int | None = None,
 ) -> Members:
     """Return the nodes of the next round's participants.
 
@@ -61,17 +62,23 @@ def choose_members(
         The seconds to wait for K nodes to connect.
     available : int
         The number of nodes that must be connected, if that is more than K.
+    replied : int, optional
+        The number of participants that replied in the last round. With a `Quorum` the others have
+        been waited for then, and a participant that left is waited for only once, until it is back:
+        the round begins as soon as so many nodes are connected.
 
     Raises
     ------
     ColearnError
         If too few nodes are connected in time.
     """
-    policy = recovery.policy if recovery is not None else None
+    policy, target = recovery.policy if recovery is not None else None, max(wanted, available)
     if recovery is not None and isinstance(policy, Quorum):
         patience = min(patience, recovery.patience)
+        if replied is not None:
+            target = max(min(target, replied), policy.least)
     try:
-        nodes = wait_for_nodes(grid, max(wanted, available), patience)
+        nodes = wait_for_nodes(grid, target, patience)
     except ColearnError:
         nodes = sorted(set(grid.get_node_ids()))
         if not isinstance(policy, Quorum) or len(nodes) < policy.least:

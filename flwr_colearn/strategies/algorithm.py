@@ -19,6 +19,9 @@ from ..schedules import (
     describe_rate,
 )
 
+SLOWDOWN = 2.0
+"""The seconds per local epoch that count for time limits, at most, as a multiple of the first."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -34,16 +37,29 @@ class Progress:
         The local epochs of every participant up to the end of that round.
     seconds_per_epoch : float
         The seconds that a local epoch takes the slowest participant; 0 if unknown.
+    first_seconds_per_epoch : float
+        The same of the first round that was measured; 0 if unknown.
     """
 
     round: int = 0
     local_epochs: int = 0
     epochs_done: int = 0
     seconds_per_epoch: float = 0.0
+    first_seconds_per_epoch: float = 0.0
 
     def timed(self, seconds: float, local_epochs: int) -> "Progress":
-        """Return the progress with the speed of a round of `local_epochs` in `seconds`."""
-        return replace(self, seconds_per_epoch=seconds / local_epochs) if seconds > 0.0 else self
+        """Return the progress with the speed of a round of `local_epochs` in `seconds`.
+
+        The speed counts as at most `SLOWDOWN` times slower than that of the first round measured,
+        whose attempts could take no longer than `timeout`. Otherwise a participant that always
+        replies just before its limit would multiply the limit in every round.
+        """
+        if seconds <= 0.0:
+            return self
+        measured = seconds / local_epochs
+        first = self.first_seconds_per_epoch or measured
+        bounded = min(measured, SLOWDOWN * first)
+        return replace(self, seconds_per_epoch=bounded, first_seconds_per_epoch=first)
 
     def time_limit(self, timeout: float | None, local_epochs: int) -> float | None:
         """Return the seconds that an attempt of so many local epochs may take; None for no limit.

@@ -1,20 +1,28 @@
 """Averaging: federated averaging with an exact mean, recovery and a history; a base class."""
 
-import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from logging import INFO
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.common import DEFAULT_TTL, log
+from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from .._flwr import called_privately
-from ..aggregation import RoundMean, Weighting, as_weighting, check_private_weighting
+from ..aggregation import (
+    RoundMean,
+    Weighting,
+    aggregated,
+    as_weighting,
+    average_metrics,
+    check_private_weighting,
+    evaluations_of,
+)
 from ..checkpoint import CheckpointFolder, as_folder
 from ..compression import Compression
 from ..errors import expected
@@ -32,11 +40,7 @@ from ..transport import ConnectedGrid, Transport
 from .algorithm import Algorithm, Progress
 from .arguments import number_of, participant_arguments, patience
 from .foreign_loop import refuse_in_foreign_loop
-from .metrics import aggregated, average_metrics, evaluations_of
 from .shared_model import SharedModel
-
-UNLIMITED = 365 * 86_400.0
-"""The time to live of messages in seconds where an attempt has no time limit."""
 
 FRACTION = "fraction_train"
 LEAST = ("min_train_nodes", "min_available_nodes", "min_evaluate_nodes")
@@ -259,6 +263,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             self._features.recovery,
             self.wait_for_participants,
             self.min_available_nodes,
+            len(self.history.records[-1].participants) if self.history.records else None,
         )
         self.last_nodes, self._missing = members.nodes, members.missing
         self.log.open(record)
@@ -268,10 +273,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         )
         # A copy of the config, since Flower passes the same ConfigRecord to every round.
         content = self._content(arrays, ConfigRecord({**config, **entries}))
-        # Flower drops a reply that arrives after the message's time to live, by default 12 hours.
-        longest = UNLIMITED if self._timeout == math.inf else 2.0 * (self.time_limit or 0.0)
-        ttl = max(float(DEFAULT_TTL), longest)
-        return [Message(content, node, MessageType.TRAIN, ttl=ttl) for node in members.nodes]
+        return [Message(content, node, MessageType.TRAIN) for node in members.nodes]
 
     @folds
     def aggregate_train(
@@ -354,7 +356,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
             The number of rounds; by default 3, as in Flower, or without limit if there is a budget.
         timeout : float, default 3600
             The seconds that one attempt of one participant may take. The limit grows with T, by
-            the measured time of a local epoch, and the log contains a warning then.
+            the measured time of a local epoch, of which more than twice that of the first round
+            does not count, and the log contains a warning then.
         train_config, evaluate_config : ConfigRecord, optional
             Further config entries for the participants; the plan's keys are added to the former.
         evaluate_fn : callable, optional
@@ -467,7 +470,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 number_in(config, "learning-rate"),
             )
             done = self.progress.epochs_done + epochs
-            self.progress = Progress(server_round, epochs, done, self.progress.seconds_per_epoch)
+            self.progress = replace(
+                self.progress, round=server_round, local_epochs=epochs, epochs_done=done
+            )
             entries: dict[str, Any] = {"server-round": server_round}
         else:
             # Without a mean this is the first round after a resume, whose change was restored.

@@ -1,10 +1,12 @@
 """The files of simulations/deploy, and what docs/security.md and docs/operations.md say of them."""
 
 import configparser
+import json
 import re
 import shutil
 import stat
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from simulations.launch.simulation import ROOT, flower
 from simulations.server_app import to_record
 
 DEPLOY = ROOT / "simulations" / "deploy"
-UNITS = ["flower-superlink", "flower-proxy", "flower-supernode"]
+UNITS = ["flower-superlink", "flower-proxy", "flower-supernode", "flower-check"]
 PAGES = [ROOT / "docs" / "security.md", ROOT / "docs" / "operations.md", ROOT / "README.md"]
 
 
@@ -209,6 +211,10 @@ def test_the_units_are_closed(unit):
     if unit == "flower-supernode":
         assert options["TemporaryFileSystem"] == "/srv:ro /mnt:ro /media:ro"
         assert options["BindReadOnlyPaths"] == "/srv/data"
+    elif unit == "flower-check":
+        assert (options["IPAddressDeny"], options["IPAddressAllow"]) == ("any", "localhost")
+        assert "flwr ls site --format json | " in options["ExecStart"]
+        assert (DEPLOY / options["ExecStart"].rstrip("'").rpartition("/")[2]).exists()
     else:
         assert (options["IPAddressDeny"], options["IPAddressAllow"]) == ("any", "localhost")
         assert "--host 127.0.0.1" in options["ExecStart"]
@@ -319,3 +325,75 @@ def test_a_reply_holds_the_model_the_metrics_and_the_sites_name(tmp_path):
     assert set(trained[0]["metrics"]) == {"num-examples", "train-loss", "learning-rate"}
     assert set(evaluated[0]["metrics"]) == {"num-examples", "loss", "accuracy"}
     assert str(tmp_path) not in (tmp_path / "history.jsonl").read_text()
+
+
+# How the newest run ended
+
+
+def run_of(status, pending="2026-11-25 20:00:00Z", **more):
+    """A run as `flwr ls --format json` of flwr 1.41 lists it."""
+    return {
+        "run-id": "1234",
+        "federation-id": "@none/default",
+        "fab-id": "flwrlabs/colearn",
+        "status": status,
+        "status-details": "",
+        "elapsed": 61.5,
+        "pending-at": pending,
+        "finished-at": "N/A",
+        **more,
+    }
+
+
+def checked(answer):
+    command = [sys.executable, DEPLOY / "check-runs.py"]
+    return subprocess.run(command, input=answer, capture_output=True, text=True)
+
+
+def listed(*runs):
+    return json.dumps({"success": True, "runs": runs})
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        ("pending", 0),
+        ("starting", 0),
+        ("running", 0),
+        ("finished:completed", 0),
+        ("finished:stopped", 0),
+        ("finished:failed", 1),
+        ("finished:evicted", 1),
+    ],
+)
+def test_a_run_that_ended_with_an_error_is_seen(status, code):
+    done = checked(listed(run_of(status)))
+    assert done.returncode == code
+    assert done.stdout.startswith(f"run 1234 of 2026-11-25 20:00:00Z: {status}")
+
+
+def test_the_newest_run_counts_in_any_order():
+    runs = [
+        run_of("finished:failed", "2026-11-25 20:00:00Z"),
+        run_of("running", "2026-11-26 03:00:00Z"),
+        run_of("finished:failed", "2026-11-24 20:00:00Z"),
+    ]
+    assert checked(listed(*runs)).returncode == 0
+    assert checked(listed(runs[0], runs[2])).returncode == 1
+    assert checked(listed()).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "Traceback", "[]", '{"success": false, "error-message": "no connection"}']
+)
+def test_a_superlink_that_does_not_answer_is_another_status(answer):
+    done = checked(answer)
+    assert done.returncode == 2
+    assert done.stderr.startswith("SuperLink: expected")
+
+
+def test_the_details_of_a_run_are_one_line():
+    done = checked(listed(run_of("finished:failed", **{"status-details": "a\nb\x1b" * 1000})))
+    assert done.stdout.count("\n") == 1
+    assert "\x1b" not in done.stdout
+    assert len(done.stdout) < 600

@@ -346,10 +346,10 @@ def test_bytes_are_those_counted_by_hand():
     assert (second["bytes_down"], second["bytes_up"]) == (2 * model, 2 * model)
     common = len("session") + 16 + len("server-round") + 8 + len("reference-round") + 8
     common += len("colearn-version") + len(__version__) + len("action")
+    common += len("time-limit") + 8
     question = (
         common + len("train") + len("mini-batches") + 8 + len("batches-done") + 8 + len("bound") + 8
     )
-    question += len("time-limit") + 8
     echo = len("server-round") + 8 + len("participant") + len("partition-0")
     echo += len("version") + len(__version__) + len("mod") + 8
     described = len("model") + 8

@@ -175,7 +175,8 @@ def return_in_time(message, context):
 
 InProcessGrid(ClientApp(), 1)  # without which Flower lets nobody make a Message
 config = ConfigRecord({"server-round": 1, "time-limit": 0.5})
-message = Message(RecordDict({"config": config}), 1, "train")
+kind = "evaluate" if sys.argv[1] == "hang" else "train"
+message = Message(RecordDict({"config": config}), 1, kind)
 message.metadata.__dict__["_message_id"] = "sent"
 participant_mod(message, SimpleNamespace(node_config={}), globals()[sys.argv[1]])
 time.sleep(1.0)  # the limit is over: it was training's, not the process's

@@ -329,6 +329,89 @@ def test_a_participant_that_stays_away_is_absent_from_every_round(clock):
         assert [absence["participant"] for absence in record.absences] == ["partition-2"]
 
 
+class NotingGrid(FaultyGrid):
+    """Notes when each round's evaluation on the server takes place."""
+
+    def starts_of(self, strategy, rounds):
+        times = []
+        strategy.start(
+            self,
+            record_of(MODEL),
+            num_rounds=rounds,
+            evaluate_fn=lambda *_: times.append(self.clock.now),
+        )
+        return np.diff(times)
+
+
+@pytest.mark.parametrize("when", ["in the round", "between rounds"])
+def test_a_quorum_waits_once_for_a_participant_that_is_gone(when, clock, flower_log):
+    """Patience is 600 s; nothing else takes time."""
+    grid = NotingGrid(clock, {(2, 2, 0): "leaves"} if when == "in the round" else {})
+    grid.away = math.inf
+    if when == "between rounds":
+        grid.leave(3, seconds=math.inf)
+    strategy = strategy_of(recovery=Recovery(policy=Quorum(2)))
+    took = grid.starts_of(strategy, rounds=5)
+    waited = {"in the round": 1, "between rounds": 0}[when]
+    assert [round(each, -2) for each in took] == [600 if i == waited else 0 for i in range(5)]
+    for record in strategy.history.records[waited:]:
+        assert record.participants == [NAMES[0], NAMES[1], NAMES[3]]
+    # One line a minute at most while nodes are missing, and one for a participant of the round.
+    lines = [each.getMessage() for each in flower_log.records if "aiting for" in each.getMessage()]
+    assert len(lines) <= 11
+
+
+def test_a_participant_that_is_back_is_waited_for_again(clock):
+    grid = NotingGrid(clock, {(2, 2, 0): "leaves", (5, 2, 0): "leaves"})
+    grid.away = 700.0
+    strategy = strategy_of(recovery=Recovery(policy=Quorum(2)))
+    found = []
+
+    def look(server_round, arrays):
+        found.append(clock.now)
+        clock.now += 200.0
+
+    strategy.start(grid, record_of(MODEL), num_rounds=7, evaluate_fn=look)
+    present = [len(record.participants) for record in strategy.history]
+    assert present == [4, 3, 4, 4, 3, 4, 4]
+    assert [round(each, -2) - 200 for each in np.diff(found)] == [0, 600, 0, 0, 600, 0, 0]
+
+
+def test_a_restart_is_recorded_when_it_takes_place_and_a_wait_is_logged_once(clock, flower_log):
+    grid = FaultyGrid(clock, {(2, 2, 0): "leaves"})
+    grid.away = math.inf
+    _, records = run(grid, recovery=Recovery(policy=Quorum(3)))
+    assert records[1].restarts == []
+    [absence] = records[1].absences
+    assert re.search(r"did not come back within 600 s: .*code 5", absence["reason"])
+    lines = warnings_of(flower_log)
+    [line] = [each for each in lines if "waiting for" in each]
+    assert "waiting for participant partition-2 to reconnect, at most 600 s: " in line
+    assert not [each for each in lines if "restart of" in each]
+
+
+def test_one_that_always_replies_just_in_time_does_not_stretch_the_limits(clock):
+    """The limit is 100 s at first; T stays 1, so no honest reason to grow beyond 3 times 2."""
+    grid = FaultyGrid(clock)
+    grid.seconds_per_epoch = 30.0
+    push = grid._push
+
+    def just_in_time(message):
+        limit = message.content.get("config", {}).get("time-limit")
+        if message.metadata.dst_node_id == 1 and limit is not None:
+            grid.seconds_per_epoch = 90.0 if limit == 100.0 else 0.95 * limit
+        else:
+            grid.seconds_per_epoch = 30.0
+        return push(message)
+
+    grid._push = just_in_time
+    run(grid, rounds=8, timeout=100.0, local_epochs=1)
+    limits = {each.round: each.time_limit for each in grid.attempts}
+    # 90 s in the first round, of which twice counts, and three times that.
+    assert limits[8] == pytest.approx(3 * 2 * 90, rel=0.1)
+    assert limits[8] == limits[4]
+
+
 BEYOND_THE_SUM = {  # kind: array of participant 2's first reply, its number of examples
     "integer": ("n", np.array(2**63 - 1), 1),
     "least integer": ("n", np.array(-(2**63)), 1),
@@ -448,7 +531,7 @@ def test_several_that_left_at_once_are_told_apart_by_name(clock):
     found, records = run(grid)
     assert found == clean(clock)
     assert [nodes_of(grid, 2, k) for k in range(K)] == [[1, 201], [2], [3, 200], [4, 199]]
-    assert [each["participant"] for each in records[1].restarts] == [NAMES[0], NAMES[2], NAMES[3]]
+    assert [each["participant"] for each in records[1].restarts] == [NAMES[2], NAMES[3], NAMES[0]]
     assert sorted(nodes_of(grid, 3)) == [2, 199, 200, 201]
 
 
@@ -604,7 +687,8 @@ def test_messages_live_twice_as_long_as_an_attempt_may_take(clock):
     grid = FaultyGrid(clock, {(1, 1, 0): "raises", (2, 1, 0): "lost"})
     run(grid, rounds=2, timeout=1e6)
     assert len(grid.attempts) == 2 * K + 2
-    assert {each.ttl for each in grid.attempts} == {2e6}  # of restarts too
+    # Twice the wait for a reply, of restarts too; the end of a process is reported within 120 s.
+    assert {each.ttl for each in grid.attempts} == {2 * (1e6 + 120)}
 
 
 def test_without_a_limit_nobody_is_given_up(clock):

@@ -6,8 +6,8 @@ import pytest
 from flwr.app import MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
+from flwr_colearn.aggregation import aggregated, average_metrics
 from flwr_colearn.history import plain_means
-from flwr_colearn.strategies.metrics import aggregated, average_metrics
 
 KEY = "num-examples"
 

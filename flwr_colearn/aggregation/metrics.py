@@ -8,8 +8,8 @@ from typing import Any
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.common import log
 
-from ..aggregation import examples_of
 from ..errors import ColearnError
+from .replies import examples_of
 
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 
