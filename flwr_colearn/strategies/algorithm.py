@@ -42,8 +42,15 @@ class Progress:
     seconds_per_epoch: float = 0.0
 
     def timed(self, seconds: float, local_epochs: int) -> "Progress":
-        """Return the progress with the speed of a round of `local_epochs` in `seconds`."""
-        return replace(self, seconds_per_epoch=seconds / local_epochs) if seconds > 0.0 else self
+        """Return the progress with the speed of a round of `local_epochs` in `seconds`.
+
+        It is at most twice the speed before, since participants that go on with an interrupted
+        round train a part of its epochs only.
+        """
+        if seconds <= 0.0:
+            return self
+        measured = seconds / local_epochs
+        return replace(self, seconds_per_epoch=max(measured, self.seconds_per_epoch / 2))
 
     def time_limit(self, timeout: float | None, local_epochs: int) -> float | None:
         """Return the seconds that an attempt of so many local epochs may take; None for no limit.
