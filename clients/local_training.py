@@ -33,8 +33,9 @@ def train_locally(
     plan : LocalPlan
         The local epochs of the round and their learning rates.
     context : Context
-        The participant's context. Its node config has the ``partition-id``; its state stores the
-        optimizer's state.
+        The participant's context. Its node config has the ``partition-id`` and may have a
+        ``state-dir``, in which the last finished epoch is saved; its state stores the optimizer's
+        state.
     seed : int
         The run's seed; the participant's own is drawn from it.
     keep_optimizer : bool
@@ -45,14 +46,16 @@ def train_locally(
     """
     # Participants draw different seeds: with a common one, all would shuffle and augment alike.
     own_seed = site_seed(seed, context)
+    folder = context.node_config.get("state-dir")
+    kept = (str(folder) if folder else None, name_of(context).get("participant", "participant"))
     if not keep_optimizer:
-        return follow(plan, trainer, own_seed)
+        return follow(plan, trainer, own_seed, *kept)
     before = OptimizerState.of(context).at(session, plan.round)
     if before:
         trainer.set_optimizer_state(before)
     elif plan.round > 1:
         log(WARNING, "Optimizer: no state is stored; round %s starts with a new one", plan.round)
-    metrics = follow(plan, trainer, own_seed)
+    metrics = follow(plan, trainer, own_seed, *kept)
     # Stored last: if training fails, the state of the round before remains.
     OptimizerState(session, plan.round, before, trainer.get_optimizer_state()).keep_in(context)
     return metrics

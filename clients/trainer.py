@@ -76,7 +76,13 @@ class Trainer(Protocol):
         """Load an optimizer state that was returned earlier; call it after `set_weights`."""
 
 
-def follow(plan: LocalPlan, trainer: Trainer, seed: int) -> dict[str, float]:
+def follow(
+    plan: LocalPlan,
+    trainer: Trainer,
+    seed: int,
+    state_dir: str | None = None,
+    name: str = "participant",
+) -> dict[str, float]:
     """Train the local epochs of a plan.
 
     Parameters
@@ -88,6 +94,12 @@ def follow(plan: LocalPlan, trainer: Trainer, seed: int) -> dict[str, float]:
     seed : int
         The participant's seed. Every epoch of the run has a seed of its own, drawn from this one
         and the epoch's number in the run, so a repeated round gives exactly the same weights.
+    state_dir : str, optional
+        The folder in which the last finished epoch is saved, from which an interrupted round goes
+        on; see `flwr_colearn.LocalPlan.resumable`. A trainer with loss scaling has the methods
+        ``get_loss_scale() -> arrays`` and ``set_loss_scale(arrays)`` for it.
+    name : str
+        The participant's name, for the name of the file.
 
     Returns
     -------
@@ -101,8 +113,18 @@ def follow(plan: LocalPlan, trainer: Trainer, seed: int) -> dict[str, float]:
         If an epoch made no step, because all of its gradients overflowed.
     """
     skipped: list[int] = []
-    # LocalPlan has at least one epoch, so that `result` and `epoch` are defined after the loop.
-    for epoch in plan:
+
+    def save() -> dict[str, NDArray]:
+        # The seed decides the epochs that follow, so it is a part of what identifies the round.
+        own = {"seed": np.array(str(seed)), "skipped": np.array(skipped, np.int64)}
+        return {**own, **_state_of(trainer)}
+
+    def load(state: Mapping[str, NDArray]) -> None:
+        _restore(trainer, state)
+        skipped[:] = state["skipped"].tolist()
+
+    # At least the last epoch is trained, so that `result` and `epoch` are defined after the loop.
+    for epoch in plan.resumable(state_dir, save, load, name):
         epoch_seed = derive_seed(seed, plan.epochs_done + epoch.index)
         result = _trained(trainer, epoch.learning_rate, epoch_seed, skipped)
     metrics: dict[str, float] = {
@@ -111,6 +133,35 @@ def follow(plan: LocalPlan, trainer: Trainer, seed: int) -> dict[str, float]:
         "learning-rate": epoch.learning_rate,
     }
     return {**metrics, "skipped-steps": sum(skipped)} if skipped else metrics
+
+
+def _state_of(trainer: Trainer) -> dict[str, NDArray]:
+    """Return all arrays of a trainer that its next epoch depends on."""
+    return {
+        f"{part}/{name}": array
+        for part, (get, _) in _PARTS.items()
+        for name, array in getattr(trainer, get, dict)().items()
+    }
+
+
+def _restore(trainer: Trainer, state: Mapping[str, NDArray]) -> None:
+    """Load what `_state_of` returned."""
+    parts: dict[str, dict[str, NDArray]] = {part: {} for part in _PARTS}
+    for key, array in state.items():
+        part, _, name = key.partition("/")
+        if name:
+            parts[part][name] = array
+    # The weights come first, since with them a trainer begins with a new optimizer and loss scale.
+    for part, (_, put) in _PARTS.items():
+        if hasattr(trainer, put):
+            getattr(trainer, put)(parts[part])
+
+
+_PARTS = {
+    "weights": ("get_weights", "set_weights"),
+    "optimizer": ("get_optimizer_state", "set_optimizer_state"),
+    "loss-scale": ("get_loss_scale", "set_loss_scale"),
+}
 
 
 def _trained(trainer: Trainer, learning_rate: float, seed: int, skipped: list[int]) -> EpochResult:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
@@ -409,6 +409,23 @@ class RoundLog:
         self.history.begin()
         self._record, self._opened_at = record, time.perf_counter()
 
+    @property
+    def unfinished(self) -> str | None:
+        """The record of the round under way as a line of JSON; None if no round is under way."""
+        if self._record is None:
+            return None
+        return replace(self._record, seconds=self._seconds).to_json()
+
+    def reopen(self, line: str) -> None:
+        """Go on with the record of a round that was saved as `unfinished`."""
+        record = RoundRecord.from_json(line)
+        self.open(record)
+        self._opened_at -= record.seconds
+
+    @property
+    def _seconds(self) -> float:
+        return round(time.perf_counter() - self._opened_at, 3)
+
     def note(self, **metrics: Mapping[str, Any] | None) -> None:
         """Set metrics of the record (train_metrics=, evaluate_metrics=, site_metrics=, ...)."""
         if self._record is not None:
@@ -462,7 +479,7 @@ class RoundLog:
                 record.round,
             )
         record.participants.sort()  # replies arrive in any order
-        record.seconds = round(time.perf_counter() - self._opened_at, 3)
+        record.seconds = self._seconds
         self._record = None
         self.history.append(record)
 

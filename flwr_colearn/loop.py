@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from logging import INFO, WARNING
 from pathlib import Path
@@ -102,7 +102,9 @@ def run(
     ColearnError
         If a participant is lost, a round produces no model, the checkpoints are damaged or of
         another configuration, or there are some although `resume` is "never". ``error.result``
-        holds the result up to then.
+        holds the result up to then, also that of an exception of the strategy or `evaluate_fn`. A
+        round's average is saved before its evaluation, so that a resumed run evaluates it and
+        does not train it again.
 
     Examples
     --------
@@ -203,8 +205,10 @@ class _Run:
         started = time.time()
         try:
             self._rounds(self._begin(resume))
-        except ColearnError as error:
-            error.result = self.result
+        except Exception as error:
+            # Not of our errors only: an `evaluate_fn` may raise any, and the model is there.
+            with suppress(AttributeError):
+                error.result = self.result  # type: ignore[attr-defined]
             raise
         finally:
             # The events are most useful after an error, so they are logged then too.
@@ -240,6 +244,13 @@ class _Run:
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             self.result.train_metrics_clientapp[server_round] = metrics
+        self.manager.measure(self.result.arrays)
+        # An evaluation that raises, or a server that is killed in it, costs no training.
+        self._save(server_round, complete=False, averaged=True)
+        self._finish(server_round)
+
+    def _finish(self, server_round: int) -> None:
+        """Evaluate the average of a round, and complete the round."""
         # The record is closed after both evaluations, whose metrics it holds, and the checkpoint
         # is saved after that, so that it holds the record.
         self._evaluate(server_round)
@@ -416,7 +427,11 @@ class _Run:
                 )
             done = self._restore(saved)
             log(INFO, "%s: resumed after round %s", type(self.strategy).__name__, done)
-            if not self._goes_on(done):
+            if saved.state["averaged"] is not None:
+                log(INFO, "Run: round %s is averaged, and its evaluation is left", saved.round)
+                self._finish(saved.round)
+                done = saved.round
+            elif not self._goes_on(done):
                 log(
                     WARNING,
                     "Run: nothing is left to train, since the run in %s is complete; for a new run "
@@ -459,8 +474,12 @@ class _Run:
         history.restore(self.checkpoints.records(saved, copies))
         restore_state(self.strategy, (state["strategy"], dict(saved.extra)))
         self.manager.restore_own_state(state["own"])
+        records = list(history)
+        if state["averaged"] is not None:
+            self.manager.log.reopen(state["averaged"])
+            records.append(history.kind.from_json(state["averaged"]))
         # The records hold all metrics of the Result, which are therefore not saved twice.
-        for record in history:
+        for record in records:
             for name, by_round in (
                 ("train_metrics", self.result.train_metrics_clientapp),
                 ("evaluate_metrics", self.result.evaluate_metrics_clientapp),
@@ -473,7 +492,7 @@ class _Run:
         """Save the run in the middle of a round; a resumed run completes this round."""
         self._save(server_round, complete=False)
 
-    def _save(self, server_round: int, complete: bool = True) -> None:
+    def _save(self, server_round: int, complete: bool = True, averaged: bool = False) -> None:
         if self.checkpoints is None:
             return
         strategy, arrays = save_state(self.strategy)
@@ -482,6 +501,8 @@ class _Run:
             "session": self.grid.session,
             "participants": self.grid.reported_names(),
             "complete": complete,
+            # The record of a round whose evaluation is left.
+            "averaged": self.manager.log.unfinished if averaged else None,
             "strategy": strategy,
             "own": self.manager.own_state(),
         }

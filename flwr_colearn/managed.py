@@ -20,6 +20,13 @@ class Log(Protocol):
     def history(self) -> RecordFile[Any]:
         """The records of the complete rounds."""
 
+    @property
+    def unfinished(self) -> str | None:
+        """The record of the round under way as a line of JSON; None if no round is under way."""
+
+    def reopen(self, line: str) -> None:
+        """Go on with the record of a round that was saved as `unfinished`."""
+
     def note(self, **metrics: Mapping[str, Any] | None) -> None:
         """Set metrics of the record (train_metrics=, evaluate_metrics=, site_metrics=, ...)."""
 
@@ -103,6 +110,12 @@ class Managed(Generic[L]):
     def check_reply(self, sent: Message, reply: Message) -> None:
         """Raise a ColearnError unless `reply` is a usable answer to the train message `sent`."""
         check_train_reply(sent, reply)
+
+    def measure(self, arrays: ArrayRecord) -> None:
+        """Measure what depends on the model before the round; `arrays` is the new shared model.
+
+        It is called before the evaluation, from which a resumed run may go on without that model.
+        """
 
     def close(self, arrays: ArrayRecord) -> None:
         """Complete the record of the round under way; `arrays` is the new shared model."""

@@ -22,7 +22,8 @@ def participant_mod(message: Message, context: Context, call_next: Next) -> Mess
 
     The mod's state is in ``context.state``, which Flower drops at the end of the SuperNode and of
     the run. With a folder ``state-dir`` in the SuperNode's node config, all of ``context.state`` is
-    saved on disk too, and is restored for a message of the same training (the same session).
+    saved on disk too, and is restored for a message of the same training (the same session). For
+    an interrupted round see `LocalPlan.resumable`.
 
     Of an exception only the type and the messages of this plugin leave the site, since the text of
     others may hold a file name or a value of the data; Flower alone would send the text. The text

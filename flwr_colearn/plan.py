@@ -1,12 +1,16 @@
 """LocalPlan: the local training of one round, as the server sends it to a participant."""
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from .epoch_file import EpochFile, Load, Save
 from .errors import ColearnError, expected, real_number, whole_number
 from .schedules import LearningRate, rates_of
+from .site_files import state_path
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class LocalPlan:
         The local epochs that every participant has done before this round.
     time_limit : float, optional
         The seconds after which a training counts as hanging; see `flwr_colearn.participant_mod`.
+    session : str, optional
+        The training that the round belongs to, which a resumed server has in common with the
+        interrupted one. Plans of the same epochs are equal whatever their sessions.
 
     Raises
     ------
@@ -63,6 +70,7 @@ class LocalPlan:
     learning_rates: tuple[float, ...] | None = None
     epochs_done: int = 0
     time_limit: float | None = None
+    session: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         plain: dict[str, Any] = {
@@ -75,6 +83,8 @@ class LocalPlan:
         if self.time_limit is not None:
             limit = real_number(_entry("time_limit"), self.time_limit, least=0.0)
             plain["time_limit"] = limit
+        if self.session is not None:
+            plain["session"] = str(self.session)
         # Flower's ConfigRecord refuses numpy's numbers, so all values become Python's own.
         for field, value in plain.items():
             object.__setattr__(self, field, value)
@@ -95,6 +105,56 @@ class LocalPlan:
         assert self.learning_rates is not None
         for index, rate in enumerate(self.learning_rates, 1):
             yield Epoch(index, rate)
+
+    def resumable(
+        self, state_dir: str | Path | None, save: Save, load: Load, name: str = "participant"
+    ) -> Iterator[Epoch]:
+        """Yield the local epochs that are left to train, and save the state after each.
+
+        A participant that is interrupted in a round, and trains the round again, goes on after its
+        last finished epoch. If every epoch has a seed of its own, the trained model has the bits of
+        an uninterrupted round. The state of an earlier attempt is used if session, round, learning
+        rates and the state at the beginning, which includes the received model, are the same.
+        Otherwise it is removed, so that the state of a finished round is there until the next one
+        begins. The last epoch is always trained, so that the loop has its results.
+
+        If the file cannot be written or read, or is damaged, the log has a warning, and epochs are
+        trained again.
+
+        Parameters
+        ----------
+        state_dir : str, Path or None
+            The participant's folder, ``context.node_config.get("state-dir")``. Without one all
+            epochs are trained and nothing is saved.
+        save : callable
+            Returns all that a later epoch depends on, as numpy arrays by name: weights, the
+            optimizer's state and, where there is one, the loss scale. It is called before the first
+            epoch, after the received model is loaded, and after each epoch but the last.
+        load : callable
+            Restores a state that `save` returned.
+        name : str
+            The participant's name, if several participants have the same folder.
+
+        Examples
+        --------
+        ::
+
+            folder = context.node_config.get("state-dir")
+            for epoch in plan.resumable(folder, save, load):
+                seed = plan.epochs_done + epoch.index
+                train_one_epoch(model, data, epoch.learning_rate, seed)
+        """
+        if not state_dir:
+            yield from self
+            return
+        path = state_path(Path(state_dir), name, self.session or "", "epoch")
+        what = (self.session, self.round, self.learning_rates, self.epochs_done)
+        file = EpochFile(path, repr(what))
+        done = file.resume(save, load)
+        for epoch in list(self)[done:]:
+            yield epoch
+            if epoch.index < self.local_epochs:
+                file.keep(epoch.index, save)
 
     @classmethod
     def of(
@@ -174,6 +234,7 @@ _KEYS = {
     "learning_rates": "learning-rates",
     "epochs_done": "epochs-done",
     "time_limit": "time-limit",
+    "session": "session",
 }
 
 

@@ -1,7 +1,6 @@
 """The folder ``state-dir``: a participant's client state, saved on its disk between rounds."""
 
 import hashlib
-import re
 from collections.abc import Callable
 from logging import WARNING
 from pathlib import Path
@@ -10,14 +9,12 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.common import log
 
 from ._flwr import state_from_bytes, state_to_bytes
-from .files import remove, replace_file
+from .files import replace_file
 from .records import config_of, kind_of, records_of
+from .site_files import remove_old, state_path
 
 SESSION = "colearn.session"
 """The key in ``context.state`` for the session of the state."""
-
-SESSIONS = 3
-"""The number of trainings of which a participant keeps its state; older ones are removed."""
 
 _DIGEST = hashlib.sha256
 _DIGEST_BYTES = 32
@@ -33,7 +30,7 @@ def with_state_dir(
 
     Flower drops the state at the end of the SuperNode and of the run, and a resumed server is a new
     run. The file remains. Every session of every participant has a file of its own, so that runs at
-    the same time do not disturb each other; the files of the last `SESSIONS` sessions are kept. It
+    the same time do not disturb each other; the files of the last three sessions are kept. It
     is written after every training, and read for a message of its session if ``context.state`` is
     of another or no session. It holds everything that mods and the ClientApp store in
     ``context.state``: the residuals of compression, local arrays, the state of an optimizer. A file
@@ -69,27 +66,6 @@ def with_state_dir(
     return reply
 
 
-def state_path(folder: Path, name: str, session: str) -> Path:
-    """Return the file of a participant's state in a session.
-
-    Names that differ have files that differ, whatever characters they have, however long they are,
-    and also where the file system does not distinguish upper and lower case.
-
-    Examples
-    --------
-    >>> state_path(Path("/srv"), "site 1", "a").name
-    'site-1-f39f26e61c6d-ca978112ca1b.state'
-    """
-    # For a person who looks into the folder; the digests alone distinguish the files.
-    shown = re.sub(r"[^a-z0-9]+", "-", name.lower())[:40].strip("-")
-    return folder / f"{shown}-{_short(name)}-{_short(session)}.state"
-
-
-def _short(text: str) -> str:
-    # Text from a node config may hold lone surrogates, which UTF-8 does not have.
-    return _DIGEST(text.encode(errors="surrogatepass")).hexdigest()[:12]
-
-
 def _read(path: Path) -> RecordDict:
     # Training without the state is correct, though slower to converge: no reason for an error.
     try:
@@ -112,7 +88,7 @@ def _write(path: Path, state: RecordDict) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Atomic: if the process is killed in the middle, the previous file is complete.
         replace_file(path, _DIGEST(content).digest() + content)
-        _remove_old(path)
+        remove_old(path)
     # The training has succeeded, and only a later restart of the SuperNode will miss the state.
     except OSError as error:
         log(
@@ -121,12 +97,3 @@ def _write(path: Path, state: RecordDict) -> None:
             "%s; expected that it can write the folder 'state-dir' of its node config",
             error,
         )
-
-
-def _remove_old(path: Path) -> None:
-    """Remove the files of this participant's oldest sessions; `path` is that of the present one."""
-    prefix = path.name.rpartition("-")[0]
-    others = [p for p in path.parent.glob(f"{prefix}-*.state") if p != path]
-    others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
-    for old in others[SESSIONS - 1 :]:
-        remove(old)

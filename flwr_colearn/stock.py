@@ -222,11 +222,17 @@ class Stock(Managed[RoundLog]):
         self.log.record.participants = names
         self.log.note(train_metrics=metrics)
 
+    def measure(self, arrays: ArrayRecord) -> None:
+        """Record the relative change of the model, which is that of the trainable arrays."""
+        # The same record object: the strategy returned no model, so there is no change to measure.
+        if arrays is self._record:
+            return
+        new, old = trainable(view(arrays), self._roles), trainable(self._sent, self._roles)
+        self.log.record.relative_change = relative_change(new, old)
+
     def close(self, arrays: ArrayRecord) -> None:
         """Complete the record of the round under way."""
-        new, old = trainable(view(arrays), self._roles), trainable(self._sent, self._roles)
-        # The same record object: the strategy returned no model, so there is no change to measure.
-        self.log.close(None if arrays is self._record else relative_change(new, old))
+        self.log.close(self.log.record.relative_change)
 
     def configuration(self) -> dict[str, str]:
         """Return the settings that a resumed run must have in common with the saved one."""

@@ -300,6 +300,18 @@ class KerasTrainer:
         """Load momentum that `get_optimizer_state` returned."""
         assign_all(self._velocities, state, f"momentum of Keras model '{self.model.name}'")
 
+    def get_loss_scale(self) -> dict[str, NDArray]:
+        """Return the loss scale and the number of steps since its last change."""
+        return {name: as_array(variable) for name, variable in self._scaling.items()}
+
+    def set_loss_scale(self, state: Mapping[str, NDArray]) -> None:
+        """Load what `get_loss_scale` returned; call it after `set_weights`."""
+        assign_all(self._scaling, state, f"loss scale of Keras model '{self.model.name}'")
+
+    @property
+    def _scaling(self) -> dict[str, tf.Variable]:
+        return {"scale": self._loss_scale, "good-steps": self._good_steps}
+
     def _step(
         self, inputs: tf.Tensor, targets: tf.Tensor, rate: tf.Tensor, seed: tf.Tensor
     ) -> tf.Tensor:

@@ -145,6 +145,14 @@ class ParallelTrainer:
         """Load buffers that `get_optimizer_state` returned, on every device."""
         self._ask("set_optimizer_state", dict(state))
 
+    def get_loss_scale(self) -> dict[str, NDArray]:
+        """Return the loss scale, which is the same on every device."""
+        return self._ask("get_loss_scale", only_first=True)  # type: ignore[no-any-return]
+
+    def set_loss_scale(self, state: Mapping[str, NDArray]) -> None:
+        """Load what `get_loss_scale` returned, on every device."""
+        self._ask("set_loss_scale", dict(state))
+
     def _ask(self, method: str, *arguments: Any, only_first: bool = False) -> Any:
         """Call a method of every replica (or of the first) and return what they return."""
         pipes = self._pipes[:1] if only_first else self._pipes

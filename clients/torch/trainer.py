@@ -292,6 +292,14 @@ class TorchTrainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": buffers, "param_groups": groups})
 
+    def get_loss_scale(self) -> dict[str, NDArray]:
+        """Return the loss scale and what decides when it changes; empty without loss scaling."""
+        return {name: np.array(value) for name, value in self._scaler.state_dict().items()}
+
+    def set_loss_scale(self, state: Mapping[str, NDArray]) -> None:
+        """Load what `get_loss_scale` returned; call it after `set_weights`."""
+        self._scaler.load_state_dict({name: array.item() for name, array in state.items()})
+
     def _renew_optimizer(self) -> None:
         self.optimizer = self._new_optimizer()
         # The scale lives through all epochs of a round: it begins so large that the first steps

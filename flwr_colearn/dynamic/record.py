@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from logging import INFO
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +124,12 @@ class DynamicRecord:
             len(self.absences),
         )
 
+    @property
+    def train_metrics(self) -> dict[str, Any]:
+        """The metrics of the round in the Result: ``num-examples`` and, if known, ``loss``."""
+        mean = {} if self.loss is None else {"loss": self.loss / self.examples}
+        return {"num-examples": self.examples, **mean}
+
     @classmethod
     def from_json(cls, line: str) -> "DynamicRecord":
         """Read a record back from `to_json`.
@@ -201,6 +207,18 @@ class DynamicLog:
         """
         self.history.begin()
         self.record, self._opened = record, time.monotonic()
+
+    @property
+    def unfinished(self) -> str | None:
+        """The record of the round under way as a line of JSON."""
+        seconds = time.monotonic() - self._opened
+        return replace(self.record, seconds=seconds).to_json()
+
+    def reopen(self, line: str) -> None:
+        """Go on with the record of a round that was saved as `unfinished`."""
+        record = DynamicRecord.from_json(line)
+        self.open(record)
+        self._opened -= record.seconds
 
     def note(self, **metrics: Mapping[str, Any] | None) -> None:
         """Set the server's metrics of the record; learners report the loss of their training."""

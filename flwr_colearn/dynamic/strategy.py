@@ -220,11 +220,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         )
 
     def _metrics(self) -> MetricRecord:
-        record = self.log.record
-        metrics = MetricRecord({"num-examples": record.examples})
-        if record.loss is not None:
-            metrics["loss"] = record.loss / record.examples
-        return metrics
+        return MetricRecord(self.log.record.train_metrics)
 
     def _evaluable(self, coordinator: Coordinator, server_round: int) -> ArrayRecord:
         """Return the model to evaluate, and state in the record which one it is."""

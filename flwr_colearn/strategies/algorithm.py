@@ -20,7 +20,7 @@ from ..schedules import (
 )
 
 SLOWDOWN = 2.0
-"""The seconds per local epoch that count for time limits, at most, as a multiple of the first."""
+"""The bound of changes of the measured seconds per local epoch, which decide time limits."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,15 @@ class Progress:
 
         The speed counts as at most `SLOWDOWN` times slower than that of the first round measured,
         whose attempts could take no longer than `timeout`. Otherwise a participant that always
-        replies just before its limit would multiply the limit in every round.
+        replies just before its limit would multiply the limit in every round. It counts as at most
+        `SLOWDOWN` times faster than before, since participants that go on with an interrupted
+        round train a part of its epochs only.
         """
         if seconds <= 0.0:
             return self
         measured = seconds / local_epochs
         first = self.first_seconds_per_epoch or measured
-        bounded = min(measured, SLOWDOWN * first)
+        bounded = min(max(measured, self.seconds_per_epoch / SLOWDOWN), SLOWDOWN * first)
         return replace(self, seconds_per_epoch=bounded, first_seconds_per_epoch=first)
 
     def time_limit(self, timeout: float | None, local_epochs: int) -> float | None:

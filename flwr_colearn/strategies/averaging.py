@@ -416,11 +416,15 @@ class Averaging(FedAvg, Managed[RoundLog]):
         assert self._mean is not None
         self._mean.check(sent, reply)
 
+    def measure(self, arrays: ArrayRecord) -> None:
+        """Measure the relative change of the shared model."""
+        if self.log.is_open:
+            self._change(arrays)
+
     def close(self, arrays: ArrayRecord) -> None:
         """Complete the record of the round under way, if any; `arrays` is the shared model."""
         if self.log.is_open:
-            assert self._mean is not None
-            self.log.close(self._shared.change(arrays, averaged=self._mean.count > 0))
+            self.log.close(self._change(arrays))
 
     def configuration(self) -> dict[str, str]:
         """Return the settings that a resumed run must have in common with the saved one."""
@@ -475,9 +479,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             )
             entries: dict[str, Any] = {"server-round": server_round}
         else:
-            # Without a mean this is the first round after a resume, whose change was restored.
-            averaged = self._mean is None or self._mean.count > 0
-            change = self._shared.change(arrays, averaged) if self.progress.round else None
+            change = self._change(arrays) if self.progress.round else None
             plan, self.progress = self.algorithm.next_plan(server_round, self.progress, change)
             epochs, rate = plan.local_epochs, plan.learning_rate
             entries = plan.to_config()
@@ -498,6 +500,12 @@ class Averaging(FedAvg, Managed[RoundLog]):
         if scheme.is_local:
             record.normalization["shared-model"] = PARTIAL
         return entries, record
+
+    def _change(self, arrays: ArrayRecord) -> float | None:
+        """Return the relative change of the last round, or of the one under way."""
+        # Without a mean the run was resumed after the aggregation, and the change was restored.
+        averaged = self._mean is None or self._mean.count > 0
+        return self._shared.change(arrays, averaged)
 
     def _renew_mean(self, server_round: int) -> None:
         if self._mean is None:

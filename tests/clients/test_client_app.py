@@ -212,3 +212,29 @@ def test_another_training_begins_with_a_new_optimizer():
     first, _ = replies(grid, 1, 2)
     (other,) = replies(grid, 3, session="b")
     assert same(first, other)
+
+
+def test_a_participant_with_a_state_dir_goes_on_after_its_last_finished_epoch(tmp_path):
+    trained = []
+
+    class Failing(TorchTrainer):
+        def train_epoch(self, learning_rate, seed):
+            trained.append(seed)
+            if len(trained) == 4:
+                raise RuntimeError
+            return super().train_epoch(learning_rate, seed)
+
+    def build_failing(context):
+        trainer = build(context)
+        trainer.__class__ = Failing
+        return trainer
+
+    app = make_client_app(build_failing, seed=lambda context: SEED)
+    grid = InProcessGrid(app, 1, node_configs=[{"state-dir": str(tmp_path), "partition-id": 0}])
+    plan = LocalPlan(1, 5, 0.1)
+    config = {**plan.to_config(), "session": "a"}
+    assert ask(grid, 1, **config).has_error()
+    reply = ask(grid, 1, **config)
+    assert same(arrays_of(reply.content["arrays"]), trained_by_hand(0, plan)[0])
+    assert len(trained) == 4 + 2
+    assert [path.name[:12] for path in tmp_path.glob("*.epoch")] == ["partition-0-"]

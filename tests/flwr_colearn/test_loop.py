@@ -65,6 +65,18 @@ class Watching(FedAvg):
         return super().aggregate_train(server_round, replies)
 
 
+def test_the_record_has_the_relative_change_of_the_trainable_arrays():
+    history = History()
+    found = numpy_of(start(FedAvg(), rounds=1, history=history).arrays)
+    names = ("fc.weight", "fc.bias")
+    new, old = (
+        np.concatenate([np.ravel(model[name]) for name in names]).astype(np.float64)
+        for model in (found, MODEL)
+    )
+    expected = np.linalg.norm(new - old) / np.linalg.norm(old)
+    assert history.records[0].relative_change == pytest.approx(expected)
+
+
 # What a strategy is given, and what becomes of its aggregate ------------------------------------
 
 
@@ -212,13 +224,19 @@ def test_the_nodes_of_a_round_are_those_that_it_had_begun_with(tmp_path):
             messages = super().configure_train(server_round, arrays, config, grid)
             return random.SystemRandom().sample(list(messages), 2)
 
+        def aggregate_train(self, server_round, replies):
+            average = super().aggregate_train(server_round, replies)
+            if server_round == 2:
+                raise Killed
+            return average
+
     strategy = Drawing()
     with pytest.raises(Killed):
-        start(strategy, checkpoints=tmp_path, evaluate_fn=kill_in(2))
+        start(strategy, checkpoints=tmp_path)
     for _ in range(5):
         again = Drawing()
         with pytest.raises(Killed):
-            start(again, checkpoints=tmp_path, evaluate_fn=kill_in(2), resume="auto")
+            start(again, checkpoints=tmp_path, resume="auto")
         assert again.given == [strategy.given[1]]
 
 
