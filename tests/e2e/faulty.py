@@ -33,10 +33,14 @@ class Net(nn.Sequential):
 
     def forward(self, inputs):
         # Every message has a process, and so a net, of its own.
-        if self.training and not self.begun:
+        if not self.begun:
             self.begun = True
-            self.rounds += 1
-            suffer_fault(Path(self.folder) / "faults" / f"round-{self.rounds}")
+            self.rounds += self.training
+            kind = "round" if self.training else "evaluation"
+            fault = suffer_fault(Path(self.folder) / "faults" / f"{kind}-{self.rounds}")
+            if fault == "poison":
+                with torch.no_grad():
+                    self[1].weight.fill_(1e6)  # batch norm makes it trainable
         return super().forward(inputs)
 
 
@@ -45,9 +49,9 @@ def net(folder):
 
 
 def suffer_fault(order):
-    """Do what a file says, once."""
+    """Do what a file says, once, and return it."""
     if not order.exists():
-        return
+        return None
     fault = order.read_text()
     order.rename(order.with_suffix(".done"))
     if fault == "raise":
@@ -56,3 +60,4 @@ def suffer_fault(order):
         os.kill(os.getpid(), signal.SIGKILL)
     if fault in ("hang", "wait"):  # "wait": until the test has done something to the SuperNode
         time.sleep(600)
+    return fault

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from flwr_colearn import History
 from tests.e2e.deployment import ROOT, Deployment, Site, await_that
 
-ROUNDS = 6
+ROUNDS = 7
 SITES = ["delft", "leiden", "utrecht"]
 TIME_LIMIT = 60.0
 CONFIG = {
@@ -96,7 +96,7 @@ def test_a_run_with_a_fault_in_every_round_ends_with_the_same_model(deployment, 
 
     faults = {
         (1, 0): "raise", (2, 1): "kill", (3, 2): "hang", (4, 0): "wait", (5, 1): "wait",
-        (6, 2): "wait",
+        (6, 2): "wait", (7, 0): "poison",
     }  # fmt: skip
     first = run(deployment, "faulty", faults, timeout=TIME_LIMIT)
     await_fault(4, 0)
@@ -125,9 +125,11 @@ def test_a_run_with_a_fault_in_every_round_ends_with_the_same_model(deployment, 
         assert record.relative_change == expected.relative_change
         assert record.local_epochs == expected.local_epochs
     restarted = [{entry["participant"] for entry in record.restarts} for record in faulty]
-    # In round 1 nobody is known by name yet, so the restart is recorded by node id.
-    assert [len(names) for names in restarted] == [1, 1, 1, 1, 1, 0]
-    assert restarted[1:5] == [{"leiden"}, {"utrecht"}, {"delft"}, {"leiden"}]
+    names = ["delft", "leiden", "utrecht", "delft", "leiden", None, "delft"]
+    assert restarted == [{name} if name else set() for name in names]
+    # A model far from all others, which the guard refuses.
+    [restart] = faulty.records[6].restarts
+    assert "norm" in restart["reason"]
     # Only the type of an exception reaches the server (docs/security.md says so).
     reason = faulty.records[0].restarts[0]["reason"]
     assert "RuntimeError: the text stays in the participant's log" in reason
@@ -135,6 +137,19 @@ def test_a_run_with_a_fault_in_every_round_ends_with_the_same_model(deployment, 
     for record, expected in zip(faulty, history, strict=True):
         reasons = [entry["reason"] for entry in record.restarts]
         print(record.round, expected.seconds, record.seconds, json.dumps(reasons))
+
+
+@pytest.mark.timeout(900)
+def test_a_hang_in_an_evaluation_ends_at_the_time_limit_and_costs_no_round(deployment):
+    process = run(deployment, "evaluated", num_server_rounds=2, fraction_evaluate=1.0, timeout=30.0)
+    # The counter of rounds travels with the model, so that the evaluation knows its number.
+    (deployment.folder / "leiden" / "faults" / "evaluation-1").write_text("hang")
+    process.wait(timeout=600)
+    first, second = History.read(folder_of(deployment, "evaluated") / "history.jsonl")
+    assert first.participants == second.participants == SITES
+    assert sorted(first.site_metrics) == ["delft", "utrecht"]
+    assert sorted(second.site_metrics) == SITES
+    print("evaluation", second.seconds, first.seconds)
 
 
 def test_an_unregistered_supernode_is_refused(deployment):

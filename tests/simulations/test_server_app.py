@@ -297,7 +297,7 @@ def test_weighted_and_plain_means_differ_where_sites_have_different_numbers(tmp_
     from flwr_colearn.history import plain_means
 
     sites = [{"accuracy": 1.0, "num-examples": 30, "a": 1}, {"accuracy": 0.5, "num-examples": 10}]
-    assert plain_means(sites) == {"accuracy": 0.75}
+    assert plain_means(sites) == {"accuracy": 0.75, "a": 1.0}  # over those that have it
     assert plain_means([]) == {}
 
 
