@@ -265,6 +265,7 @@ class ConnectedGrid(WrappingGrid):
             seconds=0.0 if self._recovering is None else self._recovering.seconds,
             names=names,
             models=Directions(moved.models_down, moved.models_up),
+            gone=0 if self._recovering is None else self._recovering.take_gone(),
         )
 
     def name_of(self, node_id: int) -> str:
