@@ -95,6 +95,8 @@ class RoundTraffic:
         The names of participants by node id; node ids where the name is unknown.
     models : Directions
         The number of models.
+    gone : int
+        The number of participants that were given up because they left and did not come back.
     """
 
     bytes: Directions = field(default_factory=Directions)
@@ -103,3 +105,4 @@ class RoundTraffic:
     seconds: float = 0.0
     names: dict[int, str] = field(default_factory=dict)
     models: Directions = field(default_factory=Directions)
+    gone: int = 0

@@ -16,7 +16,7 @@ from .compression import Compression, CompressionGrid, Uncompressed, as_compress
 from .errors import ColearnError, expected
 from .grids import BoundingGrid, MeteringGrid, SelectingGrid, WrappingGrid
 from .normalization import Normalization, NormalizationGrid, Pooled, as_normalization
-from .policy import Recovery, time_to_live, timed
+from .policy import Quorum, Recovery, time_to_live, timed
 from .records import SentTypes, config_of, kind_of, records_of
 from .recovery import Directory, RecoveringGrid
 from .roles import Arrays, Roles
@@ -123,6 +123,13 @@ class Transport:
                 "up=Uncompressed(), since the wrapper counts on the norm to which updates were "
                 "clipped, which rounding changes",
                 str(self.compression),
+            )
+        if self.recovery is not None and isinstance(self.recovery.policy, Quorum):
+            raise expected(
+                "recovery policy under differential privacy",
+                "'fail' or 'wait', since the wrapper's noise is measured for all K participants, "
+                "and an average of fewer gives each a larger share than that",
+                self.recovery.policy,
             )
         if not self.normalization.travels_whole:
             raise expected(
@@ -258,6 +265,7 @@ class ConnectedGrid(WrappingGrid):
             seconds=0.0 if self._recovering is None else self._recovering.seconds,
             names=names,
             models=Directions(moved.models_down, moved.models_up),
+            gone=0 if self._recovering is None else self._recovering.take_gone(),
         )
 
     def name_of(self, node_id: int) -> str:

@@ -117,6 +117,8 @@ class Coordinator:
         The nodes that replied in this round.
     pending : Pending or None
         The average that is to be distributed.
+    absent : int
+        The number of learners that a quorum has waited for in vain, and that are not back.
     """
 
     operator: Operator
@@ -129,6 +131,7 @@ class Coordinator:
     nodes: list[int] = field(default_factory=list)
     present: list[int] = field(default_factory=list)
     pending: Pending | None = None
+    absent: int = 0
 
     def __post_init__(self) -> None:
         self._grid: ConnectedGrid | None = None
@@ -331,7 +334,9 @@ class Coordinator:
             self.grid.refer_to(self.reference.arrays)
 
     def _account(self) -> None:
-        self.log.note_traffic(self.grid.take())
+        traffic = self.grid.take()
+        self.absent += traffic.gone
+        self.log.note_traffic(traffic)
 
     # Messages and replies -----------------------------------------------------------------------
 

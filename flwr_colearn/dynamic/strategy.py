@@ -189,8 +189,9 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
             coordinator.random,
             self._features.recovery,
             self.wait_for_participants,
-            replied=len(coordinator.present) or None,
+            absent=coordinator.absent,
         )
+        coordinator.absent = self.num_learners - len(members.nodes)
         coordinator.train(server_round, members.nodes, config)
         self.log.note_events(
             Event("absence", coordinator.grid.name_of(node), "not connected")

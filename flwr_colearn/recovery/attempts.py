@@ -79,6 +79,8 @@ class Attempts:
         The events so far.
     sent : int
         The number of messages sent so far, including restarts.
+    gone : int
+        The number of participants that left and did not come back within the patience.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Attempts:
         self.participants = [Participant(m.metadata.dst_node_id, m) for m in messages]
         self.events: list[Event] = []
         self.sent = 0
+        self.gone = 0
         # The participants that were refused because another one has their name.
         self._copies: set[int] = set()
 
@@ -308,6 +311,7 @@ class Attempts:
         """Give up a disconnected participant whose patience is spent; log that it is waited for."""
         patience = math.inf if self.recovery.restarts_for_ever else self.recovery.patience
         if now - participant.waiting_since >= patience:
+            self.gone += 1
             reason = f"it left and did not come back within {patience:g} s"
             self._give_up(participant, f"{reason}: {participant.failure}")
         elif not participant.waited_for:

@@ -86,6 +86,7 @@ class RecoveringGrid(WrappingGrid):
         # Kept across rounds: the reply to an abandoned attempt may arrive in a later round.
         self._abandoned: set[str] = set()
         self._events: list[Event] = []
+        self._gone = 0
         self._types = SentTypes()
 
     def name_of(self, node_id: int) -> str:
@@ -102,6 +103,11 @@ class RecoveringGrid(WrappingGrid):
         """Return the events since the last call."""
         events, self._events = self._events, []
         return events
+
+    def take_gone(self) -> int:
+        """Return how many participants left and did not come back since the last call."""
+        gone, self._gone = self._gone, 0
+        return gone
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -167,6 +173,7 @@ class RecoveringGrid(WrappingGrid):
     def _note(self, attempts: Attempts) -> None:
         """Store the events and numbers of a round's attempts."""
         self._events += attempts.events
+        self._gone += attempts.gone
         self.node_ids, self.seconds = attempts.node_ids, attempts.seconds
         self.sent = attempts.sent
 

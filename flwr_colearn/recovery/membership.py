@@ -42,7 +42,7 @@ def choose_members(
     recovery: Recovery | None = None,
     patience: float = float("inf"),
     available: int = 0,
-    replied: int | None = None,
+    absent: int = 0,
 ) -> Members:
     """Return the nodes of the next round's participants.
 
@@ -62,10 +62,9 @@ def choose_members(
         The seconds to wait for K nodes to connect.
     available : int
         The number of nodes that must be connected, if that is more than K.
-    replied : int, optional
-        The number of participants that replied in the last round. With a `Quorum` the others have
-        been waited for then, and a participant that left is waited for only once, until it is back:
-        the round begins as soon as so many nodes are connected.
+    absent : int, default 0
+        The number of participants that have been waited for until the patience was spent, and are
+        not back. With a `Quorum` the round does not wait for so many again.
 
     Raises
     ------
@@ -75,8 +74,7 @@ def choose_members(
     policy, target = recovery.policy if recovery is not None else None, max(wanted, available)
     if recovery is not None and isinstance(policy, Quorum):
         patience = min(patience, recovery.patience)
-        if replied is not None:
-            target = max(min(target, replied), policy.least)
+        target = max(target - absent, policy.least)
     try:
         nodes = wait_for_nodes(grid, target, patience)
     except ColearnError:

@@ -178,6 +178,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self._timeout: float | None = None
         self._grid: ConnectedGrid | None = None
         self._missing: list[int] = []
+        # The participants that a quorum has waited for in vain, and that are not back.
+        self._absent = 0
         self._evaluated: ArrayRecord | None = None
 
     @property
@@ -263,9 +265,10 @@ class Averaging(FedAvg, Managed[RoundLog]):
             self._features.recovery,
             self.wait_for_participants,
             self.min_available_nodes,
-            len(self.history.records[-1].participants) if self.history.records else None,
+            self._absent,
         )
         self.last_nodes, self._missing = members.nodes, members.missing
+        self._absent = self.num_participants - len(members.nodes)
         self.log.open(record)
         reason = "it was not connected when the round began"
         self.log.note_events(
@@ -527,6 +530,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             return
         assert self._mean is not None
         traffic = self._grid.take()
+        self._absent += traffic.gone
         self.log.note_traffic(traffic)
         self._mean.note(traffic.events)
         # Missing nodes too, so that their participants take part again when they reconnect.
@@ -557,6 +561,6 @@ class Averaging(FedAvg, Managed[RoundLog]):
     def _clear(self) -> None:
         """Reset the state of an earlier run."""
         self.progress, self._mean = Progress(), None
-        self.last_nodes, self._missing = [], []
+        self.last_nodes, self._missing, self._absent = [], [], 0
         self._shared.clear()
         self.log.clear()

@@ -876,3 +876,24 @@ def test_the_loop_of_others_is_refused():
     strategy = DynamicAveraging(1.0, num_learners=1)
     with pytest.raises(ColearnError, match="expected to run in its own start"):
         strategy.configure_train(1, zeros(), ConfigRecord(), grid_of(1))
+
+
+def test_a_quorum_waits_once_for_a_learner_that_is_gone(clock):
+    """Patience is 600 s; nothing else takes time on this clock."""
+
+    class Leaving(InProcessGrid):
+        gone = False
+
+        def get_node_ids(self):
+            return [node for node in super().get_node_ids() if node != 2 or not self.gone]
+
+    grid, times = Leaving(client_app(), 3), []
+
+    def look(server_round, arrays):
+        times.append(clock.now)
+        grid.gone = 1 <= server_round < 4
+
+    strategy = ModelAveraging(Periodic(1), 3, recovery=Recovery(policy=Quorum(2)))
+    strategy.start(grid, zeros(), num_rounds=5, evaluate_fn=look)
+    assert [round(each, -2) for each in np.diff(times)] == [0, 600, 0, 0, 0]
+    assert [len(entry.reporters) for entry in strategy.history] == [3, 2, 2, 2, 3]

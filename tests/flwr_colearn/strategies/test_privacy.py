@@ -25,6 +25,9 @@ from flwr_colearn import (
     CyclicalRate,
     IncreasingEpochs,
     InProcessGrid,
+    Quorum,
+    Recovery,
+    Transport,
 )
 from flwr_colearn import run as run_any
 from flwr_colearn.strategies import Progress
@@ -170,6 +173,16 @@ def test_weights_by_number_of_examples_are_refused_under_privacy(inner, loop):
     grid = InProcessGrid(small_net.message_app(), K)
     start = private.start if loop != "run" else lambda *args, **kw: run_any(private, *args, **kw)
     with pytest.raises(ColearnError, match="weighting under differential privacy: expected 'unif"):
+        start(grid, small_net.named(small_net.initial()), num_rounds=1)
+
+
+@pytest.mark.parametrize("loop", ["run", "the wrapper's own"])
+def test_a_quorum_is_refused_under_privacy(loop):
+    recovery = Recovery(policy=Quorum(2))
+    private = DifferentialPrivacyServerSideFixedClipping(strategy_of(), 1.0, 1.0, K)
+    grid = Transport(recovery=recovery).connect(InProcessGrid(small_net.message_app(), K))
+    start = private.start if loop != "run" else lambda *args, **kw: run_any(private, *args, **kw)
+    with pytest.raises(ColearnError, match="recovery policy under differential privacy: expected"):
         start(grid, small_net.named(small_net.initial()), num_rounds=1)
 
 
