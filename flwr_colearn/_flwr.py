@@ -21,6 +21,15 @@ REFUSED = 1000
 CLIENT_RAISED = 2
 """Flower's code for an exception in a ClientApp."""
 
+RAISING_CODES = (1, CLIENT_RAISED, 6, 7)
+"""Flower's codes for an exception: while the ClientApp is loaded, in it, in a mod, in a FAB."""
+
+NODE_UNAVAILABLE = 5
+"""Flower's code for a SuperNode that is no longer connected."""
+
+CLIENT_CRASHED = 8
+"""Flower's code for a ClientApp process that ended without a reply."""
+
 
 def set_message_id(message: Message, message_id: str) -> None:
     """Set a message's id, as Flower's grids do when they push the message."""
@@ -124,7 +133,10 @@ def empty_run(run_id: int) -> Any:
 
 
 __all__ = [
+    "CLIENT_CRASHED",
     "CLIENT_RAISED",
+    "NODE_UNAVAILABLE",
+    "RAISING_CODES",
     "REFUSED",
     "ClientProxy",
     "aggregate_metricrecords",

@@ -11,6 +11,9 @@ from .errors import expected, real_number, whole_number
 LONGEST_PAUSE = 60.0
 """The longest pause between two attempts, in seconds."""
 
+SCARCE = 15.0
+"""The pause after a participant ran out of memory, as a multiple of the other pauses."""
+
 REPORT_WITHIN = 120.0
 """The seconds that Flower may take to report the end of a participant's process."""
 
@@ -50,9 +53,13 @@ class Recovery:
     Parameters
     ----------
     max_restarts : int, default 3
-        The number of restarts of one participant in one round.
+        The number of restarts of one participant in one round. A participant whose reply is refused
+        for the same reason as before, or that raises the same exception, is restarted once only:
+        with the same model, data and seed it would fail the same way. Exceptions of disks and
+        networks (`OSError`, `ConnectionError`, `TimeoutError`) are not of this kind.
     pause : float, default 1.0
         The seconds before the first restart; doubled before each further one, up to a minute.
+        After running out of memory the pause is 15 times as long, up to 15 minutes.
     patience : float, default 600.0
         The seconds within which a disconnected participant must reconnect. Under a `Quorum` they
         are spent once per absence: later rounds begin without it, until it is back.
@@ -86,10 +93,19 @@ class Recovery:
         """Whether the number of restarts has no limit."""
         return self.policy == "wait"
 
-    def pause_before(self, restarts: int) -> float:
-        """Return the seconds to wait before the next restart, after the given number of them."""
+    def pause_before(self, restarts: int, scarce: bool = False) -> float:
+        """Return the seconds to wait before the next restart, after the given number of them.
+
+        Parameters
+        ----------
+        restarts : int
+            The number of restarts in this round.
+        scarce : bool, default False
+            Whether the participant ran out of memory, which others have to free.
+        """
         # The power is bounded, since "wait" has no limit of restarts and a float would overflow.
-        return min(self.pause * 2.0 ** min(restarts, 64), LONGEST_PAUSE)
+        pause = min(self.pause * 2.0 ** min(restarts, 64), LONGEST_PAUSE)
+        return SCARCE * pause if scarce else pause
 
 
 def attempt_limit(timeout: float, expected_seconds: float = 0.0) -> float | None:

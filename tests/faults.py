@@ -136,7 +136,7 @@ BAD_REPLIES = {  # kind: what it does to a good reply's content, and what the re
     ),
 }
 FAILURES = {  # kind: what the record says
-    "raises": "code 2.: ValueError: disk on fire",
+    "raises": "code 2.: OSError: disk on fire",
     "code 0": "code 0",
     "code 5": "code 5",
     "code 8": "code 8",
@@ -153,12 +153,16 @@ FAULTS = (*FAILURES, *BAD_REPLIES, *UNSEEN)
 def random_faults(seed, rounds, k=K, share=0.3, most=3):
     """A schedule in which participants fail up to `most` times in a row, in every way."""
     rng = random.Random(seed)
-    return {
-        (round_, participant, attempt): rng.choice(FAULTS)
-        for round_ in range(1, rounds + 1)
-        for participant in range(k)
-        for attempt in range(rng.randint(1, most) if rng.random() < share else 0)
-    }
+    # Different ones, since a participant whose reply is refused twice for one reason is given up.
+    reasons = {kind: kind if kind != "Inf" else "NaN" for kind in FAULTS}
+    faults = {}
+    for round_ in range(1, rounds + 1):
+        for participant in range(k):
+            drawn = rng.sample(FAULTS, rng.randint(1, most)) if rng.random() < share else ()
+            kinds = {reasons[kind]: kind for kind in drawn}.values()
+            for attempt, kind in enumerate(kinds):
+                faults[round_, participant, attempt] = kind
+    return faults
 
 
 class Clock:
@@ -328,7 +332,7 @@ class FaultyGrid(InProcessGrid):
         if not _is_training(message):
             return call_next(message, context)
         if self._fault == "raises":
-            raise ValueError("disk on fire")
+            raise OSError("disk on fire")
         reply = call_next(message, context)
         if self._fault in BAD_REPLIES:
             BAD_REPLIES[self._fault][0](reply.content)

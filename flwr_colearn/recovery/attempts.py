@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging import WARNING
 
 from flwr.app import Message
@@ -11,12 +11,13 @@ from flwr.common import log
 from flwr.serverapp import Grid
 
 from .._flwr import REFUSED, copied
-from ..aggregation import echo_of, failure_of
+from ..aggregation import echo_of
 from ..errors import ColearnError, expected
 from ..grids import WrappingGrid
 from ..policy import Recovery
 from ..text import printable
 from ..traffic import LONGEST_REASON, Event, EventKind
+from .failures import Failure
 from .identity import Directory
 
 LONGEST_POLL = 3.0
@@ -36,17 +37,22 @@ class Participant:
     not_before: float = 0.0
     waiting_since: float = 0.0
     restarts: int = 0
-    failure: str = ""
     warned: bool = False
     waited_for: bool = False
     replied: bool = False
     lost: str | None = None
     seconds: float = 0.0
+    failures: list[Failure] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
         """Whether the participant has replied or is given up."""
         return self.replied or self.lost is not None
+
+    @property
+    def failure(self) -> str:
+        """The reason of the last failure, as text for a log."""
+        return printable(self.failures[-1].reason, LONGEST_REASON)
 
 
 class Attempts:
@@ -178,14 +184,14 @@ class Attempts:
         participant.message_id = None
         # An error of Flower or of the ClientApp is a failure; only a layer's own code is a refusal.
         if reply.has_error() and reply.error.code != REFUSED:
-            self._failed(participant, str(failure_of(reply)))
+            self._failed(participant, Failure.of(reply))
             return False
         try:
             self._check_identity(participant, reply)
             self.check(participant.message, reply)
         except ColearnError as error:
             self._note("refusal", participant, str(error))
-            self._failed(participant, f"its reply was refused: {error}")
+            self._failed(participant, Failure.refused(str(error)))
             return False
         participant.seconds = time.monotonic() - participant.sent_at
         participant.replied = True
@@ -234,7 +240,7 @@ class Attempts:
         waited = time.monotonic() - participant.sent_at
         if waited >= self.timeout:
             self._abandon(participant)
-            self._failed(participant, f"no reply within {self.timeout:g} s")
+            self._failed(participant, Failure(f"no reply within {self.timeout:g} s"))
         elif waited >= 0.8 * self.timeout and not participant.warned:
             participant.warned = True
             log(
@@ -268,17 +274,22 @@ class Attempts:
                 participant.message_id = message_id
                 self.sent += 1
             else:
-                self._failed(participant, "the message was not accepted")
+                self._failed(participant, Failure("the message was not accepted"))
 
-    def _failed(self, participant: Participant, reason: str) -> None:
-        """Schedule a restart, or give the participant up if its restarts are spent."""
-        now, recovery = time.monotonic(), self.recovery
-        if participant.restarts >= recovery.max_restarts and not recovery.restarts_for_ever:
-            self._give_up(participant, f"{reason} (after {participant.restarts} restarts)")
+    def _failed(self, participant: Participant, failure: Failure) -> None:
+        """Schedule a restart, or give the participant up if another one is of no use."""
+        now, recovery, reason = time.monotonic(), self.recovery, failure.reason
+        # The first repetition is worth a try, since bits of a memory or a disk may flip.
+        again = failure.kind == "repeatable" and failure in participant.failures
+        participant.failures.append(failure)
+        spent = again or participant.restarts >= recovery.max_restarts
+        if spent and not recovery.restarts_for_ever:
+            after = f"after {participant.restarts} restarts" + (", the same again" if again else "")
+            self._give_up(participant, f"{reason} ({after})")
             return
-        participant.not_before = now + recovery.pause_before(participant.restarts)
+        pause = recovery.pause_before(participant.restarts, scarce=failure.kind == "memory")
+        participant.not_before = now + pause
         participant.waiting_since, participant.waited_for = now, False
-        participant.failure = printable(reason, LONGEST_REASON)
         participant.restarts += 1
 
     def _restart(self) -> bool:

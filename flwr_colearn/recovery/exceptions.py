@@ -17,6 +17,8 @@ SWITCH = "exception-text"
 # Flower's own text where a ClientApp lacks a function. It holds nothing of the site.
 _NO_FUNCTION = re.compile(r"No \w+ function registered with name '[\w.-]{1,80}'")
 
+_OUT_OF_MEMORY = re.compile(r"out of memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
+
 _LONGEST_TYPE = 80
 
 
@@ -66,4 +68,6 @@ def _described(error: BaseException) -> str:
     # The name of a class is chosen by code, which may make it of anything.
     kind = re.sub(r"\W", "_", type(error).__name__)[:_LONGEST_TYPE]
     text = flowers[0] if flowers else "the text stays in the participant's log"
-    return f"{kind}: {text}"
+    # Not every framework has a type for it, and the server waits longer before another attempt.
+    memory = "out of memory; " if _OUT_OF_MEMORY.search(str(error)) else ""
+    return f"{kind}: {memory}{text}"

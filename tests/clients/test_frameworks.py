@@ -224,7 +224,7 @@ def mixed(build_for):
     [("keras", r"'conv2d/kernel'.*unknown \['0.weight'"), ("slim", r"'Conv/weights'.*'0.weight'")],
 )
 def test_a_participant_of_another_framework_is_named_with_what_differs(trainers, name, differs):
-    with pytest.raises(ColearnError, match=rf"participant partition-1: .*weights: expected.*{differs}"):
+    with pytest.raises(ColearnError, match=rf"partition-1: .*weights: expected.*{differs}"):
         mixed([trainers["torch"], trainers[name]].__getitem__)
 
 

@@ -109,7 +109,7 @@ def run_with_messages(train, num_rounds=3, **arguments):
     def _(message, context):
         k = context.node_config["partition-id"]
         plan = LocalPlan.from_config(message.content["config"])
-        plans.append((k, replace(plan, time_limit=None)))
+        plans.append((k, replace(plan, time_limit=None, session=None)))
         arrays = ArrayRecord(train(k, plan, message.content["arrays"].to_numpy_ndarrays()))
         metrics = MetricRecord({"num-examples": EXAMPLES[k]})
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)

@@ -114,11 +114,12 @@ def test_a_run_with_a_fault_ends_with_the_same_bits_as_the_run_without(kind, clo
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("round_", [1, 2])
 def test_all_participants_may_fail_at_once_and_again(kind, round_, clock):
-    faults = {(round_, k, attempt): kind for k in range(K) for attempt in range(2)}
+    times = 1 if kind in BAD_REPLIES else 2
+    faults = {(round_, k, attempt): kind for k in range(K) for attempt in range(times)}
     grid = FaultyGrid(clock, faults)
     found, records = run(grid)
     assert found == clean(clock)
-    assert len(grid.injected) == K * (1 if kind in UNSEEN else 2)
+    assert len(grid.injected) == K * (1 if kind in UNSEEN else times)
     check_records(grid, records)
 
 
@@ -218,6 +219,8 @@ def test_fail_ends_the_run_with_the_model_of_the_last_completed_round(kind, rest
     grid = FaultyGrid(clock, failing(k=1, round_=3, kind=kind))
     strategy = strategy_of(recovery=Recovery(restarts))
     reason = FAILURES.get(kind) or BAD_REPLIES[kind][1]
+    if kind in BAD_REPLIES:  # which cannot differ the next time
+        restarts = min(restarts, 1)
     match = rf"at least 4 of 4, lost participant partition-1: .*{reason}.*\(after {restarts} rest"
     with pytest.raises(ColearnError, match=match) as error:
         strategy.start(grid, record_of(MODEL), num_rounds=5, timeout=60.0)
