@@ -180,9 +180,12 @@ def report_of(reply: Message) -> Report:
     if "lost" in record:
         return Report(lost=_printable(record["lost"]))
     examples, distance = record.get("examples"), record.get("distance")
-    for name, value, least in (("examples", examples, 1e-9), ("distance", distance, 0.0)):
+    for name, value, least, wanted in (
+        ("examples", examples, 1e-9, "a positive number"),
+        ("distance", distance, 0.0, "a number that is not negative"),
+    ):
         if not isinstance(value, int | float) or not least <= value < math.inf:
-            raise expected(f"'{name}' in the reply", "a number that is not negative", value)
+            raise expected(f"'{name}' in the reply", wanted, value)
     if examples > _MOST_EXAMPLES:  # type: ignore[operator]  # a number, see above
         raise expected("'examples' in the reply", f"a number up to {_MOST_EXAMPLES}", examples)
     assert isinstance(examples, int | float)

@@ -91,7 +91,7 @@ def test_impossible_classes_are_refused_with_the_possible_ones(k, each):
 
 def test_a_class_too_small_for_its_owners_is_refused():
     # Two participants are to share class 1, which has one example.
-    with pytest.raises(ColearnError, match="expected"):
+    with pytest.raises(ColearnError, match=r"at least 2 examples of class 1.* 2 part.* found 1"):
         class_shards([0, 0, 0, 1], num_partitions=2, classes_each=2, seed=0)
 
 

@@ -657,7 +657,7 @@ def test_another_configuration_is_refused_with_the_difference(current, match):
 
 
 def test_every_difference_is_named():
-    with pytest.raises(ColearnError) as error:
+    with pytest.raises(ColearnError, match="expected one of the same configuration") as error:
         check_same_configuration({"a": "1", "b": "2", "c": "3"}, {"a": "4", "b": "2", "c": "5"})
     assert "found another a: 1 there, 4 now; another c: 3 there, 5 now;" in str(error.value)
     assert "another b" not in str(error.value)

@@ -327,7 +327,7 @@ def test_the_state_of_other_strategies_is_refused(tmp_path):
     with pytest.raises(ColearnError, match="another strategy: FedAvg there, FedAdam now"):
         start(FedAdam(), checkpoints=tmp_path, resume="auto")
     transport = Transport(compression=Compression(up=Int8()))
-    with pytest.raises(ColearnError, match="compression"):
+    with pytest.raises(ColearnError, match=r"another compression: float32 .* int8 up"):
         start(FedAvg(), checkpoints=tmp_path, resume="auto", transport=transport)
     with pytest.raises(ColearnError, match="expected none, since resume='never'"):
         start(FedAvg(), checkpoints=tmp_path)
@@ -357,13 +357,13 @@ def test_a_history_is_a_path_or_an_object(tmp_path):
 
 @pytest.mark.parametrize("rounds", [0, -1, 1.5, True, "3"])
 def test_an_impossible_number_of_rounds_is_refused(rounds):
-    with pytest.raises(ColearnError, match="num_rounds"):
+    with pytest.raises(ColearnError, match=f"num_rounds: expected .*, found {rounds!r}"):
         start(FedAvg(), rounds=rounds)
 
 
 @pytest.mark.parametrize("resume", ["always", True, None])
 def test_another_word_than_never_or_auto_is_refused(resume):
-    with pytest.raises(ColearnError, match="resume"):
+    with pytest.raises(ColearnError, match=f"resume: expected 'never' or 'auto', found {resume!r}"):
         start(FedAvg(), resume=resume)
 
 

@@ -601,7 +601,7 @@ def test_another_configuration_is_refused_with_the_difference(changed, what, ser
 
 def test_all_that_differs_is_named(server):
     server.start(rounds=2)
-    with pytest.raises(ColearnError) as error:
+    with pytest.raises(ColearnError, match="of the same configuration, found another") as error:
         server.start(learning_rate=ConstantRate(0.2), weighting="weighted", total_epochs=99)
     for what in ("learning rate", "weighting", "total epochs"):
         assert f"another {what}: " in str(error.value)
@@ -639,11 +639,18 @@ def test_what_does_not_change_the_model_may_be_changed(server, uninterrupted):
     assert server.start(recovery=Recovery(9, policy=Quorum(3))) == uninterrupted
 
 
-@pytest.mark.parametrize("state", [{}, {"configuration": {}}, {"configuration": 3}])
-def test_a_checkpoint_of_another_program_is_refused(state, server):
+@pytest.mark.parametrize(
+    ("state", "match"),
+    [
+        ({}, "expected one of this version of flwr-colearn, found KeyError: 'configuration'"),
+        ({"configuration": {}}, "expected one of the same configuration, found another .*: None"),
+        ({"configuration": 3}, "expected one of this version of flwr-colearn, found TypeError"),
+    ],
+)
+def test_a_checkpoint_of_another_program_is_refused(state, match, server):
     folder = CheckpointFolder(server.path / "checkpoints")
     folder.save(Checkpoint(3, MODEL, state))
-    with pytest.raises(ColearnError):
+    with pytest.raises(ColearnError, match=match):
         server.start()
 
 

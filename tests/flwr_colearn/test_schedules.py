@@ -266,10 +266,18 @@ def test_the_cosine_falls_from_the_first_rate_to_the_last(eta, total, share):
 
 
 @pytest.mark.parametrize(
-    "arguments", [(0.1, 0), (0.1, 2.5), (-0.1, 5), (0.1, 5, -0.1), (0.1, 5, 0.2), (0.1, 5, "low")]
+    ("arguments", "match"),
+    [
+        ((0.1, 0), "total_epochs of CosineRate: expected .* at least 1, found 0"),
+        ((0.1, 2.5), "total_epochs of CosineRate: expected a whole number .* found 2.5"),
+        ((-0.1, 5), "initial learning rate: expected .* at least 0.0, found -0.1"),
+        ((0.1, 5, -0.1), "final rate of CosineRate: expected .* from 0.0 to 0.1, found -0.1"),
+        ((0.1, 5, 0.2), "final rate of CosineRate: expected .* from 0.0 to 0.1, found 0.2"),
+        ((0.1, 5, "low"), "final rate of CosineRate: expected a finite number, found 'low'"),
+    ],
 )
-def test_an_impossible_cosine_is_refused(arguments):
-    with pytest.raises(ColearnError, match="expected"):
+def test_an_impossible_cosine_is_refused(arguments, match):
+    with pytest.raises(ColearnError, match=match):
         CosineRate(*arguments)
 
 
@@ -284,9 +292,17 @@ def test_a_warm_up_rises_to_the_other_schedule():
     assert Warmup(inner, epochs=7).start(0) == 0.01
 
 
-@pytest.mark.parametrize("arguments", [(0.1, 0), (0.1, 1.5), ("0.1", 5), (lambda progress: 0.1, 5)])
-def test_an_impossible_warm_up_is_refused(arguments):
-    with pytest.raises(ColearnError, match="expected"):
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((0.1, 0), "epochs of Warmup: expected .* at least 1, found 0"),
+        ((0.1, 1.5), "epochs of Warmup: expected a whole number .* found 1.5"),
+        (("0.1", 5), "learning_rate: expected a number, a schedule .* found '0.1'"),
+        ((lambda progress: 0.1, 5), "learning_rate: expected total_epochs beside a function"),
+    ],
+)
+def test_an_impossible_warm_up_is_refused(arguments, match):
+    with pytest.raises(ColearnError, match=match):
         Warmup(*arguments)
 
 

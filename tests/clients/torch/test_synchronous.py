@@ -164,7 +164,9 @@ def test_synchronised_with_a_participant_that_fails_ends_with_the_reason():
     )
     grid = ThreadedGrid(app, K)
     grid.contexts[2].node_config["partition-id"] = 99  # there is no such trainer
-    with pytest.raises(ColearnError, match="participant"):
+    with pytest.raises(
+        ColearnError, match=r"lost participant .*: the participant failed \(code 2\): "
+    ):
         strategy.start(grid, record_of(model), num_rounds=1)
 
 

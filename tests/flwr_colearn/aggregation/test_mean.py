@@ -151,7 +151,8 @@ def test_models_at_once_are_all_there_are():
 def test_doubles_whose_block_sums_to_more_than_float64_holds_are_still_averaged():
     model = {"w": np.full(_SMALL, 0.5 * np.finfo(np.float64).max)}
     mean = RunningMean(model, models=1)
-    with pytest.raises(ColearnError):  # the mean of one by one takes over
+    # The mean of one by one takes over.
+    with pytest.raises(ColearnError, match="array 'w': expected finite"):
         mean.add_all([(model, 1)])
     mean.add(model)
     assert np.array_equal(mean.mean()["w"], model["w"])
@@ -468,6 +469,31 @@ def test_what_is_accepted_depends_on_the_model_alone(models, dtype, value, weigh
         else:
             with pytest.raises(ColearnError, match=r"array 'n': expected|weight of a model"):
                 mean.add(model, weight)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("place", range(6))
+def test_every_element_of_an_integer_array_is_bounded(place, sign, at_once):
+    """One element too large for the sum of five is refused, wherever it is, and no smaller one."""
+
+    def mean_of(value):
+        array = np.ones((2, 3), np.int64)
+        array.flat[place] = value
+        mean = RunningMean({"n": np.zeros((2, 3), np.int64)}, models=5)
+        if at_once:
+            mean.add_all([({"n": array}, 1)] * 5)
+        else:
+            for _ in range(5):
+                mean.add({"n": array})
+        return array, mean.mean()["n"]
+
+    most = (2**63 - 1) // 5
+    array, mean = mean_of(sign * most)
+    assert np.array_equal(mean, array)  # exactly, as int64
+    wanted = f"array 'n': expected integers that sum within int64, found {most + 1}"
+    with pytest.raises(ColearnError, match=wanted):
+        mean_of(sign * (most + 1))
 
 
 @pytest.mark.parametrize("at_once", [True, False])

@@ -133,7 +133,7 @@ def test_a_message_without_a_round_takes_any():
 
 def test_replies_to_other_messages_are_not_judged():
     check(RecordDict(), sent("evaluate"))
-    with pytest.raises(ColearnError):
+    with pytest.raises(ColearnError, match="exactly one MetricRecord, found 0"):
         check(RecordDict(), sent("train.by_name"))
 
 

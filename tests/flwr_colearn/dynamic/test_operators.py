@@ -69,24 +69,24 @@ def test_dynamic_averaging_compares_the_mean_with_its_threshold():
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "match"),
     [
-        lambda: Dynamic(-1.0),
-        lambda: Dynamic(math.nan),
-        lambda: Dynamic("1"),
-        lambda: Dynamic(1.0, check_every=0),
-        lambda: Relative(-0.1),
-        lambda: Relative(math.inf),
-        lambda: Periodic(0),
-        lambda: Periodic(1.5),
-        lambda: FractionAveraging(0.0, 1),
-        lambda: FractionAveraging(1.1, 1),
-        lambda: FractionAveraging(0.5, 0),
-        lambda: Never(0),
-        lambda: Serial().check_learners(2),
-        lambda: Periodic(1).check_learners(0),
+        (lambda: Dynamic(-1.0), "threshold: expected .* at least 0.0, found -1.0"),
+        (lambda: Dynamic(math.nan), "threshold: expected a finite number, found nan"),
+        (lambda: Dynamic("1"), "threshold: expected a finite number, found '1'"),
+        (lambda: Dynamic(1.0, check_every=0), "check_every: expected .* at least 1, found 0"),
+        (lambda: Relative(-0.1), "fraction of Relative: expected .* at least 0.0, found -0.1"),
+        (lambda: Relative(math.inf), "fraction of Relative: expected a finite .* found inf"),
+        (lambda: Periodic(0), "check_every: expected .* at least 1, found 0"),
+        (lambda: Periodic(1.5), "check_every: expected a whole number .* found 1.5"),
+        (lambda: FractionAveraging(0.0, 1), "fraction: expected a number above 0, found 0.0"),
+        (lambda: FractionAveraging(1.1, 1), "fraction: expected .* from 0.0 to 1.0, found 1.1"),
+        (lambda: FractionAveraging(0.5, 0), "check_every: expected .* at least 1, found 0"),
+        (lambda: Never(0), "check_every: expected .* at least 1, found 0"),
+        (lambda: Serial().check_learners(2), "num_learners of Serial: expected 1.* found 2"),
+        (lambda: Periodic(1).check_learners(0), "num_learners: expected .* at least 1, found 0"),
     ],
 )
-def test_arguments_outside_their_range_are_refused(make):
-    with pytest.raises(ColearnError, match="expected"):
+def test_arguments_outside_their_range_are_refused(make, match):
+    with pytest.raises(ColearnError, match=match):
         make()

@@ -834,18 +834,18 @@ def test_checkpoints_are_refused_where_they_do_not_belong(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("name", "value"),
     [
-        {"threshold": -1.0, "num_learners": 2},
-        {"threshold": 1.0, "num_learners": 0},
-        {"threshold": 1.0, "num_learners": 2, "check_every": 0},
-        {"threshold": 1.0, "num_learners": 2, "evaluate_mean_every": 0},
-        {"threshold": 1.0, "num_learners": 2, "wait_for_participants": -1},
+        ("threshold", -1.0),
+        ("num_learners", 0),
+        ("check_every", 0),
+        ("evaluate_mean_every", 0),
+        ("wait_for_participants", -1),
     ],
 )
-def test_arguments_outside_their_range_are_refused(arguments):
-    with pytest.raises(ColearnError, match="expected"):
-        DynamicAveraging(**arguments)
+def test_arguments_outside_their_range_are_refused(name, value):
+    with pytest.raises(ColearnError, match=f"{name}: expected .* of at least .*, found {value}"):
+        DynamicAveraging(**{"threshold": 1.0, "num_learners": 2, name: value})
 
 
 def test_too_few_learners_are_said(tmp_path):

@@ -71,7 +71,7 @@ def test_our_own_messages_leave_without_the_exception_behind_them():
     app.train()(lambda message, context: own())
     grid = InProcessGrid(app, 1)
     content = RecordDict({"config": ConfigRecord()})
-    with pytest.raises(ColearnError) as raised:
+    with pytest.raises(ColearnError, match="expected at least one example") as raised:
         app(Message(content, 1, "train"), grid.contexts[1])
     shown = "".join(traceback.format_exception(raised.value))
     assert "expected at least one example" in shown
@@ -82,7 +82,7 @@ def test_a_foreign_exception_has_no_trace_of_the_first_one():
     app = ClientApp(mods=[participant_mod])
     app.train()(lambda message, context: raising(RuntimeError(PATIENT))())
     grid = InProcessGrid(app, 1)
-    with pytest.raises(ParticipantError) as raised:
+    with pytest.raises(ParticipantError, match="RuntimeError") as raised:
         app(Message(RecordDict({"config": ConfigRecord()}), 1, "train"), grid.contexts[1])
     assert PATIENT not in "".join(traceback.format_exception(raised.value))
 
