@@ -179,6 +179,18 @@ def test_momentum_stays_in_the_participants_state_if_asked_for():
     assert not rounds_of_one_epoch(keep=False)[0].contexts[1].state
 
 
+def test_by_default_every_round_begins_with_a_new_optimizer():
+    grid = InProcessGrid(app_of(), 1)
+    first, second, third = replies(grid, 1, 2, 3)
+    assert OPTIMIZER not in "".join(grid.contexts[1].state)
+    # The same model and plan give other weights only if momentum is left from a round before.
+    kept = replies(optimizers_kept(), 1, 2, 3)
+    assert same(first, kept[0])
+    assert not same(second, kept[1])
+    assert same(second, replies(InProcessGrid(app_of(), 1), 2)[0])
+    assert same(third, replies(InProcessGrid(app_of(), 1), 3)[0])
+
+
 def optimizers_kept():
     return InProcessGrid(app_of(keep_optimizer=lambda context: True), 1)
 

@@ -194,6 +194,20 @@ def test_a_float16_step_that_overflows_is_left_out_and_the_scale_is_halved(monke
     assert not any(array.any() for array in trainer.get_optimizer_state().values())
 
 
+@pytest.mark.parametrize("limit", [0.01, 1e3])
+def test_a_float16_gradient_is_clipped_to_the_norm_without_its_scale(limit):
+    def moved(precision):
+        trainer = make(train_set=examples(16), precision=precision, clip_norm=limit, momentum=0.0)
+        before = trainer.get_weights()
+        trainer.train_epoch(1.0, seed=0)
+        after = trainer.get_weights()
+        return np.concatenate([(after[n] - before[n]).ravel() for n in trainer._trained])
+
+    half, single = moved("float16"), moved("float32")
+    assert np.linalg.norm(half) == pytest.approx(min(limit, np.linalg.norm(single)), rel=1e-2)
+    np.testing.assert_allclose(half, single, atol=1e-2 * np.linalg.norm(single))
+
+
 def steep():
     """48 examples, whose scaled float16 gradients overflow at first."""
     data = examples(48)

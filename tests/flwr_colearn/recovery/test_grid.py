@@ -1,3 +1,4 @@
+import contextlib
 import logging
 import math
 import re
@@ -23,6 +24,7 @@ from flwr_colearn import (
     Recovery,
     Transport,
 )
+from flwr_colearn.strategies import Progress
 from tests.faults import (
     BAD_REPLIES,
     EXAMPLES,
@@ -595,6 +597,34 @@ def test_the_time_limit_grows_with_the_local_epochs_and_the_log_says_so(clock, f
     warnings = [each for each in warnings_of(flower_log) if "local epochs take about" in each]
     assert [int(each.split()[1]) for each in warnings] == [4, 8, 16]
     assert all("Raise `timeout`" in each and "maximum=" in each for each in warnings)
+
+
+def test_the_duration_of_a_round_is_that_of_its_longest_reply(clock):
+    def duration(faults, nodes=range(1, K + 1)):
+        bottom = FaultyGrid(clock, faults)
+        bottom.seconds_per_epoch = 10.0
+        grid = RecoveringGrid(bottom, Recovery(max_restarts=0, policy=Quorum(2)))
+        plan = ConfigRecord(LocalPlan(1, 2, 0.1).to_config())
+        content = RecordDict({"arrays": record_of(MODEL), "config": plan})
+        messages = [Message(content, node, "train") for node in nodes]
+        with contextlib.suppress(ColearnError):
+            grid.send_and_receive(messages, timeout=100.0)
+        return grid.seconds
+
+    assert duration({}) == pytest.approx(20, rel=0.1)
+    # A participant that never replied took 100 seconds, which say nothing about its speed.
+    assert duration({(1, 0, 0): "lost"}) == pytest.approx(20, rel=0.1)
+    for fault in ("lost", "raises"):
+        assert duration({(1, k, 0): fault for k in range(K)}) == 0.0
+
+
+def test_the_speed_of_participants_is_kept_if_nobody_replied():
+    known = Progress(1, 2, 2).timed(30.0, 2)
+    assert known.seconds_per_epoch == 15.0
+    assert known.timed(0.0, 4) == known
+    assert known.timed(20.0, 4).seconds_per_epoch == 5.0
+    assert Progress().timed(0.0, 4).seconds_per_epoch == 0.0
+    assert Progress().time_limit(60.0, 1000) == 60.0  # nothing is known yet
 
 
 def test_messages_live_twice_as_long_as_an_attempt_may_take(clock):
