@@ -16,6 +16,7 @@ from .replies import (
 from .round import RoundMean, Weighting, as_weighting, check_private_weighting
 from .sgd import SGD
 from .spectral import spectral_vectors
+from .updates import Update, Updates, contributions
 from .validation import check_initial, check_model, check_weights
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "Empty",
     "RoundMean",
     "RunningMean",
+    "Update",
+    "Updates",
     "Weighting",
     "arrays_of",
     "as_weighting",
@@ -33,6 +36,7 @@ __all__ = [
     "check_private_weighting",
     "check_train_reply",
     "check_weights",
+    "contributions",
     "echo_of",
     "empty_array",
     "examples_of",
