@@ -1,6 +1,9 @@
 """The guard in runs: who is refused, recorded and restarted, and where it is off."""
 
 import logging
+import re
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideFixedClipping,
     FedAvg,
     FedMedian,
+    Krum,
 )
 
 from flwr_colearn import (
@@ -30,6 +34,7 @@ from flwr_colearn import (
 )
 from flwr_colearn.dynamic import Periodic
 
+ROOT = Path(__file__).resolve().parents[2]
 K = 3
 QUICK = Recovery(max_restarts=1, pause=0.0)
 W = np.array([3.0, 4.0], np.float32)
@@ -297,11 +302,20 @@ def test_a_resumed_dynamic_averaging_has_the_bound(tmp_path):
     assert "norm of the update: expected at most 10" in go(2, "auto").refusals[0]["reason"]
 
 
-def test_a_stock_strategy_that_expects_malice_works_with_it():
-    grid = InProcessGrid(app_of(lambda k, i, a: [1.0, 0.0] if k == 1 else [0.1, 0.0]), K)
-    strategy = FedMedian(min_available_nodes=K, fraction_evaluate=0.0)
-    result = run(strategy, grid, initial(), 2)
+@pytest.mark.parametrize("kind", [FedMedian, partial(Krum, num_malicious_nodes=1)])
+def test_a_stock_strategy_that_expects_malice_works_with_it(kind):
+    grid = InProcessGrid(app_of(lambda k, i, a: [1.0, 0.0] if k == 1 else [0.1, 0.0]), 5)
+    strategy = kind(min_available_nodes=5, fraction_evaluate=0.0)
+    result = run(strategy, grid, initial(), 2, transport=Transport(recovery=QUICK))
     assert result.arrays["w"].numpy() == pytest.approx([3.2, 4.0])
+
+
+def test_every_claim_of_the_threat_model_has_a_test():
+    page = (ROOT / "docs" / "threat-model.md").read_text()
+    claims = re.findall(r"`([\w/]+\.py)::(\w+)`", page)
+    assert len(claims) > 12
+    for file, test in claims:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text()
 
 
 @pytest.mark.parametrize("wrong", [1, "on", True])
