@@ -65,6 +65,9 @@ class RoundRecord:
         differential privacy unless asked for (see `flwr_colearn.Guard`), and without a guard. The
         cosine is exact up to 65,536 coordinates; of a larger model it is an estimate from 65,536
         random ones, the same for all participants, with a standard error of about 0.004.
+    warnings : list of dict
+        What participants in the average did that should be looked at, such as a number of examples
+        that changed, each with ``participant`` and ``reason``.
     normalization : dict
         Empty unless a scheme changes which arrays are exchanged. Then ``scheme`` is its name,
         ``reinitialised`` lists the participants that had lost their local arrays, and
@@ -97,6 +100,7 @@ class RoundRecord:
     restarts: list[dict[str, str]] = field(default_factory=list)
     absences: list[dict[str, str]] = field(default_factory=list)
     contributions: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    warnings: list[dict[str, str]] = field(default_factory=list)
     normalization: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     train_metrics: dict[str, Any] = field(default_factory=dict)
@@ -431,6 +435,7 @@ class RoundLog:
             "restart": record.restarts,
             "refusal": record.refusals,
             "absence": record.absences,
+            "warning": record.warnings,
         }
         for event in events:
             # A reinitialised participant is in the average all the same, and it has no reason.

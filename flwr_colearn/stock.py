@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import Strategy
 from ._flwr import is_private
 from .aggregation import (
     RunningMean,
+    ToldExamples,
     Update,
     Updates,
     arrays_of,
@@ -72,6 +73,7 @@ class Stock(Managed[RoundLog]):
         self._updates: Updates | None = None
         self._guarded: Mapping[str, Any] | None = None
         self._measured: dict[int, Update] = {}
+        self._told = ToldExamples()
         self._variances: list[str] = []
         self._record = ArrayRecord()
         self._epochs_done = 0
@@ -93,6 +95,7 @@ class Stock(Managed[RoundLog]):
         self.transport = grid.transport
         self._timeout, self._roles, self._epochs_done = timeout, {}, 0
         self._weights_differ, self._updates, self._guarded = False, None, None
+        self._told = ToldExamples()
         self.log.clear()
 
     def open(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord) -> None:
@@ -256,6 +259,22 @@ class Stock(Managed[RoundLog]):
                 write(WARNING, "Run: statistics of node %s left out: %s", _node(reply), error)
         return mean.mean() if mean.count else {}
 
+    def fix_examples(self, replies: list[Message], name_of: Callable[[int], str]) -> None:
+        """Put the number of examples that its sender stated first into every reply."""
+        for reply in replies:
+            try:
+                stated = examples_of(reply, self._key)
+            # The strategy itself decides what it does with this reply.
+            except ColearnError:
+                continue
+            name = name_of(_node(reply))
+            first, warnings = self._told.fixed(name, stated)
+            self._told.remember(name, first)
+            self.log.note_events(warnings)
+            if warnings:
+                for metrics in records_of(reply.content, MetricRecord).values():
+                    metrics[self._key] = first
+
     def note_training(self, names: list[str], metrics: MetricRecord | None) -> None:
         """Record the participants whose replies were aggregated, and the aggregated metrics."""
         self.log.record.participants = names
@@ -293,13 +312,18 @@ class Stock(Managed[RoundLog]):
         Flower's strategies sample nodes with Python's global random generator, so the state
         contains that of the generator.
         """
-        state = {"epochs-done": self._epochs_done, "random": random.getstate()}
+        state = {
+            "epochs-done": self._epochs_done,
+            "random": random.getstate(),
+            "examples": self._told.state(),
+        }
         return state if self._updates is None else {**state, "guard": self._updates.state()}
 
     def restore_own_state(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `own_state` returned."""
         self._epochs_done = int(state["epochs-done"])
         self._guarded = state.get("guard")
+        self._told.restore(state.get("examples", {}))
         # JSON has no tuples, and setstate takes nothing else.
         version, numbers, gauss = state["random"]
         random.setstate((version, tuple(numbers), gauss))

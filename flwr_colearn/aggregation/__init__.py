@@ -1,6 +1,7 @@
 """Aggregation: the check of replies, the mean of models, pooled statistics, distances, SGD."""
 
 from .distance import relative_change, squared_distance, squared_norm, trainable
+from .examples import ToldExamples
 from .mean import Empty, RunningMean, empty_array
 from .replies import (
     ECHO,
@@ -25,6 +26,7 @@ __all__ = [
     "Empty",
     "RoundMean",
     "RunningMean",
+    "ToldExamples",
     "Update",
     "Updates",
     "Weighting",

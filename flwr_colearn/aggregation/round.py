@@ -14,6 +14,7 @@ from ..policy import Guard
 from ..records import fingerprint, is_unchanged
 from ..roles import Arrays, NDArray, Roles
 from ..traffic import Event
+from .examples import ToldExamples
 from .mean import Empty, RunningMean, empty_array
 from .replies import arrays_of, check_echo, check_train_reply, metrics_of, read_reply
 from .updates import Update, Updates, contributions
@@ -54,6 +55,8 @@ class RoundMean:
         The participants whose models are in the mean.
     events : list of Event
         The refusals, and the events given to `note`.
+    examples : ToldExamples
+        The numbers of examples that participants stated first, which "weighted" uses.
     updates : Updates or None
         The norms of updates, with the guard's state across rounds; None without a guard.
     contributions : dict
@@ -83,6 +86,9 @@ class RoundMean:
         self.weighting = as_weighting(weighting)
         self.weighted_by_key = weighted_by_key
         self._mean = RunningMean(like, roles, empty, participants, variances, rounded)
+        self.examples = ToldExamples()
+        # The batches whose gradients are exchanged differ from step to step.
+        self.fixes_examples = not gradients
         self.updates: Updates | None = None
         if guard is not None:
             self.updates = Updates(guard, self._mean.weights, gradients, refuses)
@@ -180,10 +186,14 @@ class RoundMean:
         """Return participant, model and examples; refuse a reply without them and return None."""
         name = name_of(reply.metadata.src_node_id)
         try:
-            return name, *read_reply(reply, self.weighted_by_key)
+            arrays, examples = read_reply(reply, self.weighted_by_key)
         except ColearnError as error:
             self.refuse(name, str(error))
             return None
+        if self.weighting == "weighted" and self.fixes_examples:
+            examples, warnings = self.examples.fixed(name, examples)
+            self.events.extend(warnings)
+        return name, arrays, examples
 
     def add(
         self,
@@ -231,6 +241,7 @@ class RoundMean:
     def _accept(self, participant: str, examples: float, update: Update | None) -> None:
         self.participants.append(participant)
         self._weights[participant] = self.weight(examples)
+        self.examples.remember(participant, examples)
         if self.updates is not None and update is not None:
             self.updates.accept(participant, update)
 

@@ -175,6 +175,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self._outgoing = Outgoing()
         self._mean: RoundMean | None = None
         self._guarded: Mapping[str, Any] | None = None
+        self._told: Mapping[str, float] = {}
         self._timeout: float | None = None
         self._grid: ConnectedGrid | None = None
         self._missing: list[int] = []
@@ -440,8 +441,10 @@ class Averaging(FedAvg, Managed[RoundLog]):
             "nodes": self.last_nodes,
             **self._shared.state(),
         }
-        if self._mean is not None and self._mean.updates is not None:
-            state["guard"] = self._mean.updates.state()
+        if self._mean is not None:
+            state["examples"] = self._mean.examples.state()
+            if self._mean.updates is not None:
+                state["guard"] = self._mean.updates.state()
         return state, {}
 
     def restore_strategy_state(self, state: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
@@ -452,7 +455,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.random.setstate((version, tuple(numbers), gauss))
         if self.progress.round:
             self._shared.restore(state)
-        self._guarded = state.get("guard")
+        self._guarded, self._told = state.get("guard"), state.get("examples", {})
 
     # Steps --------------------------------------------------------------------------------------
 
@@ -519,6 +522,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 # Its noise is calibrated for K participants, of which none may be left out.
                 refuses=not private,
             )
+            self._mean.examples.restore(self._told)
             if self._mean.updates is not None and self._guarded is not None:
                 self._mean.updates.restore(self._guarded)
         self._mean.renew(server_round, self._shared.arrays, epochs)
@@ -558,7 +562,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
 
     def _clear(self) -> None:
         """Reset the state of an earlier run."""
-        self.progress, self._mean, self._guarded = Progress(), None, None
+        self.progress, self._mean, self._guarded, self._told = Progress(), None, None, {}
         self.last_nodes, self._missing = [], []
         self._shared.clear()
         self.log.clear()
