@@ -48,7 +48,7 @@ from .normalization import (
 from .numpy_client import numpy_client_app
 from .participant import participant_mod
 from .plan import Epoch, LocalPlan
-from .policy import Quorum, Recovery
+from .policy import Guard, Quorum, Recovery
 from .recovery import RecoveringGrid
 from .roles import Role
 from .schedules import (
@@ -91,6 +91,7 @@ __all__ = [
     "Float16",
     "Frozen",
     "GroupNorm",
+    "Guard",
     "History",
     "InProcessGrid",
     "IncreasingEpochs",

@@ -30,7 +30,7 @@ from .aggregation import (
 )
 from .errors import ColearnError, expected
 from .history import History, RoundLog, RoundRecord
-from .policy import Recovery
+from .policy import Guard, Recovery
 from .records import Outgoing, view_bytes
 from .roles import Arrays, Role, Roles, assign_roles
 from .schedules import EpochRule, LearningRate, RateFunction
@@ -71,6 +71,8 @@ class CoLearn(FedAvg):
         SuperNode reconnects with another node id is not recognised, `patience` is not used, and
         there are no deadlines, checkpoints or resume, and no compression. For SecAgg+ there is
         `flwr_colearn.secagg.CoLearn`.
+    guard : Guard, optional
+        The bounds of one participant's update, see `flwr_colearn.Guard`; ``None`` for none.
     **kwargs
         The arguments of ``flwr.server.strategy.FedAvg``, except `fraction_fit`, which must stay 1.
 
@@ -96,6 +98,7 @@ class CoLearn(FedAvg):
         roles: Roles = None,
         history: str | Path | History | None = None,
         recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
+        guard: Guard | None = Guard(),  # noqa: B008
         **kwargs: Any,
     ) -> None:
         if "compression" in kwargs:
@@ -123,6 +126,7 @@ class CoLearn(FedAvg):
         self._sent: Arrays = {}
         self._change: float | None = None
         self.recovery = recovery
+        self.guard = guard
         self._shared: Parameters | None = None
         self._asked: dict[str, tuple[ClientProxy, FitIns]] = {}
         self._algorithm.log_summary(lambda line: log(INFO, line))
@@ -197,6 +201,7 @@ class CoLearn(FedAvg):
         self._log.record.participants = mean.participants
         # The mean was computed in the bytes of these records, so nothing is copied here.
         record = self._outgoing.record(mean.mean())
+        self._log.record.contributions = mean.contributions
         average = Parameters([array.data for array in record.values()], "numpy.ndarray")
         aggregated: dict[str, Scalar] = {}
         if self.fit_metrics_aggregation_fn is not None:
@@ -283,8 +288,9 @@ class CoLearn(FedAvg):
                 self._weighting,
                 self.min_fit_clients,
                 empty=self._outgoing.empty,
+                guard=self.guard,
             )
-        self._mean.renew(server_round, arrays)
+        self._mean.renew(server_round, arrays, self._progress.local_epochs)
         self._sent = arrays
 
     def _clear(self) -> None:

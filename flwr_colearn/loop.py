@@ -292,8 +292,11 @@ class _Run:
         if not isinstance(self.manager, Stock):
             return self.strategy.aggregate_train(server_round, replies)
         # Before the strategy's aggregation, which may change the replies.
+        replies = self.manager.admitted(list(replies), self.grid.name_of)
         good = [reply for reply in replies if reply.has_content()]
         names = [self.grid.name_of(reply.metadata.src_node_id) for reply in good]
+        self.manager.fix_examples(good, self.grid.name_of)
+        self.manager.note_contributions(good, self.grid.name_of)
         statistics = self.manager.statistics_of(good)
         self.manager.give_floats(good)
         treatment = self.manager.metrics("train", self.grid.name_of)

@@ -1,10 +1,11 @@
-"""Recovery: limits of restarts, and what happens when a participant's restarts are spent."""
+"""Recovery and Guard: restarts, lost participants, and the bounds of one participant's update."""
 
 import math
 from dataclasses import dataclass
+from logging import INFO
 from typing import Literal
 
-from flwr.common import DEFAULT_TTL
+from flwr.common import DEFAULT_TTL, log
 
 from .errors import expected, real_number, whole_number
 
@@ -106,6 +107,57 @@ class Recovery:
         # The power is bounded, since "wait" has no limit of restarts and a float would overflow.
         pause = min(self.pause * 2.0 ** min(restarts, 64), LONGEST_PAUSE)
         return SCARCE * pause if scarce else pause
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The bounds of the norm of one participant's update, which is its model minus the one sent.
+
+    A reply beyond the bound is refused by name and recorded, and its sender is restarted as after
+    any other refused reply. The norm is L2 over all trainable arrays. The guard stops values that
+    are broken or absurd. It does not stop a site that spoils the model within the bounds, for which
+    there are ``FedMedian`` and ``Krum``; see docs/threat-model.md.
+
+    Parameters
+    ----------
+    growth : float, default 100
+        The bound, as a multiple of the largest accepted norm of earlier rounds. If a round has more
+        local epochs than the one of that norm, the bound grows in proportion.
+    first : float, default 1000
+        The bound in round 1, and until an update is larger than rounding, as a multiple of the
+        sent model's norm. A model of zeros, or of numbers below 1e-3 in the root mean square, has
+        no scale of its own; then it is a multiple of the norm of a model of ones.
+    records_private : bool, default False
+        Whether norms are recorded under differential privacy too. They are computed from models
+        before noise is added to the average, so the wrapper's guarantee does not cover them. No
+        reply is refused for its norm there, since the noise is calibrated for K participants.
+
+    Raises
+    ------
+    ColearnError
+        If a bound is not a finite number of at least 1.
+
+    Examples
+    --------
+    >>> Guard(growth=10)
+    Guard(growth=10, first=1000.0, records_private=False)
+    """
+
+    growth: float = 100.0
+    first: float = 1000.0
+    records_private: bool = False
+
+    def __post_init__(self) -> None:
+        real_number("growth of Guard", self.growth, least=1.0)
+        real_number("first of Guard", self.first, least=1.0)
+
+
+def guard_under(guard: Guard | None, private: bool) -> Guard | None:
+    """Return the guard of a run; None under differential privacy, unless norms are recorded."""
+    if guard is None or not private or guard.records_private:
+        return guard
+    log(INFO, "Guard: off under a privacy wrapper, and norms of updates are not recorded")
+    return None
 
 
 def attempt_limit(timeout: float, expected_seconds: float = 0.0) -> float | None:

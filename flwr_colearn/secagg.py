@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from logging import INFO
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from flwr.common import (
     FitRes,
     Parameters,
     Scalar,
+    log,
     ndarrays_to_parameters,
     parameters_to_ndarrays,
 )
@@ -81,6 +83,13 @@ class CoLearn(legacy.CoLearn):
                 "'uniform', since the weights would have to fit the workflow's max_weight",
                 kwargs["weighting"],
             )
+        if kwargs.setdefault("guard", None) is not None:
+            raise expected(
+                "guard under SecAgg+",
+                "None, since the server receives no participant's update",
+                kwargs["guard"],
+            )
+        log(INFO, "Guard: off under SecAgg+, where the server receives no participant's update")
         roles = kwargs.get("roles") or ()
         for role in roles.values() if isinstance(roles, Mapping) else roles:
             if role in UNTRAINED:

@@ -13,9 +13,14 @@ from flwr.serverapp.strategy import Strategy
 from ._flwr import is_private
 from .aggregation import (
     RunningMean,
+    ToldExamples,
+    Update,
+    Updates,
     arrays_of,
     check_echo,
     check_model,
+    contributions,
+    examples_of,
     read_reply,
     relative_change,
     spectral_vectors,
@@ -25,11 +30,12 @@ from .errors import ColearnError
 from .history import RoundLog, RoundRecord
 from .managed import Managed
 from .normalization import Average
-from .policy import attempt_limit, timed
+from .policy import attempt_limit, guard_under, timed
 from .records import cast_record, kind_of, number_in, records_of, to_record, view
 from .roles import UNTRAINED, Arrays, NDArray, Role, assign_roles
 from .stock_metrics import Kind, StockMetrics
 from .strategy_state import chain_of
+from .traffic import Event
 from .transport import ConnectedGrid, Transport
 
 
@@ -65,6 +71,10 @@ class Stock(Managed[RoundLog]):
         self._roles: dict[str, Role] = {}
         self._sent: Arrays = {}
         self._sums: RunningMean | None = None
+        self._updates: Updates | None = None
+        self._guarded: Mapping[str, Any] | None = None
+        self._measured: dict[int, Update] = {}
+        self._told = ToldExamples()
         self._variances: list[str] = []
         self._record = ArrayRecord()
         self._epochs_done = 0
@@ -85,7 +95,8 @@ class Stock(Managed[RoundLog]):
         """Begin a run, and reset the state of an earlier one."""
         self.transport = grid.transport
         self._timeout, self._roles, self._epochs_done = timeout, {}, 0
-        self._weights_differ = False
+        self._weights_differ, self._updates, self._guarded = False, None, None
+        self._told = ToldExamples()
         self.log.clear()
 
     def open(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord) -> None:
@@ -102,6 +113,7 @@ class Stock(Managed[RoundLog]):
         self._sums = self._sums_of(self._sent) if self._trains and not self._private else None
         epochs = int(number_in(config, "local-epochs"))
         self._epochs_done += epochs
+        self._renew_updates(epochs)
         # "lr" is the key of Flower's own examples.
         rate = number_in(config, "learning-rate") or number_in(config, "lr")
         self.log.open(RoundRecord(server_round, epochs, rate, self._epochs_done))
@@ -122,8 +134,43 @@ class Stock(Managed[RoundLog]):
         # like it, and finite.
         if self._sums is None:
             check_model(model, view(arrays_of(sent)))
-        else:
+        elif self._updates is None:
             self._sums.check(model, examples)
+        else:
+            update = self._updates.admitted(model, self._sums, examples)
+            self._measured[_node(reply)] = update
+
+    def _renew_updates(self, epochs: int) -> None:
+        """Begin a round of the guard; a model that cannot be summed has none."""
+        guard = guard_under(self.transport.guard, self._private)
+        self._measured = {}
+        if self._updates is None and guard is not None and self._sums is not None:
+            self._updates = Updates(guard, self._sums.weights)
+            if self._guarded is not None:
+                self._updates.restore(self._guarded)
+        if self._updates is not None:
+            self._updates.renew(self._sent, epochs)
+
+    def admitted(self, replies: list[Message], name_of: Callable[[int], str]) -> list[Message]:
+        """Return the replies without those beyond the guard's bound, which are recorded.
+
+        With recovery all have been checked on arrival; without it this is the only check.
+        """
+        if self._updates is None or self._sums is None or self.transport.recovery is not None:
+            return replies
+        kept = []
+        for reply in replies:
+            try:
+                if reply.has_content():
+                    model, examples = read_reply(reply, self._key)
+                    update = self._updates.admitted(model, self._sums, examples)
+                    self._measured[_node(reply)] = update
+                kept.append(reply)
+            except ColearnError as error:
+                name = name_of(_node(reply))
+                write(WARNING, "Run: reply of participant %s refused: %s", name, error)
+                self.log.note_events([Event("refusal", name, str(error))])
+        return kept
 
     def _sums_of(self, model: Arrays) -> RunningMean | None:
         """Return a mean of models like this one; None if the model itself could not be summed."""
@@ -217,6 +264,22 @@ class Stock(Managed[RoundLog]):
                 write(WARNING, "Run: statistics of node %s left out: %s", _node(reply), error)
         return mean.mean() if mean.count else {}
 
+    def fix_examples(self, replies: list[Message], name_of: Callable[[int], str]) -> None:
+        """Put the number of examples that its sender stated first into every reply."""
+        for reply in replies:
+            try:
+                stated = examples_of(reply, self._key)
+            # The strategy itself decides what it does with this reply.
+            except ColearnError:
+                continue
+            name = name_of(_node(reply))
+            first, warnings = self._told.fixed(name, stated)
+            self._told.remember(name, first)
+            self.log.note_events(warnings)
+            if warnings:
+                for metrics in records_of(reply.content, MetricRecord).values():
+                    metrics[self._key] = first
+
     def note_training(self, names: list[str], metrics: MetricRecord | None) -> None:
         """Record the participants whose replies were aggregated, and the aggregated metrics."""
         self.log.record.participants = names
@@ -229,6 +292,20 @@ class Stock(Managed[RoundLog]):
             return
         new, old = trainable(view(arrays), self._roles), trainable(self._sent, self._roles)
         self.log.record.relative_change = relative_change(new, old)
+
+    def note_contributions(self, replies: list[Message], name_of: Callable[[int], str]) -> None:
+        """Record the weights by number of examples, and norms and cosines of the updates."""
+        weights: dict[str, float] = {}
+        for reply in replies:
+            name = name_of(_node(reply))
+            try:
+                weights[name] = examples_of(reply, self._key)
+            # The strategy itself decides what it does with this reply.
+            except ColearnError:
+                continue
+            if self._updates is not None and _node(reply) in self._measured:
+                self._updates.accept(name, self._measured[_node(reply)])
+        self.log.record.contributions = contributions(weights, self._updates)
 
     def close(self, arrays: ArrayRecord) -> None:
         """Complete the record of the round under way."""
@@ -246,11 +323,18 @@ class Stock(Managed[RoundLog]):
         Flower's strategies sample nodes with Python's global random generator, so the state
         contains that of the generator.
         """
-        return {"epochs-done": self._epochs_done, "random": random.getstate()}
+        state = {
+            "epochs-done": self._epochs_done,
+            "random": random.getstate(),
+            "examples": self._told.state(),
+        }
+        return state if self._updates is None else {**state, "guard": self._updates.state()}
 
     def restore_own_state(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `own_state` returned."""
         self._epochs_done = int(state["epochs-done"])
+        self._guarded = state.get("guard")
+        self._told.restore(state.get("examples", {}))
         # JSON has no tuples, and setstate takes nothing else.
         version, numbers, gauss = state["random"]
         random.setstate((version, tuple(numbers), gauss))

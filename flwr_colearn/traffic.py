@@ -8,7 +8,7 @@ from .text import printable
 LONGEST_REASON = 1000
 """The largest number of characters of an event's reason, which a participant may have chosen."""
 
-EventKind = Literal["restart", "refusal", "absence", "reinitialised"]
+EventKind = Literal["restart", "refusal", "absence", "reinitialised", "warning"]
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Event:
 
     Attributes
     ----------
-    kind : {"restart", "refusal", "absence", "reinitialised"}
+    kind : {"restart", "refusal", "absence", "reinitialised", "warning"}
         A refusal is an invalid reply; after it comes a restart or, when restarts are spent, an
         absence. A participant is reinitialised if it has lost its local arrays and received those
-        of the shared model.
+        of the shared model. A warning concerns a participant that is in the average.
     participant : str
         The participant's name where known, else its node id.
     reason : str

@@ -16,7 +16,7 @@ from .compression import Compression, CompressionGrid, Uncompressed, as_compress
 from .errors import ColearnError, expected
 from .grids import BoundingGrid, MeteringGrid, SelectingGrid, WrappingGrid
 from .normalization import Normalization, NormalizationGrid, Pooled, as_normalization
-from .policy import Quorum, Recovery, time_to_live, timed
+from .policy import Guard, Quorum, Recovery, time_to_live, timed
 from .records import SentTypes, config_of, kind_of, records_of
 from .recovery import Directory, RecoveringGrid
 from .roles import Arrays, Roles
@@ -55,6 +55,10 @@ class Transport:
     participants : sequence of str, optional
         The registered names of the only SuperNodes that take part, see `SelectingGrid`; by default
         any connected SuperNode may.
+    guard : Guard, optional
+        The bounds of one participant's update; with ``None`` there are none, and norms are not
+        recorded. `flwr_colearn.run` and the strategies of this package apply it. It is off under
+        secure aggregation and, except for the record, under differential privacy.
 
     Raises
     ------
@@ -74,10 +78,13 @@ class Transport:
     compression: Compression = field(default_factory=Compression)
     roles: Roles = None
     participants: Sequence[str] | None = None
+    guard: Guard | None = field(default_factory=Guard)
 
     def __post_init__(self) -> None:
         if self.recovery is not None and not isinstance(self.recovery, Recovery):
             raise expected("recovery", "a Recovery, or None", self.recovery)
+        if self.guard is not None and not isinstance(self.guard, Guard):
+            raise expected("guard", "a Guard, or None", self.guard)
         as_normalization(self.normalization)
         as_compression(self.compression)
         if self.participants is not None and (

@@ -1,6 +1,7 @@
 """Aggregation: the check of replies, the mean of models, pooled statistics, distances, SGD."""
 
 from .distance import relative_change, squared_distance, squared_norm, trainable
+from .examples import ToldExamples
 from .mean import Empty, RunningMean, empty_array
 from .metrics import Named, aggregated, average_metrics, evaluations_of
 from .replies import (
@@ -17,6 +18,7 @@ from .replies import (
 from .round import RoundMean, Weighting, as_weighting, check_private_weighting
 from .sgd import SGD
 from .spectral import spectral_vectors
+from .updates import Update, Updates, contributions
 from .validation import check_initial, check_model, check_weights
 
 __all__ = [
@@ -26,6 +28,9 @@ __all__ = [
     "Named",
     "RoundMean",
     "RunningMean",
+    "ToldExamples",
+    "Update",
+    "Updates",
     "Weighting",
     "aggregated",
     "arrays_of",
@@ -37,6 +42,7 @@ __all__ = [
     "check_private_weighting",
     "check_train_reply",
     "check_weights",
+    "contributions",
     "echo_of",
     "empty_array",
     "evaluations_of",

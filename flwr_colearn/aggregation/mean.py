@@ -164,10 +164,25 @@ class RunningMean:
         self.check(arrays, weight)
         self.add_checked(arrays, weight)
 
-    def check(self, arrays: Arrays, weight: float = 1) -> None:
+    @property
+    def weights(self) -> list[str]:
+        """The names of the trainable arrays that have a mean."""
+        trained = (name for name, role in self.roles.items() if role is Role.TRAINABLE)
+        return [name for name in trained if name not in self._kept]
+
+    def check(self, arrays: Arrays, weight: float = 1, finite: Collection[str] = ()) -> None:
         """Raise a ColearnError unless a model can be added, independently of other models.
 
         This is the only condition of acceptance; a check of replies before the aggregation uses it.
+
+        Parameters
+        ----------
+        arrays : mapping of str to numpy.ndarray
+            The model.
+        weight : float, default 1
+            n_k, positive and finite.
+        finite : collection of str, optional
+            The arrays that are known to be finite, which saves a pass over them.
 
         Raises
         ------
@@ -176,7 +191,7 @@ class RunningMean:
             type or not finite, a variance is negative, or `models` such models could not be summed.
         """
         check_structure(arrays, self._like)
-        check_model(self._averaged(arrays), self._averaged(self._like))
+        check_model(self._averaged(arrays), self._averaged(self._like), finite)
         self._ruled.check(arrays)
         check_kept(arrays, self._like, self._kept)
         self._check_variances(arrays)

@@ -10,11 +10,14 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.common import log
 
 from ..errors import ColearnError, expected
+from ..policy import Guard
 from ..records import fingerprint, is_unchanged
 from ..roles import Arrays, NDArray, Roles
 from ..traffic import Event
+from .examples import ToldExamples
 from .mean import Empty, RunningMean, empty_array
 from .replies import arrays_of, check_echo, check_train_reply, metrics_of, read_reply
+from .updates import Update, Updates, contributions
 
 Weighting = Literal["uniform", "weighted"]
 
@@ -41,6 +44,10 @@ class RoundMean:
         Allocates the averages; see `RunningMean`.
     variances, rounded
         The arrays that cannot be negative, and whether rounding makes them so; see `RunningMean`.
+    guard : Guard, optional
+        The bounds of updates' norms; without it norms are not computed.
+    gradients, refuses
+        See `Updates`.
 
     Attributes
     ----------
@@ -48,6 +55,13 @@ class RoundMean:
         The participants whose models are in the mean.
     events : list of Event
         The refusals, and the events given to `note`.
+    examples : ToldExamples
+        The numbers of examples that participants stated first, which "weighted" uses.
+    updates : Updates or None
+        The norms of updates, with the guard's state across rounds; None without a guard.
+    contributions : dict
+        After `mean`, by participant: ``weight``, its share of the mean; ``norm`` of its update and
+        ``cosine`` to the mean's, which are None where they are not measured.
 
     Raises
     ------
@@ -65,16 +79,31 @@ class RoundMean:
         empty: Empty = empty_array,
         variances: Collection[str] | None = None,
         rounded: bool = False,
+        guard: Guard | None = None,
+        gradients: bool = False,
+        refuses: bool = True,
     ) -> None:
         self.weighting = as_weighting(weighting)
         self.weighted_by_key = weighted_by_key
         self._mean = RunningMean(like, roles, empty, participants, variances, rounded)
+        self.examples = ToldExamples()
+        # The batches whose gradients are exchanged differ from step to step.
+        self.fixes_examples = not gradients
+        self.updates: Updates | None = None
+        if guard is not None:
+            self.updates = Updates(guard, self._mean.weights, gradients, refuses)
         self.renew(1, like)
 
-    def renew(self, server_round: int, like: Arrays) -> None:
-        """Begin a round, with another model of the same names, shapes and types."""
+    def renew(self, server_round: int, like: Arrays, epochs: float = 1) -> None:
+        """Begin a round of so many epochs, with a model of the same names, shapes and types."""
         self._mean.renew(like)
+        if self.updates is not None:
+            self.updates.renew(like, epochs)
         self.round = server_round
+        self.contributions: dict[str, dict[str, float | None]] = {}
+        self._weights: dict[str, float] = {}
+        # The updates of the replies that `check` has accepted, by node.
+        self._measured: dict[int, Update] = {}
         self.participants: list[str] = []
         self.events: list[Event] = []
         self._checked: list[bytes] = []
@@ -101,9 +130,19 @@ class RoundMean:
             return
         check_echo(sent, reply)
         model, examples = read_reply(reply, self.weighted_by_key)
-        self._mean.check(model, self.weight(examples))
+        update = self._check(model, examples)
+        if update is not None:
+            self._measured[reply.metadata.src_node_id] = update
         # `fold` compares this: a wrapper or subclass may change the reply after the check.
         self._checked = fingerprint(arrays_of(reply))
+
+    def _check(self, model: Arrays, examples: float, update: Update | None = None) -> Update | None:
+        """Raise a ColearnError unless a model can be added; return its update, if not given."""
+        weight = self.weight(examples)
+        if self.updates is None or update is not None:
+            self._mean.check(model, weight)
+            return update
+        return self.updates.admitted(model, self._mean, weight)
 
     def fold(
         self, replies: Iterable[Message], name_of: Callable[[int], str]
@@ -124,7 +163,8 @@ class RoundMean:
             read = [
                 (reply, m) for reply in replies if (m := self._read(reply, name_of)) is not None
             ]
-            fits = self.add_all([model for _, model in read])
+            updates = [self._measured.get(reply.metadata.src_node_id) for reply, _ in read]
+            fits = self.add_all([model for _, model in read], updates)
             pairs = zip(read, fits, strict=True)
             return [(model[0], metrics_of(reply)) for (reply, model), fit in pairs if fit]
         # `map` and not a loop: a loop's variable would keep a reply in memory during the next pull.
@@ -137,7 +177,8 @@ class RoundMean:
         if model is None:
             return None
         checked, self._checked = self._checked, []
-        if not self.add(*model, checked=is_unchanged(arrays_of(reply), checked)):
+        same = is_unchanged(arrays_of(reply), checked)
+        if not self.add(*model, same, self._measured.get(reply.metadata.src_node_id)):
             return None
         return model[0], metrics_of(reply)
 
@@ -145,12 +186,23 @@ class RoundMean:
         """Return participant, model and examples; refuse a reply without them and return None."""
         name = name_of(reply.metadata.src_node_id)
         try:
-            return name, *read_reply(reply, self.weighted_by_key)
+            arrays, examples = read_reply(reply, self.weighted_by_key)
         except ColearnError as error:
             self.refuse(name, str(error))
             return None
+        if self.weighting == "weighted" and self.fixes_examples:
+            examples, warnings = self.examples.fixed(name, examples)
+            self.events.extend(warnings)
+        return name, arrays, examples
 
-    def add(self, participant: str, arrays: Arrays, examples: float, checked: bool = False) -> bool:
+    def add(
+        self,
+        participant: str,
+        arrays: Arrays,
+        examples: float,
+        checked: bool = False,
+        update: Update | None = None,
+    ) -> bool:
         """Add one participant's model, or refuse it.
 
         Parameters
@@ -163,6 +215,9 @@ class RoundMean:
             The number of examples on which it was trained, positive.
         checked : bool, default False
             Whether `check` has accepted the model already; a second check of a large model is slow.
+        update : Update, optional
+            The update as it arrived, if `check` has measured it. Changes that a wrapper made since
+            then are the server's own.
 
         Returns
         -------
@@ -174,16 +229,33 @@ class RoundMean:
                 raise ColearnError("expected one reply from each participant, found a second one")
             if not examples > 0:
                 raise expected("number of examples", "a positive number", examples)
-            add = self._mean.add_checked if checked else self._mean.add
-            add(arrays, self.weight(examples))
+            if not checked:
+                update = self._check(arrays, examples, update)
+            self._mean.add_checked(arrays, self.weight(examples))
         except ColearnError as error:
             self.refuse(participant, str(error))
             return False
-        self.participants.append(participant)
+        self._accept(participant, examples, update)
         return True
 
-    def add_all(self, models: Sequence[Model]) -> list[bool]:
+    def _accept(self, participant: str, examples: float, update: Update | None) -> None:
+        self.participants.append(participant)
+        self._weights[participant] = self.weight(examples)
+        self.examples.remember(participant, examples)
+        if self.updates is not None and update is not None:
+            self.updates.accept(participant, update)
+
+    def add_all(
+        self, models: Sequence[Model], updates: Sequence[Update | None] | None = None
+    ) -> list[bool]:
         """Do the same as `add` for each of the models, in one pass over memory if none is refused.
+
+        Parameters
+        ----------
+        models : sequence of (participant, arrays, examples)
+            The models.
+        updates : sequence of Update, optional
+            Their updates where `check` has measured them, else None; see `add`.
 
         Returns
         -------
@@ -191,6 +263,7 @@ class RoundMean:
             The results of `add`.
         """
         names = [participant for participant, *_ in models]
+        found = list(updates or [None] * len(models))
         at_once = (
             len(set(names)) == len(names) > 1
             and not self.participants
@@ -200,14 +273,27 @@ class RoundMean:
         )
         if at_once:
             try:
+                for index, (_, arrays, _) in enumerate(models):
+                    found[index] = found[index] or self._bounded(arrays)
                 self._mean.add_all([(arrays, self.weight(n)) for _, arrays, n in models])
             except ColearnError:
                 # Added one by one, the invalid model is refused and the others are not.
                 at_once = False
         if not at_once:
-            return [self.add(*model) for model in models]
-        self.participants.extend(names)
+            return [
+                self.add(*model, update=update) for model, update in zip(models, found, strict=True)
+            ]
+        for (name, _, examples), update in zip(models, found, strict=True):
+            self._accept(name, examples, update)
         return [True] * len(models)
+
+    def _bounded(self, arrays: Arrays) -> Update | None:
+        """Return a model's update; raise a ColearnError if it is beyond the bound."""
+        if self.updates is None:
+            return None
+        update = self.updates.measure(arrays)
+        self.updates.check(update)
+        return update
 
     def refuse(self, participant: str, reason: str) -> None:
         """Record that a participant's reply is left out of the mean."""
@@ -241,7 +327,9 @@ class RoundMean:
                 f"round {self.round}: expected a model from at least one participant, found none "
                 f"({reasons})"
             )
-        return self._mean.mean()
+        mean = self._mean.mean()
+        self.contributions = contributions(self._weights, self.updates)
+        return mean
 
     def _reasons(self, *kinds: str) -> str:
         left_out = [event for event in self.events if event.kind in kinds]

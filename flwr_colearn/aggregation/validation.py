@@ -1,6 +1,6 @@
 """Checks of a model before it is averaged or loaded: names, shapes, types, finite numbers."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,15 @@ from ..roles import Arrays, NDArray
 from .chunks import CHUNK, Chunks, Part, flat
 
 
-def check_model(arrays: Arrays, like: Arrays) -> None:
+def check_model(arrays: Arrays, like: Arrays, finite: Collection[str] = ()) -> None:
     """Raise a ColearnError unless `arrays` is finite and has the names, shapes, types of `like`.
 
-    An array with infinity, such as a mask, is accepted if it is equal to that of `like`.
+    An array with infinity, such as a mask, is accepted if it is equal to that of `like`. The arrays
+    named in `finite` are known to be finite.
     """
     check_structure(arrays, like)
-    for name in _not_finite(floats(arrays)):
+    unknown = {name: array for name, array in floats(arrays).items() if name not in finite}
+    for name in _not_finite(unknown):
         # Compared only now, since few models have such arrays. NaN is equal to nothing.
         if not np.array_equal(arrays[name], like[name]):
             raise ColearnError(f"array '{name}': {NOT_FINITE}")

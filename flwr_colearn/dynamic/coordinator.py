@@ -13,15 +13,18 @@ from flwr.common import log
 
 from ..aggregation import (
     RunningMean,
+    Update,
+    Updates,
     arrays_of,
     check_echo,
+    contributions,
     squared_distance,
     squared_norm,
     trainable,
 )
 from ..compression import AGREEMENT, AVERAGE_OF, LOCAL_REFERENCE, Compression
 from ..errors import ColearnError
-from ..policy import reply_within, timed
+from ..policy import Guard, reply_within, timed
 from ..records import fingerprint, into_record, is_unchanged, records_of, view
 from ..roles import Arrays, Role
 from ..traffic import Event
@@ -119,6 +122,10 @@ class Coordinator:
         The average that is to be distributed.
     absent : int
         The number of learners that a quorum has waited for in vain, and that are not back.
+    guard : Guard or None
+        The bounds of a model's distance to the reference, in the place of an update's norm.
+    updates : Updates or None
+        The distances of models that were received, with the guard's state.
     """
 
     operator: Operator
@@ -132,8 +139,17 @@ class Coordinator:
     present: list[int] = field(default_factory=list)
     pending: Pending | None = None
     absent: int = 0
+    guard: Guard | None = None
 
     def __post_init__(self) -> None:
+        self._mean = self._new_mean()
+        self.updates: Updates | None = None
+        if self.guard is not None:
+            self.updates = Updates(self.guard, self._mean.weights)
+            # A run that is resumed within a round may collect models before it opens another.
+            self.updates.renew(self.reference.arrays)
+        self._measured: dict[int, Update] = {}
+        self._weights: dict[str, float] = {}
         self._grid: ConnectedGrid | None = None
         self._bounds: dict[int, float] = {}
         self._config = ConfigRecord()
@@ -218,8 +234,15 @@ class Coordinator:
         report = report_of(reply)
         metrics_of(reply)
         if model := records_of(reply.content, ArrayRecord).get(ARRAYS):
-            self._mean.check(view(model), report.examples)
+            self._check(reply.metadata.src_node_id, view(model), report.examples)
             self._checked = fingerprint(model)
+
+    def _check(self, node: int, model: Arrays, weight: float) -> None:
+        """Raise a ColearnError for a model that cannot be added, or beyond the guard's bound."""
+        if self.updates is None:
+            self._mean.check(model, weight)
+        else:
+            self._measured[node] = self.updates.admitted(model, self._mean, weight)
 
     # Steps of a round ---------------------------------------------------------------------------
 
@@ -230,6 +253,10 @@ class Coordinator:
         self._bounds = dict(zip(nodes, bounds, strict=True))
         self.log.open(DynamicRecord(server_round, server_round * b, delta=min(bounds)))
         self._mean = self._new_mean()
+        self._measured, self._weights = {}, {}
+        if self.updates is not None:
+            # A model moves away from the reference until the next full synchronisation.
+            self.updates.renew(self.reference.arrays, server_round - self.reference.round)
 
     def _new_mean(self) -> RunningMean:
         return RunningMean(
@@ -329,6 +356,7 @@ class Coordinator:
         record = into_record(dict(self.compression.received(self._mean.mean())))
         self.pending = Pending(members, record)
         self.record.synchronised = "full" if full else "partial"
+        self.record.contributions = contributions(self._weights, self.updates)
         if full:
             self.reference = Reference(record, self.record.round, self.reference.roles)
             self.grid.refer_to(self.reference.arrays)
@@ -419,9 +447,21 @@ class Coordinator:
             model = arrays_of(reply)
             # The fingerprint shows that `check` has seen the same arrays; it is read only once.
             checked, self._checked = self._checked, []
-            add = self._mean.add_checked if is_unchanged(model, checked) else self._mean.add
-            add(view(model), weigh(report))
+            self._add(reply.metadata.src_node_id, model, weigh(report), checked)
         return _Answer(report, has_model, metrics_of(reply))
+
+    def _add(self, node: int, model: ArrayRecord, weight: float, checked: list[bytes]) -> None:
+        """Add a model to the mean."""
+        if not is_unchanged(model, checked):
+            self._check(node, view(model), weight)
+        self._mean.add_checked(view(model), weight)
+        # The mean of all learners, for an evaluation, is not the one that the record describes.
+        if self._collecting:
+            return
+        name = self.grid.name_of(node)
+        self._weights[name] = weight
+        if self.updates is not None and node in self._measured:
+            self.updates.accept(name, self._measured[node])
 
     def _follow(self, asked: Sequence[int]) -> None:
         """Replace the ids of nodes that another node replaced during recovery."""

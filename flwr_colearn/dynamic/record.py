@@ -61,6 +61,9 @@ class DynamicRecord:
         The seconds from the round's messages to its record.
     server_metrics : dict
         The metrics of the server's own evaluation.
+    contributions : dict
+        The learners whose models are in the round's average; see `flwr_colearn.RoundRecord`, with
+        the difference to the reference for an update. Empty in a round without an average.
     """
 
     round: int
@@ -85,6 +88,7 @@ class DynamicRecord:
     absences: list[dict[str, str]] = field(default_factory=list)
     seconds: float = 0.0
     server_metrics: dict[str, Any] = field(default_factory=dict)
+    contributions: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the record as one line of JSON; numbers that are not finite become strings."""
@@ -139,7 +143,14 @@ class DynamicRecord:
         ColearnError
             If the line is not a record.
         """
-        numbers = ("loss", "cumulative_loss", "delta", "largest_distance", "server_metrics")
+        numbers = (
+            "loss",
+            "cumulative_loss",
+            "delta",
+            "largest_distance",
+            "server_metrics",
+            "contributions",
+        )
         return from_line(cls, line, numbers)
 
 

@@ -16,7 +16,7 @@ from ..compression import Compression
 from ..errors import ColearnError, expected, real_number, whole_number
 from ..loop import EvaluateFn, Resume, run
 from ..managed import Managed
-from ..policy import Recovery, attempt_limit
+from ..policy import Guard, Recovery, attempt_limit
 from ..records import to_record, view
 from ..recovery import choose_members
 from ..roles import NDArray, Role, Roles, assign_roles
@@ -72,6 +72,10 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
     participants : sequence of str, optional
         The registered names of the only SuperNodes that are learners, see
         `flwr_colearn.Transport`; m is their number. By default any m SuperNodes are.
+    guard : Guard, optional
+        The bounds of the distance of one learner's model to the reference, see
+        `flwr_colearn.Guard`: mini-batches since the reference take the place of local epochs.
+        ``None`` for none.
     seed : int, optional
         The seed of the random choices among learners.
 
@@ -100,12 +104,17 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         checkpoints: str | Path | CheckpointFolder | None = None,
         compression: Compression = Compression(),  # noqa: B008
         participants: Sequence[str] | None = None,
+        guard: Guard | None = Guard(),  # noqa: B008
         seed: int | None = None,
     ) -> None:
         if not isinstance(operator, Operator):
             raise expected("operator", "one of flwr_colearn.dynamic", operator)
         self.transport = Transport(
-            recovery, compression=compression, roles=roles, participants=participants
+            recovery,
+            compression=compression,
+            roles=roles,
+            participants=participants,
+            guard=guard,
         )
         num_learners = self._number_of(participants, num_learners)
         operator.check_learners(num_learners)
@@ -218,6 +227,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
             self.log,
             compression=self._features.compression,
             timeout=attempt_limit(self._timeout),
+            guard=self._features.guard,
         )
 
     def _metrics(self) -> MetricRecord:
@@ -382,6 +392,8 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
             "nodes": coordinator.nodes,
             "random": coordinator.random.getstate(),
         }
+        if coordinator.updates is not None:
+            state["guard"] = coordinator.updates.state()
         arrays = {f"reference/{name}": array for name, array in reference.arrays.items()}
         if pending is not None:
             state["pending"], state["present"] = pending.members, coordinator.present
@@ -409,6 +421,8 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         coordinator.nodes = [int(node) for node in state["nodes"]]
         version, numbers, gauss = state["random"]
         coordinator.random.setstate((version, tuple(numbers), gauss))
+        if coordinator.updates is not None and "guard" in state:
+            coordinator.updates.restore(state["guard"])
         if "pending" in state:
             members = [int(node) for node in state["pending"]]
             record = to_record(parts["pending"]) if parts["pending"] else reference

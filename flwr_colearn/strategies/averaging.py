@@ -30,7 +30,7 @@ from ..history import History, RoundLog, RoundRecord
 from ..loop import EvaluateFn, Resume, run
 from ..managed import Managed
 from ..normalization import PARTIAL, Normalization, Pooled
-from ..policy import Recovery
+from ..policy import Guard, Recovery, guard_under
 from ..records import Outgoing, number_in
 from ..recovery import choose_members
 from ..roles import Role, Roles
@@ -97,6 +97,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
     participants : sequence of str, optional
         The registered names of the only SuperNodes that receive the model, see
         `flwr_colearn.Transport`; K is their number. By default any K SuperNodes take part.
+    guard : Guard, optional
+        The bounds of one participant's update, see `flwr_colearn.Guard`; ``None`` for none.
     algorithm : Algorithm, optional
         The rules for T and the learning rate of every round; by default the train config has them.
     **kwargs
@@ -143,10 +145,11 @@ class Averaging(FedAvg, Managed[RoundLog]):
         compression: Compression = Compression(),  # noqa: B008
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
+        guard: Guard | None = Guard(),  # noqa: B008
         algorithm: Algorithm | None = None,
         **kwargs: Any,
     ) -> None:
-        self.transport = Transport(recovery, normalization, compression, roles, participants)
+        self.transport = Transport(recovery, normalization, compression, roles, participants, guard)
         # K as the user gave it; without it, K follows the names of a connected grid.
         given = number_of(participants, num_participants)
         self._given = kwargs.get(LEAST[0]) if given is None else given
@@ -175,6 +178,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self._shared = SharedModel()
         self._outgoing = Outgoing()
         self._mean: RoundMean | None = None
+        self._guarded: Mapping[str, Any] | None = None
+        self._told: Mapping[str, float] = {}
         self._timeout: float | None = None
         self._grid: ConnectedGrid | None = None
         self._missing: list[int] = []
@@ -256,7 +261,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self._shared.send(arrays, self._features)
         if self._timeout is None and server_round == 1 and self._shared.untrained:
             warn_of_private_statistics(self._shared.untrained)
-        self._renew_mean(server_round)
+        self._renew_mean(server_round, record.local_epochs)
         members = choose_members(
             grid,
             self.num_participants,
@@ -298,6 +303,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         record.participants = self._mean.participants
         self._account()
         average = self._outgoing.record(self._mean.mean())
+        record.contributions = self._mean.contributions
         # Sorted by participant, so that the order of arrival does not change the last bits.
         metrics = sorted(accepted, key=itemgetter(0))
         train_metrics = aggregated(self.train_metrics_aggr_fn, metrics, self.weighted_by_key)
@@ -445,6 +451,10 @@ class Averaging(FedAvg, Managed[RoundLog]):
             "nodes": self.last_nodes,
             **self._shared.state(),
         }
+        if self._mean is not None:
+            state["examples"] = self._mean.examples.state()
+            if self._mean.updates is not None:
+                state["guard"] = self._mean.updates.state()
         return state, {}
 
     def restore_strategy_state(self, state: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
@@ -455,6 +465,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.random.setstate((version, tuple(numbers), gauss))
         if self.progress.round:
             self._shared.restore(state)
+        self._guarded, self._told = state.get("guard"), state.get("examples", {})
 
     # Steps --------------------------------------------------------------------------------------
 
@@ -510,8 +521,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
         averaged = self._mean is None or self._mean.count > 0
         return self._shared.change(arrays, averaged)
 
-    def _renew_mean(self, server_round: int) -> None:
+    def _renew_mean(self, server_round: int, epochs: int) -> None:
         if self._mean is None:
+            private = called_privately()
             self._mean = RoundMean(
                 self._shared.arrays,
                 self._shared.roles,
@@ -521,8 +533,15 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 self._outgoing.empty,
                 self._shared.variances,
                 rounded=not self._features.compression.keeps_signs,
+                guard=guard_under(self._features.guard, private=private),
+                gradients=self.exchanges_steps,
+                # Its noise is calibrated for K participants, of which none may be left out.
+                refuses=not private,
             )
-        self._mean.renew(server_round, self._shared.arrays)
+            self._mean.examples.restore(self._told)
+            if self._mean.updates is not None and self._guarded is not None:
+                self._mean.updates.restore(self._guarded)
+        self._mean.renew(server_round, self._shared.arrays, epochs)
 
     def _account(self) -> None:
         """Record the round's traffic and events, and check that enough participants replied."""
@@ -560,7 +579,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
 
     def _clear(self) -> None:
         """Reset the state of an earlier run."""
-        self.progress, self._mean = Progress(), None
+        self.progress, self._mean, self._guarded, self._told = Progress(), None, None, {}
         self.last_nodes, self._missing, self._absent = [], [], 0
         self._shared.clear()
         self.log.clear()

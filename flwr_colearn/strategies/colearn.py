@@ -9,7 +9,7 @@ from ..checkpoint import CheckpointFolder
 from ..compression import Compression
 from ..history import History
 from ..normalization import Normalization, Pooled
-from ..policy import Recovery
+from ..policy import Guard, Recovery
 from ..roles import Roles
 from ..schedules import EpochRule, LearningRate, RateFunction
 from .algorithm import algorithm_of
@@ -61,7 +61,7 @@ class CoLearn(Averaging):
         "uniform" for 1/K each as in eq. 2, "weighted" for FedAvg's `weighted_by_key` (number of
         examples).
     roles, history, wait_for_participants, recovery, checkpoints, compression, normalization, \
-participants
+participants, guard
         See `Averaging`.
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
@@ -101,6 +101,7 @@ participants
         compression: Compression = Compression(),  # noqa: B008
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
+        guard: Guard | None = Guard(),  # noqa: B008
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -114,6 +115,7 @@ participants
             compression=compression,
             normalization=normalization,
             participants=participants,
+            guard=guard,
             algorithm=algorithm_of(local_epochs, learning_rate, total_epochs),
             **kwargs,
         )

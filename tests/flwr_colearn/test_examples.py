@@ -1,0 +1,66 @@
+"""The number of examples of a site is that which it stated first."""
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+
+from flwr_colearn import Averaging, CoLearn, History, InProcessGrid, participant_mod, run
+
+K = 2
+
+
+def grid():
+    """Site k adds k; site 1 has 3 examples in round 1 and states 2^40 from then on."""
+    app = ClientApp(mods=[participant_mod])
+
+    @app.train()
+    def _(message, context):
+        k, config = context.node_config["partition-id"], message.content["config"]
+        w = message.content["arrays"]["w"].numpy() + np.float32(k)
+        examples = [1, 3 if config["server-round"] == 1 else 2**40][k]
+        content = {
+            "arrays": ArrayRecord({"w": Array(w)}),
+            "metrics": MetricRecord({"num-examples": examples}),
+        }
+        return Message(RecordDict(content), reply_to=message)
+
+    return InProcessGrid(app, K)
+
+
+def strategy_of(kind):
+    if kind == "CoLearn":
+        rules = {"local_epochs": 1, "learning_rate": 0.1, "weighting": "weighted"}
+        return CoLearn(K, fraction_evaluate=0.0, **rules)
+    if kind == "Averaging":
+        return Averaging(K, fraction_evaluate=0.0)
+    return FedAvg(min_available_nodes=K, fraction_evaluate=0.0)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("kind", ["CoLearn", "Averaging", "FedAvg"])
+def test_the_number_stated_first_is_used_and_a_change_is_in_the_record(kind, resumed, tmp_path):
+    def go(rounds, resume="never"):
+        return run(
+            strategy_of(kind),
+            connected,
+            ArrayRecord({"w": Array(np.full(1, 4, np.float32))}),
+            rounds,
+            checkpoints=tmp_path / "checkpoints",
+            history=tmp_path / "history.jsonl",
+            resume=resume,
+        )
+
+    connected = grid()
+    if resumed:
+        go(1)
+    result = go(2, "auto" if resumed else "never")
+    assert result.arrays["w"].numpy() == pytest.approx([4 + 2 * 0.75])
+
+    first, second = History.read(tmp_path / "history.jsonl")
+    assert not first.warnings
+    (warning,) = second.warnings
+    assert warning["participant"] == "partition-1"
+    assert "expected 3 as stated before" in warning["reason"]
+    assert second.contributions["partition-1"]["weight"] == 0.75
