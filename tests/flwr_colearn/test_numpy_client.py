@@ -283,7 +283,11 @@ ERRORS = {
         "train",
         "array 'z.weight': expected a serialised numpy array",
     ),
-    "a tuple of arrays": (Recorder(arrays=tuple(MODEL.values())), "train", "ParticipantError: TypeError: "),
+    "a tuple of arrays": (
+        Recorder(arrays=tuple(MODEL.values())),
+        "train",
+        "ParticipantError: TypeError: ",
+    ),
     "an exception": (Failing(), "train", "ParticipantError: OSError: "),
     "no client": (
         lambda context: "client",
