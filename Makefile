@@ -1,12 +1,13 @@
 # make demo       co-learning on real images, five participants, through `flwr run`
 # make test       lint, types and all tests
 # make versions   the plugin's tests against the oldest and the newest flwr
+# make mutants    60 random changes of the core, and those that no test notices: ten minutes
 # All set up .venv by themselves; PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint versions clean
+.PHONY: demo test lint versions mutants clean
 
 demo: .venv/demo.stamp
 	.venv/bin/python -m simulations.demo
@@ -21,6 +22,9 @@ lint: .venv/dev.stamp
 
 versions: .venv/dev.stamp
 	.venv/bin/nox
+
+mutants: .venv/dev.stamp
+	.venv/bin/python -m tests.mutants
 
 clean:
 	rm -rf .venv outputs

@@ -286,7 +286,7 @@ ERRORS = {
     "a tuple of arrays": (
         Recorder(arrays=tuple(MODEL.values())),
         "train",
-        "ParticipantError: TypeError",
+        "ParticipantError: TypeError: ",
     ),
     "an exception": (Failing(), "train", "ParticipantError: OSError: "),
     "no client": (

@@ -445,6 +445,8 @@ def test_a_model_of_absurd_weight_is_added_whole_or_not_at_all(weight):
         (5, np.int64, (2**63 - 1) // 10 + 1, 2, False),
         (1, np.int64, 2**63 - 1, 1, True),
         (1, np.uint64, 2**63, 1, False),
+        (5, np.int32, 2**30, 2**30, True),
+        (5, np.int32, 2**30, 2**33, False),
         (5, np.float64, 3.5e307, 1, True),
         (5, np.float64, 3.7e307, 1, False),
         (5, np.float32, 3e38, 1, True),

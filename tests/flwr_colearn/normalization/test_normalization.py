@@ -242,6 +242,21 @@ def test_a_client_without_the_mod_is_refused_before_its_arrays_are_averaged():
         run(LocalBN(), grid=grid)
 
 
+def test_a_client_that_does_not_return_its_local_arrays_is_told_which_are_missing():
+    app = ClientApp(mods=[participant_mod])
+
+    @app.train()
+    def _(message, context):
+        arrays = {n: a for n, a in message.content["arrays"].items() if n != LAYER[1]}
+        metrics = MetricRecord({"num-examples": 1})
+        content = RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics})
+        return FlowerMessage(content, reply_to=message)
+
+    missing = r"expected the local arrays too.* 1 missing \['downsample.1.bias'\]"
+    with pytest.raises(ColearnError, match=missing):
+        run(LocalBN(), grid=SpyGrid(app, K))
+
+
 # Local state -------------------------------------------------------------------------------------
 
 
@@ -425,6 +440,12 @@ def test_a_name_with_other_parameters_is_no_scheme(name, parameters, message):
 def test_arguments_are_checked(make, match):
     with pytest.raises(ColearnError, match=match):
         make()
+
+
+def test_the_least_arguments_are_accepted():
+    assert (Frozen(after=1).after, GroupNorm(1).groups) == (1, 1)
+    least = BatchRenorm(r_max=1, d_max=0, warmup=0)  # batch norm with the running statistics
+    assert least.limits(0) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(16, 8), (12, 6), (7, 7), (13, 1), (1, 1)])

@@ -24,7 +24,6 @@ from flwr_colearn import (
     Recovery,
     Transport,
 )
-from flwr_colearn.strategies import Progress
 from tests.faults import (
     BAD_REPLIES,
     EXAMPLES,
@@ -702,15 +701,6 @@ def test_the_duration_of_a_round_is_that_of_its_longest_reply(clock):
     assert duration({(1, 0, 0): "lost"}) == pytest.approx(20, rel=0.1)
     for fault in ("lost", "raises"):
         assert duration({(1, k, 0): fault for k in range(K)}) == 0.0
-
-
-def test_the_speed_of_participants_is_kept_if_nobody_replied():
-    known = Progress(1, 2, 2).timed(30.0, 2)
-    assert known.seconds_per_epoch == 15.0
-    assert known.timed(0.0, 4) == known
-    assert known.timed(20.0, 4).seconds_per_epoch == 5.0
-    assert Progress().timed(0.0, 4).seconds_per_epoch == 0.0
-    assert Progress().time_limit(60.0, 1000) == 60.0  # nothing is known yet
 
 
 def test_messages_live_twice_as_long_as_an_attempt_may_take(clock):
