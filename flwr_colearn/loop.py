@@ -296,6 +296,7 @@ class _Run:
         good = [reply for reply in replies if reply.has_content()]
         names = [self.grid.name_of(reply.metadata.src_node_id) for reply in good]
         self.manager.fix_examples(good, self.grid.name_of)
+        self.manager.bound_shares(good, self.grid.name_of)
         self.manager.note_contributions(good, self.grid.name_of)
         statistics = self.manager.statistics_of(good)
         self.manager.give_floats(good)

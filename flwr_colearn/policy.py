@@ -127,6 +127,11 @@ class Guard:
         The bound in round 1, and until an update is larger than rounding, as a multiple of the
         sent model's norm. A model of zeros, or of numbers below 1e-3 in the root mean square, has
         no scale of its own; then it is a multiple of the norm of a model of ones.
+    largest_share : float, default 1
+        The largest share of one participant in an average that is weighted by numbers of examples;
+        see `flwr_colearn.aggregation.bounded_weights`. With less than 1 the models of a round are
+        in memory together, since the shares are known only when all have arrived. Dynamic averaging
+        does not use it.
     records_private : bool, default False
         Whether norms are recorded under differential privacy too. They are computed from models
         before noise is added to the average, so the wrapper's guarantee does not cover them. No
@@ -135,21 +140,27 @@ class Guard:
     Raises
     ------
     ColearnError
-        If a bound is not a finite number of at least 1.
+        If a bound is not a finite number of at least 1, or the share is not above 0 and at most 1.
 
     Examples
     --------
     >>> Guard(growth=10)
-    Guard(growth=10, first=1000.0, records_private=False)
+    Guard(growth=10, first=1000.0, largest_share=1.0, records_private=False)
     """
 
     growth: float = 100.0
     first: float = 1000.0
+    largest_share: float = 1.0
     records_private: bool = False
 
     def __post_init__(self) -> None:
         real_number("growth of Guard", self.growth, least=1.0)
         real_number("first of Guard", self.first, least=1.0)
+        real_number("largest_share of Guard", self.largest_share, least=0.0)
+        if not 0.0 < self.largest_share <= 1.0:
+            raise expected(
+                "largest_share of Guard", "a share above 0 and at most 1", self.largest_share
+            )
 
 
 def guard_under(guard: Guard | None, private: bool) -> Guard | None:

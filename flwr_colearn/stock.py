@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from logging import WARNING
 from typing import Any
 
@@ -17,6 +18,7 @@ from .aggregation import (
     Update,
     Updates,
     arrays_of,
+    bounded_weights,
     check_echo,
     check_model,
     contributions,
@@ -277,8 +279,35 @@ class Stock(Managed[RoundLog]):
             self._told.remember(name, first)
             self.log.note_events(warnings)
             if warnings:
-                for metrics in records_of(reply.content, MetricRecord).values():
-                    metrics[self._key] = first
+                self._state(reply, first)
+
+    def bound_shares(self, replies: list[Message], name_of: Callable[[int], str]) -> None:
+        """Lower the numbers of examples in replies to the guard's largest share."""
+        guard = self.transport.guard
+        if guard is None or guard.largest_share == 1.0 or self._private:
+            return
+        stated: dict[str, float] = {}
+        for reply in replies:
+            # The strategy itself decides what it does with a reply without a number.
+            with suppress(ColearnError):
+                stated[name_of(_node(reply))] = examples_of(reply, self._key)
+        bounded = bounded_weights(stated, guard.largest_share)
+        for reply in replies:
+            name = name_of(_node(reply))
+            if name in bounded and bounded[name] != stated[name]:
+                # Whole, since strategies may expect that of a number of examples.
+                self._state(reply, max(1, round(bounded[name])))
+                reason = (
+                    f"number of examples: {stated[name]:g} would be more than a share of "
+                    f"{guard.largest_share:g} of all, so {bounded[name]:g} is used"
+                )
+                write(WARNING, "Run: participant %s: %s", name, reason)
+                self.log.note_events([Event("warning", name, reason)])
+
+    def _state(self, reply: Message, examples: float) -> None:
+        """Put a number of examples into a reply's metrics."""
+        for metrics in records_of(reply.content, MetricRecord).values():
+            metrics[self._key] = examples
 
     def note_training(self, names: list[str], metrics: MetricRecord | None) -> None:
         """Record the participants whose replies were aggregated, and the aggregated metrics."""

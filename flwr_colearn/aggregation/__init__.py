@@ -17,6 +17,7 @@ from .replies import (
 )
 from .round import RoundMean, Weighting, as_weighting, check_private_weighting
 from .sgd import SGD
+from .shares import bounded_weights
 from .spectral import spectral_vectors
 from .updates import Update, Updates, contributions
 from .validation import check_initial, check_model, check_weights
@@ -36,6 +37,7 @@ __all__ = [
     "arrays_of",
     "as_weighting",
     "average_metrics",
+    "bounded_weights",
     "check_echo",
     "check_initial",
     "check_model",

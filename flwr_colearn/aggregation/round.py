@@ -17,6 +17,7 @@ from ..traffic import Event
 from .examples import ToldExamples
 from .mean import Empty, RunningMean, empty_array
 from .replies import arrays_of, check_echo, check_train_reply, metrics_of, read_reply
+from .shares import bounded_weights
 from .updates import Update, Updates, contributions
 
 Weighting = Literal["uniform", "weighted"]
@@ -87,6 +88,7 @@ class RoundMean:
         self.weighted_by_key = weighted_by_key
         self._mean = RunningMean(like, roles, empty, participants, variances, rounded)
         self.examples = ToldExamples()
+        self._largest_share = 1.0 if guard is None else guard.largest_share
         # The batches whose gradients are exchanged differ from step to step.
         self.fixes_examples = not gradients
         self.updates: Updates | None = None
@@ -102,6 +104,8 @@ class RoundMean:
         self.round = server_round
         self.contributions: dict[str, dict[str, float | None]] = {}
         self._weights: dict[str, float] = {}
+        # The weights of those that `largest_share` lowers.
+        self._lowered: dict[str, float] = {}
         # The updates of the replies that `check` has accepted, by node.
         self._measured: dict[int, Update] = {}
         self.participants: list[str] = []
@@ -159,10 +163,13 @@ class RoundMean:
         name_of : callable
             ``node id -> name`` of a participant.
         """
+        if self._bounds_shares:
+            replies = list(replies)
         if isinstance(replies, list):
             read = [
                 (reply, m) for reply in replies if (m := self._read(reply, name_of)) is not None
             ]
+            self._lower({name: examples for _, (name, _, examples) in read})
             updates = [self._measured.get(reply.metadata.src_node_id) for reply, _ in read]
             fits = self.add_all([model for _, model in read], updates)
             pairs = zip(read, fits, strict=True)
@@ -170,6 +177,27 @@ class RoundMean:
         # `map` and not a loop: a loop's variable would keep a reply in memory during the next pull.
         folded = map(partial(self._fold, name_of), replies)
         return [each for each in folded if each is not None]
+
+    @property
+    def _bounds_shares(self) -> bool:
+        return self.weighting == "weighted" and self._largest_share < 1.0
+
+    def _lower(self, examples: dict[str, float]) -> None:
+        """Lower the weights of participants whose share is beyond the largest one."""
+        if not self._bounds_shares:
+            return
+        bounded = bounded_weights(examples, self._largest_share)
+        self._lowered = {name: w for name, w in bounded.items() if w != examples[name]}
+        for name, weight in self._lowered.items():
+            reason = (
+                f"number of examples: {examples[name]:g} would be more than a share of "
+                f"{self._largest_share:g} of all, so its weight is {weight:g}"
+            )
+            log(WARNING, "CoLearn: participant %s: %s", name, reason)
+            self.events.append(Event("warning", name, reason))
+
+    def _weight_of(self, participant: str, examples: float) -> float:
+        return self._lowered.get(participant, self.weight(examples))
 
     def _fold(self, name_of: Callable[[int], str], reply: Message) -> tuple[str, RecordDict] | None:
         """Add one reply's model; return the participant and its metrics, or None if refused."""
@@ -231,7 +259,7 @@ class RoundMean:
                 raise expected("number of examples", "a positive number", examples)
             if not checked:
                 update = self._check(arrays, examples, update)
-            self._mean.add_checked(arrays, self.weight(examples))
+            self._mean.add_checked(arrays, self._weight_of(participant, examples))
         except ColearnError as error:
             self.refuse(participant, str(error))
             return False
@@ -240,7 +268,7 @@ class RoundMean:
 
     def _accept(self, participant: str, examples: float, update: Update | None) -> None:
         self.participants.append(participant)
-        self._weights[participant] = self.weight(examples)
+        self._weights[participant] = self._weight_of(participant, examples)
         self.examples.remember(participant, examples)
         if self.updates is not None and update is not None:
             self.updates.accept(participant, update)
@@ -275,7 +303,7 @@ class RoundMean:
             try:
                 for index, (_, arrays, _) in enumerate(models):
                     found[index] = found[index] or self._bounded(arrays)
-                self._mean.add_all([(arrays, self.weight(n)) for _, arrays, n in models])
+                self._mean.add_all([(a, self._weight_of(name, n)) for name, a, n in models])
             except ColearnError:
                 # Added one by one, the invalid model is refused and the others are not.
                 at_once = False
