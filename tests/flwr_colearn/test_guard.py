@@ -318,6 +318,18 @@ def test_every_claim_of_the_threat_model_has_a_test():
         assert f"def {test}(" in (ROOT / "tests" / file).read_text()
 
 
+def test_every_row_of_the_page_of_faults_has_a_file_of_tests():
+    page = (ROOT / "docs" / "faults.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "| test |" not in line]
+    assert len(rows) > 30
+    for row in rows:
+        files = re.findall(r"`([\w/]+\.py)`", row)
+        assert files, row
+        for file in files:
+            folder = "" if file.startswith("tests/") else "tests/flwr_colearn"
+            assert (ROOT / folder / file).is_file(), file
+
+
 @pytest.mark.parametrize("wrong", [1, "on", True])
 def test_another_value_is_an_error(wrong):
     with pytest.raises(ColearnError, match="guard: expected a Guard, or None"):
