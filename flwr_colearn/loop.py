@@ -332,8 +332,9 @@ class _Run:
     ) -> ArrayRecord:
         """Return the average with statistics that the participants computed under it.
 
-        A participant that fails is restarted as in training. A refused reply is left out, and
-        without any accepted reply the statistics stay unchanged.
+        A participant that fails, or whose reply is refused, is restarted as in training, and then
+        the policy applies. Without recovery a refused reply is left out, and without any accepted
+        reply the statistics stay unchanged.
         """
         # Flower's strategies take the keys of records as arguments, and the ClientApp expects them.
         keys = Keys(
