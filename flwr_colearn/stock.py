@@ -279,7 +279,7 @@ class Stock(Managed[RoundLog]):
             self._told.remember(name, first)
             self.log.note_events(warnings)
             if warnings:
-                self._state(reply, first)
+                self._put_examples(reply, first)
 
     def bound_shares(self, replies: list[Message], name_of: Callable[[int], str]) -> None:
         """Lower the numbers of examples in replies to the guard's largest share."""
@@ -296,7 +296,7 @@ class Stock(Managed[RoundLog]):
             name = name_of(_node(reply))
             if name in bounded and bounded[name] != stated[name]:
                 # Whole, since strategies may expect that of a number of examples.
-                self._state(reply, max(1, round(bounded[name])))
+                self._put_examples(reply, max(1, round(bounded[name])))
                 reason = (
                     f"number of examples: {stated[name]:g} would be more than a share of "
                     f"{guard.largest_share:g} of all, so {bounded[name]:g} is used"
@@ -304,7 +304,7 @@ class Stock(Managed[RoundLog]):
                 write(WARNING, "Run: participant %s: %s", name, reason)
                 self.log.note_events([Event("warning", name, reason)])
 
-    def _state(self, reply: Message, examples: float) -> None:
+    def _put_examples(self, reply: Message, examples: float) -> None:
         """Put a number of examples into a reply's metrics."""
         for metrics in records_of(reply.content, MetricRecord).values():
             metrics[self._key] = examples
