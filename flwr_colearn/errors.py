@@ -24,10 +24,9 @@ class ColearnError(Exception):
 
     result: Any = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # A message may quote what a participant sent, and is logged and recorded.
-        shown = (printable(each, _LONGEST) if isinstance(each, str) else each for each in args)
-        super().__init__(*shown, **kwargs)
+    def __str__(self) -> str:
+        """Return the message, which may quote what a participant sent, as text for a log."""
+        return printable(super().__str__(), _LONGEST)
 
 
 class MissingExtraError(ColearnError, ModuleNotFoundError):

@@ -330,7 +330,7 @@ class ConnectedGrid(WrappingGrid):
         """Return the messages with the session, the version and the time limit in their configs.
 
         The time limit is the strategy's own, else the timeout. With it a participant ends a
-        ClientApp that hangs, in whatever type of message, before that delays the next message.
+        ClientApp that hangs in a training or an evaluation, before that delays the next message.
         """
         batch = self._types.cast(messages)
         for message in filter(Message.has_content, batch):
@@ -354,8 +354,12 @@ def _limit(content: RecordDict, seconds: float) -> None:
 
 
 def _living(message: Message, seconds: float) -> Message:
-    """Return the message with this time to live, if it has Flower's default and not its own."""
-    if not message.has_content() or message.metadata.ttl != DEFAULT_TTL:
+    """Return a message to train or evaluate with this time to live, unless it has one of its own.
+
+    Messages of other types are their sender's own affair.
+    """
+    ours = message.has_content() and kind_of(message) in (MessageType.TRAIN, MessageType.EVALUATE)
+    if not ours or message.metadata.ttl != DEFAULT_TTL:
         return message
     return copied(message, message.content, ttl=seconds)
 

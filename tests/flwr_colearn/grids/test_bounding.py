@@ -145,7 +145,7 @@ def test_a_participants_text_forges_no_line_and_is_bounded(where, tmp_path, flow
     [absence] = record.absences
     assert "forged" in absence["reason"]
     assert absence["reason"].isprintable()
-    assert absence["reason"].endswith("(after 1 restarts)")
+    assert absence["reason"].endswith("(after 1 restarts, the same again)")
     assert file.stat().st_size < 20_000
     own = [each for each in flower_log.records if each.levelno == logging.WARNING]
     assert own
