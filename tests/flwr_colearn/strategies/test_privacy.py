@@ -2,6 +2,7 @@
 
 import math
 import re
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -262,6 +263,8 @@ def test_a_model_learns_with_the_documented_noise():
 
 def test_flower_refuses_its_accountant_as_documented():
     accounting = pytest.importorskip("flwr.supercore.privacy_accounting")
+    if "accountant" not in signature(DifferentialPrivacyServerSideFixedClipping).parameters:
+        pytest.skip("this version of Flower has no accountant")
     config = SimpleNamespace(sampling_method=accounting.SamplingMethod.NO_AMPLIFICATION)
     with pytest.raises(ValueError, match=r"FedAvg\.aggregate_train"):
         DifferentialPrivacyServerSideFixedClipping(
