@@ -23,14 +23,20 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 
 CORE = {
-    "aggregation": ["aggregation", "strategies/test_averaging.py"],
+    "aggregation": [
+        "aggregation",
+        "strategies/test_averaging.py",
+        "strategies/test_synchronous.py",
+        "test_guard.py",
+        "test_examples.py",
+    ],
     "recovery": ["recovery"],
     "strategies": ["strategies", "aggregation/test_variances.py"],
-    "policy.py": ["recovery/test_grid.py"],
+    "policy.py": ["recovery", "test_guard.py", "test_clocks.py"],
     "plan.py": ["test_plan.py", "strategies/test_own_schedules.py"],
     "schedules.py": ["test_schedules.py", "strategies/test_own_schedules.py"],
     "checkpoint.py": ["test_checkpoint.py", "test_resume.py"],
-    "compression": ["compression"],
+    "compression": ["compression", "dynamic/test_compression.py"],
     "normalization": ["normalization", "strategies/test_averaging.py", "test_transport.py"],
 }
 """The modules of the core, and the tests that should notice a change of each."""

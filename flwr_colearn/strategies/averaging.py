@@ -157,9 +157,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         # Flower's own default averages a metric that a participant lacks as 0.
         for key in ("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"):
             kwargs[key] = kwargs.get(key) or average_metrics
-        super().__init__(
-            **{**kwargs, **participant_arguments(self._given, kwargs, FRACTION, LEAST)}
-        )
+        super().__init__(**{**kwargs, **participant_arguments(given, kwargs, FRACTION, LEAST)})
         if normalization.all_reduces and not self.exchanges_steps:
             raise expected(
                 "normalization",

@@ -20,6 +20,7 @@ from flwr_colearn import (
     run,
 )
 from flwr_colearn.dynamic import Never, Periodic, learner
+from flwr_colearn.policy import attempt_limit
 from tests.faults import participants, record_of
 
 K = 2
@@ -147,3 +148,9 @@ def test_a_message_with_a_time_to_live_of_its_own_keeps_it():
     messages = [Message(content, 1, "evaluate", ttl=5.0), Message(content, 2, "evaluate")]
     Transport().connect(grid).push_messages(messages)
     assert grid.seen["evaluate"] == {(5.0, None), (YEAR, None)}
+
+
+def test_without_a_measured_duration_the_timeout_is_the_limit():
+    assert attempt_limit(0.5) == 0.5
+    assert attempt_limit(math.inf) is None
+    assert attempt_limit(1.0, expected_seconds=2.0) == 6.0  # three times

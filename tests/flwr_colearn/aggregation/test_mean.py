@@ -103,7 +103,8 @@ def test_models_larger_than_a_block_are_added_at_once_with_threads_too(monkeypat
     monkeypatch.setattr("flwr_colearn.aggregation.chunks._THREADED", 1)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     rng = np.random.default_rng(0)
-    models = [{"w": rng.normal(size=(3, CHUNK)).astype(np.float32)} for _ in range(3)]
+    # The last chunk of an array is a smaller one.
+    models = [{"w": rng.normal(size=3 * CHUNK - 5).astype(np.float32)} for _ in range(3)]
     at_once = RunningMean(models[0])
     at_once.add_all([(model, 1) for model in models])
     expected = np.mean([model["w"].astype(np.float64) for model in models], axis=0)

@@ -155,3 +155,9 @@ def test_a_model_with_nan_is_refused_and_recorded():
     (refusal,) = strategy.history.records[0].refusals
     assert refusal["participant"] == "1"
     assert "finite" in refusal["reason"]
+
+
+def test_fedavgs_own_arguments_decide_where_k_is_not_given():
+    strategy = Averaging(min_train_nodes=3, min_available_nodes=5)
+    assert (strategy.num_participants, strategy.min_available_nodes) == (3, 5)
+    assert Averaging().num_participants == 2  # as FedAvg's

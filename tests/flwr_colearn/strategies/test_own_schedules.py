@@ -208,3 +208,9 @@ def test_synchronous_sgd_takes_a_function_of_the_steps():
     start = ArrayRecord({"w": Array(np.array([4.0]))})
     result = strategy.start(InProcessGrid(app, 2), start)
     assert result.arrays["w"].numpy() == 4 - (1 + 0.75 + 0.5 + 0.25)
+
+
+def test_a_function_of_the_progress_may_have_a_single_epoch():
+    assert ProgressRate(lambda progress: 0.5 - progress / 4, 1).total_epochs == 1
+    with pytest.raises(ColearnError, match="total_epochs of ProgressRate"):
+        ProgressRate(lambda progress: 0.1, 0)

@@ -9,8 +9,10 @@ from flwr.clientapp import ClientApp
 from flwr_colearn import (
     CheckpointFolder,
     ColearnError,
+    Compression,
     ExponentialRate,
     InProcessGrid,
+    Int8,
     LocalBN,
     LocalPlan,
     Recovery,
@@ -185,3 +187,8 @@ def test_a_run_is_not_resumed_with_another_momentum(tmp_path):
     checkpointed(tmp_path, 2)
     with pytest.raises(ColearnError, match=r"another optimizer: SGD\(momentum=0.9.*momentum=0.5"):
         checkpointed(tmp_path, 3, momentum=0.5)
+
+
+def test_gradients_are_not_sent_as_differences_to_the_model():
+    with pytest.raises(ColearnError, match="compression of SynchronousSGD: expected one without"):
+        SynchronousSGD(K, learning_rate=0.1, compression=Compression(up=Int8()))
