@@ -63,8 +63,8 @@ class RoundRecord:
         of its update over the trainable arrays, to about four digits; and ``cosine`` between its
         update and the mean one. Norm and cosine are None under secure aggregation, under
         differential privacy unless asked for (see `flwr_colearn.Guard`), and without a guard. The
-        cosine is exact up to 65,536 coordinates; of a larger model it is an estimate from 65,536
-        random ones, the same for all participants, with a standard error of about 0.004.
+        cosine is exact up to 4,096 coordinates; of a larger model it is an estimate from 4,096
+        random ones, the same for all participants, with a standard error of at most 0.016.
     warnings : list of dict
         What participants in the average did that should be looked at, such as a number of examples
         that changed, each with ``participant`` and ``reason``.

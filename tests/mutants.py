@@ -32,7 +32,7 @@ CORE = {
     ],
     "recovery": ["recovery"],
     "strategies": ["strategies", "aggregation/test_variances.py"],
-    "policy.py": ["recovery", "test_guard.py", "test_clocks.py"],
+    "policy.py": ["recovery", "test_guard.py", "test_examples.py", "test_clocks.py"],
     "plan.py": ["test_plan.py", "strategies/test_own_schedules.py"],
     "schedules.py": ["test_schedules.py", "strategies/test_own_schedules.py"],
     "checkpoint.py": ["test_checkpoint.py", "test_resume.py"],

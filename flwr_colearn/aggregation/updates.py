@@ -14,8 +14,8 @@ from .distance import squared_norm, squared_update
 from .mean import RunningMean
 from .validation import check_structure
 
-SAMPLE = 1 << 16
-"""The largest number of coordinates from which a cosine is computed."""
+SAMPLE = 1 << 12
+"""The largest number of coordinates from which a cosine is computed; 16 KiB a participant."""
 
 _TINY = 1e-3
 """The root mean square of a model below which it has no scale of its own."""

@@ -169,4 +169,4 @@ def test_the_cosine_of_a_large_model_is_estimated_from_a_sample():
     mean = (steps["a"].astype(np.float64) + steps["b"]) / 2
     for name, step in steps.items():
         truth = mean @ step / np.linalg.norm(mean) / np.linalg.norm(step.astype(np.float64))
-        assert found.described({"a": 1, "b": 1})[name]["cosine"] == pytest.approx(truth, abs=0.02)
+        assert found.described({"a": 1, "b": 1})[name]["cosine"] == pytest.approx(truth, abs=0.05)

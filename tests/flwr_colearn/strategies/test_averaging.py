@@ -161,3 +161,4 @@ def test_fedavgs_own_arguments_decide_where_k_is_not_given():
     strategy = Averaging(min_train_nodes=3, min_available_nodes=5)
     assert (strategy.num_participants, strategy.min_available_nodes) == (3, 5)
     assert Averaging().num_participants == 2  # as FedAvg's
+    assert Averaging(3, min_evaluate_nodes=1).min_evaluate_nodes == 1
