@@ -352,12 +352,14 @@ class Stock(Managed[RoundLog]):
         Flower's strategies sample nodes with Python's global random generator, so the state
         contains that of the generator.
         """
-        state = {
+        # A resumed run has no updates before its first training, and may be saved before that.
+        guard = self._guarded if self._updates is None else self._updates.state()
+        return {
             "epochs-done": self._epochs_done,
             "random": random.getstate(),
             "examples": self._told.state(),
+            "guard": guard,
         }
-        return state if self._updates is None else {**state, "guard": self._updates.state()}
 
     def restore_own_state(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `own_state` returned."""

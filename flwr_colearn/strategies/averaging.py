@@ -443,16 +443,16 @@ class Averaging(FedAvg, Managed[RoundLog]):
 
     def strategy_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the strategy's state between rounds, in types of JSON, and no arrays."""
+        # A resumed run has no mean before its first training, and may be saved before that.
+        updates = None if self._mean is None else self._mean.updates
         state = {
             "progress": self.progress.to_json(),
             "random": self.random.getstate(),
             "nodes": self.last_nodes,
+            "examples": self._told if self._mean is None else self._mean.examples.state(),
+            "guard": self._guarded if updates is None else updates.state(),
             **self._shared.state(),
         }
-        if self._mean is not None:
-            state["examples"] = self._mean.examples.state()
-            if self._mean.updates is not None:
-                state["guard"] = self._mean.updates.state()
         return state, {}
 
     def restore_strategy_state(self, state: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """The number of examples of a site is that which it stated first."""
 
+import json
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -8,6 +10,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from flwr_colearn import (
     Averaging,
+    CheckpointFolder,
     CoLearn,
     ColearnError,
     Guard,
@@ -74,6 +77,35 @@ def test_the_number_stated_first_is_used_and_a_change_is_in_the_record(kind, res
     assert warning["participant"] == "partition-1"
     assert "expected 3 as stated before" in warning["reason"]
     assert second.contributions["partition-1"]["weight"] == 0.75
+
+
+@pytest.mark.parametrize("kind", ["CoLearn", "Averaging", "FedAvg"])
+def test_a_resume_that_trains_nothing_keeps_what_was_stated_and_the_guards_norm(kind, tmp_path):
+    def go(rounds, resume="auto", evaluate_fn=None):
+        return run(
+            strategy_of(kind),
+            connected,
+            ArrayRecord({"w": Array(np.full(1, 4, np.float32))}),
+            rounds,
+            evaluate_fn=evaluate_fn,
+            checkpoints=tmp_path,
+            resume=resume,
+        )
+
+    def broken(server_round, arrays):
+        if server_round == 1:
+            raise ValueError("no test set")
+
+    def saved():
+        return json.dumps(CheckpointFolder(tmp_path).latest().state)
+
+    connected = grid()
+    with pytest.raises(ValueError, match="no test set"):
+        go(1, "never", broken)
+    assert '"largest": "1.0"' in saved()
+    go(1)  # only the evaluation is left
+    assert '"largest": "1.0"' in saved()
+    assert go(2).arrays["w"].numpy() == pytest.approx([4 + 2 * 0.75])
 
 
 def stating(*examples):
