@@ -18,11 +18,11 @@ from .aggregation import (
     Update,
     Updates,
     arrays_of,
-    bounded_weights,
     check_echo,
     check_model,
     contributions,
     examples_of,
+    lowered_weights,
     read_reply,
     relative_change,
     spectral_vectors,
@@ -268,13 +268,7 @@ class Stock(Managed[RoundLog]):
 
     def fix_examples(self, replies: list[Message], name_of: Callable[[int], str]) -> None:
         """Put the number of examples that its sender stated first into every reply."""
-        for reply in replies:
-            try:
-                stated = examples_of(reply, self._key)
-            # The strategy itself decides what it does with this reply.
-            except ColearnError:
-                continue
-            name = name_of(_node(reply))
+        for name, (reply, stated) in self._stated(replies, name_of).items():
             first, warnings = self._told.fixed(name, stated)
             self._told.remember(name, first)
             self.log.note_events(warnings)
@@ -286,23 +280,24 @@ class Stock(Managed[RoundLog]):
         guard = self.transport.guard
         if guard is None or guard.largest_share == 1.0 or self._private:
             return
-        stated: dict[str, float] = {}
+        stated = self._stated(replies, name_of)
+        examples = {name: number for name, (_, number) in stated.items()}
+        lowered, warnings = lowered_weights(examples, guard.largest_share)
+        self.log.note_events(warnings)
+        for name, weight in lowered.items():
+            # Whole, since strategies may expect that of a number of examples.
+            self._put_examples(stated[name][0], max(1, round(weight)))
+
+    def _stated(
+        self, replies: list[Message], name_of: Callable[[int], str]
+    ) -> dict[str, tuple[Message, float]]:
+        """Return the replies that state a number of examples, with it, by participant."""
+        stated = {}
         for reply in replies:
             # The strategy itself decides what it does with a reply without a number.
             with suppress(ColearnError):
-                stated[name_of(_node(reply))] = examples_of(reply, self._key)
-        bounded = bounded_weights(stated, guard.largest_share)
-        for reply in replies:
-            name = name_of(_node(reply))
-            if name in bounded and bounded[name] != stated[name]:
-                # Whole, since strategies may expect that of a number of examples.
-                self._put_examples(reply, max(1, round(bounded[name])))
-                reason = (
-                    f"number of examples: {stated[name]:g} would be more than a share of "
-                    f"{guard.largest_share:g} of all, so {bounded[name]:g} is used"
-                )
-                write(WARNING, "Run: participant %s: %s", name, reason)
-                self.log.note_events([Event("warning", name, reason)])
+                stated[name_of(_node(reply))] = reply, examples_of(reply, self._key)
+        return stated
 
     def _put_examples(self, reply: Message, examples: float) -> None:
         """Put a number of examples into a reply's metrics."""
@@ -324,14 +319,9 @@ class Stock(Managed[RoundLog]):
 
     def note_contributions(self, replies: list[Message], name_of: Callable[[int], str]) -> None:
         """Record the weights by number of examples, and norms and cosines of the updates."""
-        weights: dict[str, float] = {}
-        for reply in replies:
-            name = name_of(_node(reply))
-            try:
-                weights[name] = examples_of(reply, self._key)
-            # The strategy itself decides what it does with this reply.
-            except ColearnError:
-                continue
+        stated = self._stated(replies, name_of)
+        weights = {name: number for name, (_, number) in stated.items()}
+        for name, (reply, _) in stated.items():
             if self._updates is not None and _node(reply) in self._measured:
                 self._updates.accept(name, self._measured[_node(reply)])
         self.log.record.contributions = contributions(weights, self._updates)

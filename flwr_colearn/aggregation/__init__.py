@@ -17,7 +17,7 @@ from .replies import (
 )
 from .round import RoundMean, Weighting, as_weighting, check_private_weighting
 from .sgd import SGD
-from .shares import bounded_weights
+from .shares import bounded_weights, lowered_weights
 from .spectral import spectral_vectors
 from .updates import Update, Updates, contributions
 from .validation import check_initial, check_model, check_weights
@@ -50,6 +50,7 @@ __all__ = [
     "evaluations_of",
     "examples_of",
     "failure_of",
+    "lowered_weights",
     "metrics_of",
     "read_reply",
     "relative_change",

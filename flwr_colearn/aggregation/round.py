@@ -17,7 +17,7 @@ from ..traffic import Event
 from .examples import ToldExamples
 from .mean import Empty, RunningMean, empty_array
 from .replies import arrays_of, check_echo, check_train_reply, metrics_of, read_reply
-from .shares import bounded_weights
+from .shares import lowered_weights
 from .updates import Update, Updates, contributions
 
 Weighting = Literal["uniform", "weighted"]
@@ -184,17 +184,9 @@ class RoundMean:
 
     def _lower(self, examples: dict[str, float]) -> None:
         """Lower the weights of participants whose share is beyond the largest one."""
-        if not self._bounds_shares:
-            return
-        bounded = bounded_weights(examples, self._largest_share)
-        self._lowered = {name: w for name, w in bounded.items() if w != examples[name]}
-        for name, weight in self._lowered.items():
-            reason = (
-                f"number of examples: {examples[name]:g} would be more than a share of "
-                f"{self._largest_share:g} of all, so its weight is {weight:g}"
-            )
-            log(WARNING, "CoLearn: participant %s: %s", name, reason)
-            self.events.append(Event("warning", name, reason))
+        if self._bounds_shares:
+            self._lowered, warnings = lowered_weights(examples, self._largest_share)
+            self.events.extend(warnings)
 
     def _weight_of(self, participant: str, examples: float) -> float:
         return self._lowered.get(participant, self.weight(examples))

@@ -1,6 +1,11 @@
 """Shares: the weights of a mean, of which none exceeds a largest share."""
 
 from collections.abc import Mapping
+from logging import WARNING
+
+from flwr.common import log
+
+from ..traffic import Event
 
 
 def bounded_weights(weights: Mapping[str, float], largest_share: float) -> dict[str, float]:
@@ -34,3 +39,28 @@ def bounded_weights(weights: Mapping[str, float], largest_share: float) -> dict[
         if largest <= bound:
             return {name: min(weight, bound) for name, weight in weights.items()}
     return dict.fromkeys(weights, min(ordered, default=1.0))
+
+
+def lowered_weights(
+    examples: Mapping[str, float], largest_share: float
+) -> tuple[dict[str, float], list[Event]]:
+    """Return the weights that are lowered to the largest share, and a warning for each.
+
+    Parameters
+    ----------
+    examples : mapping of str to float
+        The participants' numbers of examples.
+    largest_share : float
+        See `bounded_weights`.
+    """
+    bounded = bounded_weights(examples, largest_share)
+    lowered = {name: weight for name, weight in bounded.items() if weight != examples[name]}
+    warnings = []
+    for name, weight in lowered.items():
+        reason = (
+            f"number of examples: {examples[name]:g} would be more than a share of "
+            f"{largest_share:g} of all, so its weight is {weight:g}"
+        )
+        log(WARNING, "CoLearn: participant %s: %s", name, reason)
+        warnings.append(Event("warning", name, reason))
+    return lowered, warnings
