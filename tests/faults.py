@@ -1,6 +1,8 @@
 """Participants that fail to order, on a clock that only the tests move."""
 
+import errno
 import io
+import os
 import random
 import sys
 import time
@@ -377,3 +379,13 @@ def outcome(strategy, result):
         )
     ]
     return bits(result.arrays), records, metrics
+
+
+_FSYNC = os.fsync
+
+
+def fsync_of_cifs(fd):
+    """What CIFS and FUSE do: they flush files, and answer EINVAL for a folder."""
+    if os.path.isdir(f"/proc/self/fd/{fd}"):
+        raise OSError(errno.EINVAL, "Invalid argument")
+    _FSYNC(fd)

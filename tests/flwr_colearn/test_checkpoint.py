@@ -24,7 +24,7 @@ from flwr_colearn.checkpoint import (
     describe_roles,
     read,
 )
-from tests.faults import EXPLOSIONS, Bomb, serialised
+from tests.faults import EXPLOSIONS, Bomb, fsync_of_cifs, serialised
 
 STATE = {"rule": {"T": 4, "rate": 0.1, "none": None, "list": [1, "zwei", 3.5]}, "text": "π/2\n"}
 
@@ -462,15 +462,7 @@ def test_a_folder_that_cannot_be_listed_is_said(folder, monkeypatch):
 def test_a_folder_that_cannot_be_flushed_is_written_pruned_and_warned_of_once(
     folder, monkeypatch, flower_log
 ):
-    """CIFS and FUSE answer EINVAL."""
-    fsync = os.fsync
-
-    def refuse(fd):
-        if os.path.isdir(f"/proc/self/fd/{fd}"):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", fsync_of_cifs)
     save(folder, *range(6))
     check_is(folder.latest(), 5)
     assert len(names(folder)) == 3

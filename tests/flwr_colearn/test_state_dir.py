@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 
 from flwr_colearn import CoLearn, Compression, InProcessGrid, Int8, participant_mod
 from flwr_colearn.state_dir import state_path
-from tests.faults import MODEL, K, bits, participants, record_of, train
+from tests.faults import MODEL, K, bits, fsync_of_cifs, participants, record_of, train
 
 
 def uneven(k, plan, arrays):
@@ -238,15 +238,7 @@ def test_a_folder_that_is_a_file_costs_the_state_and_not_the_training(tmp_path, 
 
 
 def test_a_folder_that_cannot_be_flushed_is_used_all_the_same(tmp_path, monkeypatch, flower_log):
-    """CIFS and FUSE answer EINVAL."""
-    fsync = os.fsync
-
-    def refuse(fd):
-        if os.path.isdir(f"/proc/self/fd/{fd}"):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", fsync_of_cifs)
     site = Site(tmp_path)
     assert [site.ask(), site.ask()] == [1, 2]
     site.begin()

@@ -9,20 +9,13 @@ from torch.utils.data import TensorDataset
 from clients.torch.trainer import TorchTrainer
 from clients.trainer import follow
 from tests.clients.interrupted import EPOCHS, attempt, check, plan, same
+from tests.clients.torch.networks import small_convnet
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
 
 def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Dropout(0.5),
-        nn.Linear(64, 3),
-    )
+    return small_convnet(seed, dropout=0.5)
 
 
 def jitter(inputs, training):

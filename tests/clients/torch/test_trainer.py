@@ -14,6 +14,7 @@ from clients.torch.trainer import TorchTrainer
 from clients.trainer import follow
 from flwr_colearn import ColearnError, LocalPlan
 from flwr_colearn.torch import BatchRenormLayer
+from tests.clients.torch.networks import small_convnet as network
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
@@ -26,18 +27,6 @@ def examples(n=50, seed=0):
     labels = torch.arange(n) % 3
     return TensorDataset(
         torch.randn(n, 3, 6, 6, generator=generator) + 2 * labels.view(-1, 1, 1, 1), labels
-    )
-
-
-def network(seed=0, dropout=0.0):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Dropout(dropout),
-        nn.Linear(64, 3),
     )
 
 
