@@ -1,7 +1,7 @@
 """Data sets in memory and the order of a local epoch's batches, in numpy only."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -109,6 +109,29 @@ class Task:
     model_options: Mapping[str, Any] = field(default_factory=dict)
     own_objective: Objective | None = None
     agreement: str = ""
+
+
+def with_validation(task: Task, size: int) -> Task:
+    """Return the task with its last `size` training examples in place of the test set.
+
+    Every task's examples are in random order, so these are a random part. They are not trained on.
+
+    Raises
+    ------
+    ColearnError
+        If no training examples would be left.
+    """
+    rest = len(task.train_set) - size
+    if not 0 < size < len(task.train_set):
+        raise ColearnError(
+            f"run config 'validation-examples': expected fewer than the {len(task.train_set)} "
+            f"training examples, and at least 1, found {size}"
+        )
+    return replace(
+        task,
+        train_set=take(task.train_set, np.arange(rest)),
+        test_set=take(task.train_set, np.arange(rest, rest + size)),
+    )
 
 
 def shuffled_batches(num_examples: int, batch_size: int, seed: int) -> list[NDArray]:

@@ -48,6 +48,17 @@ class Objective:
         exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
         return exponentials / exponentials.sum(axis=1, keepdims=True)  # type: ignore[no-any-return]
 
+    def loss(self, probabilities: NDArray, targets: NDArray) -> float:
+        """Return the mean negative log-likelihood of probabilities [N, C], the training loss.
+
+        A probability of zero counts as the smallest normal float64.
+        """
+        if self.multi_label:
+            likely = np.where(targets > 0.5, probabilities, 1 - probabilities)
+        else:
+            likely = probabilities[np.arange(len(targets)), targets]
+        return float(-np.log(np.maximum(likely, np.finfo(np.float64).tiny)).mean())
+
 
 CLASSES = Objective()
 """The objective of tasks with one class for every example, evaluated by accuracy."""

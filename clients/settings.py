@@ -75,6 +75,9 @@ class ParticipantSettings(FromConfig):
         parts, or "speaker" for parts by another hash of the speaker, which fit subsets of the data.
     examples : int
         The number of training examples to use; 0 for all.
+    validation_examples : int
+        The number of training examples, the last ones, that models are evaluated on in a simulation
+        in place of the test set: settings are chosen by them. 0 for none.
     partition : str
         The partition: "iid", "dirichlet" or "classes"; only "iid" for tasks with several labels for
         each example.
@@ -127,6 +130,7 @@ class ParticipantSettings(FromConfig):
     held_out: float = 0.1
     split: str = "official"
     examples: int = 0
+    validation_examples: int = 0
     partition: str = "iid"
     dirichlet_alpha: float = 0.5
     classes_each: int = 2

@@ -8,7 +8,7 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from clients.data import Examples, Task, take
+from clients.data import Examples, Task, take, with_validation
 from clients.partition import Shards, class_shards, dirichlet_shards, equal_shards
 from clients.settings import ParticipantSettings
 from clients.tasks.own_data import with_held_out
@@ -44,7 +44,9 @@ def load_task(settings: ParticipantSettings) -> Task:
     ColearnError
         If there is no such task, or its data is not there.
     """
-    return _source(settings).load(settings)
+    task = _source(settings).load(settings)
+    size = settings.validation_examples
+    return with_validation(task, size) if size else task
 
 
 def own_task(settings: ParticipantSettings) -> Task:

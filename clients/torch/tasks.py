@@ -13,8 +13,8 @@ from clients.settings import ParticipantSettings
 from clients.tasks.kit import OWN, Kit, check_model, kit_for
 from clients.torch.image_files import image_files
 from clients.torch.models import audio, image
-from clients.torch.models.small import densenet40, mnist_cnn, resnet8, small_cnn
-from clients.torch.models.text import BiGRU, Capsules, bigru_small
+from clients.torch.models.small import densenet40, mnist_cnn, resnet8, resnet8_half, small_cnn
+from clients.torch.models.text import BiGRU, Capsules, WordMean, bigru_small
 from clients.torch.parallel import ParallelTrainer
 from clients.torch.trainer import TorchTrainer
 from clients.torch.transforms import augment, no_transform, normalise, normalise_imagenet
@@ -27,6 +27,7 @@ KITS = {
     "cifar10": Kit(
         {
             "resnet8": resnet8,
+            "resnet8-half": resnet8_half,
             "densenet40": densenet40,
             "vgg19": image.vgg19_bn,
             "resnet152": image.resnet152,
@@ -39,6 +40,7 @@ KITS = {
     "imagefolder": Kit(
         {
             "resnet8": resnet8,
+            "resnet8-half": resnet8_half,
             "vgg19": image.vgg19,
             "inception_v4": image.inception_v4,
             "resnetv2_101": image.resnetv2_101,
@@ -47,7 +49,7 @@ KITS = {
         normalise_imagenet,  # the files are augmented as they are read
     ),
     "toxic": Kit(
-        {"bigru": BiGRU, "capsule": Capsules, "bigru-small": bigru_small},
+        {"bigru": BiGRU, "capsule": Capsules, "bigru-small": bigru_small, "word-mean": WordMean},
         no_transform,
         no_transform,
     ),

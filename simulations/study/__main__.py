@@ -23,6 +23,7 @@ from simulations.study.comparison import run_study, write_report
 
 STUDIES = {
     "dynamic": "simulations.study.dynamic",
+    "converged": "simulations.study.converged.command",
     "normalization": "simulations.study.normalization",
     "paper": "simulations.study.paper",
 }

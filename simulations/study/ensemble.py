@@ -1,5 +1,6 @@
 """Training every participant by itself and judging their averaged outputs; vanilla has one."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,45 +13,78 @@ from simulations.arms import Arm, at_one_site, schedules
 from simulations.settings import RunSettings
 from simulations.study.units import Curves
 
+Measure = Callable[[Sequence[Trainer]], dict[str, float]]
+"""A function from the participants' trainers to metrics of their models."""
+
 
 def train_alone(
     arm: Arm,
     participants: ParticipantSettings,
     settings: RunSettings,
     scratch: Path | None = None,
+    measure: Measure | None = None,
 ) -> tuple[list[int], Curves]:
     """Train every participant by itself and average their output probabilities (paper, 4.1).
 
     With the data pooled there is one participant: vanilla learning, one uninterrupted training.
+
+    Parameters
+    ----------
+    arm, participants, settings
+        Of the training.
+    scratch : Path, optional
+        Folder from which an interrupted training goes on.
+    measure : callable, optional
+        What is measured after every T0 local epochs; by default the metrics of the averaged outputs
+        on the test set.
 
     Returns
     -------
     epochs : list of int
         Every T0 local epochs.
     metrics : dict
-        Of the averaged outputs on the test set, after so many epochs.
+        What was measured after so many epochs.
     """
     if arm.pooled_data:
         participants, settings = at_one_site(participants, settings)
     k = settings.num_participants
-    objective, evaluator = load_task(participants).objective, server_trainer(participants)
+    measure = measure or ensemble_metrics(participants)
     trainers = [participant_trainer(participants, index, k) for index in range(k)]
     state = AloneState(None if scratch is None else scratch / "alone.npz")
     epochs, metrics = state.restore(trainers)
     for plan in plans_alone(arm, settings):
         if epochs and plan.epochs_done < epochs[-1]:
             continue
-        probabilities = []
         for index, trainer in enumerate(trainers):
             follow(plan, trainer, derive_seed(participants.seed, index))
-            evaluator.set_weights(trainer.get_weights())
-            outputs, targets = evaluator.predict()
-            probabilities.append(objective.probabilities(outputs))
         epochs.append(plan.epochs_done + plan.local_epochs)
-        for key, value in objective.metrics(np.mean(probabilities, axis=0), targets).items():
+        for key, value in measure(trainers).items():
             metrics.setdefault(key, []).append(value)
         state.save(trainers, epochs, metrics)
     return epochs, metrics
+
+
+def ensemble_metrics(participants: ParticipantSettings) -> Measure:
+    """Return a function that measures the averaged outputs of models on the test set."""
+    objective, averaged = load_task(participants).objective, averaged_outputs(participants)
+    return lambda trainers: dict(objective.metrics(*averaged(trainers)))
+
+
+def averaged_outputs(
+    participants: ParticipantSettings,
+) -> Callable[[Sequence[Trainer]], tuple[NDArray, NDArray]]:
+    """Return a function of trainers: their mean probabilities, and the targets, on the test set."""
+    objective, evaluator = load_task(participants).objective, server_trainer(participants)
+
+    def average(trainers: Sequence[Trainer]) -> tuple[NDArray, NDArray]:
+        probabilities = []
+        for trainer in trainers:
+            evaluator.set_weights(trainer.get_weights())
+            outputs, targets = evaluator.predict()
+            probabilities.append(objective.probabilities(outputs))
+        return np.mean(probabilities, axis=0), targets
+
+    return average
 
 
 def plans_alone(arm: Arm, settings: RunSettings) -> list[LocalPlan]:

@@ -26,6 +26,7 @@ from simulations.settings import CONF, read_config
 from simulations.study.arguments import add_unit_arguments, settings_of
 from simulations.study.claims import claims_table
 from simulations.study.comparison import check_same_data, curves, rows, run_study
+from simulations.study.converged.page import write_sections
 from simulations.study.training import ArmUnit
 from simulations.study.units import read_unit, unit_config
 
@@ -216,7 +217,8 @@ def write_page(results: Path) -> Path:
     """Write the page of results, beside the results folder, from the result files alone."""
     folders = sorted(path.name for path in results.iterdir() if (path / "units").is_dir())
     studies = {name: units for name in folders if (units := read_results(name, results))}
-    parts = [INTRODUCTION, claims_table(studies), "", OPEN_QUESTIONS]
+    parts = [INTRODUCTION, *write_sections(results / "converged")]
+    parts += [SHORT_RUNS, claims_table(studies), "", OPEN_QUESTIONS]
     parts += [write_exhibit(exhibit, results) for exhibit in exhibits().values()]
     for name, units in studies.items():
         parts += study_section(name, units, results)
@@ -248,13 +250,15 @@ else; cells without a run say "not run". Ours are means and spreads (sample stan
 seeds. All arms of a table have the same number of local epochs per participant; test accuracy is
 of the last round, never of the best. The studies of [normalization schemes](normalization.md#study)
 and of [dynamic averaging](dynamic.md) have pages of their own.
+"""
 
-## The paper's claims
+SHORT_RUNS = """## The paper's claims, from short runs
 
-What our runs say of each, study by study: yes or no, the figures, and on how few seeds it rests.
-With several seeds a difference between arms counts if it is larger than twice its standard error,
-which with two or three seeds is a weak test (one false finding in six to eight). Of claims 2, 3, 4
-and 6 the means are compared.
+The runs of the studies from here on have not converged, but for the digits: they show how far each
+arm comes with few epochs, not what it loses or gains in the end. What they say of each claim, study
+by study: yes or no, the figures, and on how few seeds it rests. With several seeds a difference
+between arms counts if it is larger than twice its standard error, which with two or three seeds is
+a weak test (one false finding in six to eight). Of claims 2, 3, 4 and 6 the means are compared.
 """
 
 OPEN_QUESTIONS = """With the same number of local epochs a participant makes 1/K of vanilla's

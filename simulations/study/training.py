@@ -2,20 +2,26 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flwr.app import ArrayRecord, MetricRecord
+
 from clients.app import app, forget_trainers
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import load_task, server_trainer
-from flwr_colearn import History, InProcessGrid, codec_named
+from flwr_colearn import CoLearn, History, InProcessGrid, codec_named
 from flwr_colearn.reporting import doublings
 from simulations.arms import Arm, arm_named, at_one_site
 from simulations.server_app import evaluate_with, make_strategy, to_record
 from simulations.settings import RunSettings
 from simulations.study.ensemble import train_alone
 from simulations.study.units import Curves, data_digest, unit_config
+
+Evaluating = Callable[[CoLearn], Callable[[int, ArrayRecord], MetricRecord | None]]
+"""A function that returns the server's evaluation of the models of a strategy."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +175,13 @@ def train_averaged(
     participants: ParticipantSettings,
     settings: RunSettings,
     scratch: Path | None = None,
+    evaluating: Evaluating | None = None,
 ) -> History:
     """Train an arm whose participants exchange models.
 
     Vanilla learning with the cyclical rate is one of them: co-learning of one participant.
+    `evaluating` returns the server's evaluation for a strategy; by default every shared model is
+    evaluated on the test set.
     """
     if arm.pooled_data:
         participants, settings = at_one_site(participants, settings)
@@ -186,7 +195,7 @@ def train_averaged(
         to_record(trainer),
         num_rounds=settings.num_server_rounds or None,
         timeout=float("inf"),
-        evaluate_fn=evaluate_with(trainer),
+        evaluate_fn=evaluating(strategy) if evaluating else evaluate_with(trainer),
         resume="auto",
     )
     return strategy.history

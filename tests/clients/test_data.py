@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.data import Examples, shuffled_batches
+from clients.data import Examples, Task, shuffled_batches, with_validation
 from flwr_colearn import ColearnError
 
 
@@ -42,3 +42,17 @@ def test_taken_examples_are_copies():
 def test_every_input_has_a_label():
     with pytest.raises(ColearnError, match="a label for each of 3 inputs, found 2 labels"):
         Examples(np.zeros((3, 2)), np.zeros(2))
+
+
+def test_the_last_training_examples_are_the_validation_part():
+    task = Task(Examples(np.arange(10), np.arange(10)), Examples(np.arange(3), np.arange(3)))
+    split = with_validation(task, 4)
+    assert split.train_set.inputs.tolist() == [0, 1, 2, 3, 4, 5]
+    assert split.test_set.labels.tolist() == [6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("size", [-1, 0, 10, 11])
+def test_a_validation_part_leaves_examples_to_train_on(size):
+    task = Task(Examples(np.arange(10), np.arange(10)))
+    with pytest.raises(ColearnError, match=f"validation-examples.*10 training.*found {size}"):
+        with_validation(task, size)

@@ -48,22 +48,35 @@ def resnet8(num_classes: int = 10) -> nn.Module:
     It is the smallest of the CIFAR ResNets (He et al., 2016) with the projection shortcuts of
     torchvision's ``BasicBlock``, and has 78,042 parameters.
     """
+    return _three_blocks(num_classes, width=16, stride=1)
 
-    def shortcut(inputs: int, outputs: int) -> nn.Module:
-        return nn.Sequential(
+
+def resnet8_half(num_classes: int = 10) -> nn.Module:
+    """Return `resnet8` with 24, 48 and 96 channels on half the height and width of the image.
+
+    Its first convolution has stride 2. It has 174,274 parameters, and with them takes half as long
+    as `resnet8`: a study on CPUs can train it until it has converged.
+    """
+    return _three_blocks(num_classes, width=24, stride=2)
+
+
+def _three_blocks(num_classes: int, width: int, stride: int) -> nn.Module:
+    def halved(inputs: int, outputs: int) -> BasicBlock:
+        shortcut = nn.Sequential(
             nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs)
         )
+        return BasicBlock(inputs, outputs, stride=2, downsample=shortcut)
 
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False),
-        nn.BatchNorm2d(16),
+        nn.Conv2d(3, width, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(width),
         nn.ReLU(inplace=True),
-        BasicBlock(16, 16),
-        BasicBlock(16, 32, stride=2, downsample=shortcut(16, 32)),
-        BasicBlock(32, 64, stride=2, downsample=shortcut(32, 64)),
+        BasicBlock(width, width),
+        halved(width, 2 * width),
+        halved(2 * width, 4 * width),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(64, num_classes),
+        nn.Linear(4 * width, num_classes),
     )
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from clients.torch.models.small import densenet40, resnet8, small_cnn
+from clients.torch.models.small import densenet40, resnet8, resnet8_half, small_cnn
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
@@ -16,6 +16,7 @@ def count(model, kind):
     [
         (densenet40, 1_019_722, (3, 32, 32)),  # the number that the paper's authors' net has
         (resnet8, 78_042, (3, 32, 32)),
+        (resnet8_half, 174_274, (3, 32, 32)),
         (small_cnn, 9_978, (1, 8, 8)),
     ],
 )
@@ -44,12 +45,22 @@ def test_densenet40_halves_the_image_twice():
     assert sizes == [32] * 13 + [16] * 12 + [8] * 12  # the first convolution, then three blocks
 
 
-@pytest.mark.parametrize("build", [densenet40, resnet8])
+def test_resnet8_half_computes_on_half_the_height_and_width():
+    sizes = []
+    model = resnet8_half().eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.register_forward_hook(lambda m, _, out: sizes.append(out.shape[1:]))
+    model(torch.zeros(1, 3, 32, 32))
+    assert sizes == [(24, 16, 16)] * 3 + [(48, 8, 8)] * 2 + [(96, 4, 4)] * 2
+
+
+@pytest.mark.parametrize("build", [densenet40, resnet8, resnet8_half])
 def test_the_number_of_classes_can_be_chosen(build):
     assert build(num_classes=7)(torch.randn(2, 3, 32, 32)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("build", [densenet40, resnet8, small_cnn])
+@pytest.mark.parametrize("build", [densenet40, resnet8, resnet8_half, small_cnn])
 def test_every_parameter_is_reached_by_the_gradient(build):
     torch.manual_seed(0)
     model = build()

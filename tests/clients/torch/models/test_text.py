@@ -3,13 +3,13 @@ import pytest
 import torch
 from scipy.special import expit, softmax
 
-from clients.torch.models.text import BiGRU, Capsules, bigru_small, routed, squash
+from clients.torch.models.text import BiGRU, Capsules, WordMean, bigru_small, routed, squash
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
 VECTORS = np.random.default_rng(0).standard_normal((50, 7)).astype(np.float32)
 VECTORS[0] = 0
-EVERY = [BiGRU, bigru_small, Capsules]
+EVERY = [BiGRU, bigru_small, Capsules, WordMean]
 every = pytest.mark.parametrize("build", EVERY, ids=lambda build: build.__name__)
 
 
@@ -29,6 +29,7 @@ def gru(inputs, units):
     [
         (BiGRU, 300, gru(300, 128) + 4 * 128 * 6 + 6),
         (bigru_small, 64, gru(64, 32) + 4 * 32 * 6 + 6),
+        (WordMean, 64, 64 * 6 + 6),
         (Capsules, 300, 3 * 300 * 32 * 8 + 32 * 8 + 32 * 6 * 8 * 16),
     ],
 )
@@ -100,6 +101,17 @@ def test_spatial_dropout_drops_dimensions_in_all_words_alike():
     assert 0.3 < dropped.float().mean() < 0.7
     for word in embedded[0]:
         torch.testing.assert_close(word, torch.where(dropped, 0, 2 * expected))
+
+
+def test_word_mean_against_numpy():
+    model = WordMean(50, VECTORS)
+    weight, bias = (each.detach().numpy() for each in (model.linear.weight, model.linear.bias))
+    comments = [[7, 3, 3], [41], []]
+    padded = torch.tensor([row + [0] * (4 - len(row)) for row in comments])
+    means = [VECTORS[row].mean(0) if row else np.zeros(7) for row in comments]
+    np.testing.assert_allclose(
+        model(padded).detach().numpy(), np.stack(means) @ weight.T + bias, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_bigru_against_the_layers_applied_one_comment_at_a_time():

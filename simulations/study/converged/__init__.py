@@ -1,0 +1,1 @@
+"""The study at convergence: variants of training, until their curves are flat."""
