@@ -25,15 +25,17 @@ from .aggregation import (
     Weighting,
     as_weighting,
     check_initial,
+    mean_loss,
     relative_change,
     trainable,
 )
+from .epoch_rules import EpochRule
 from .errors import ColearnError, expected
 from .history import History, RoundLog, RoundRecord
 from .policy import Guard, Recovery
 from .records import Outgoing, view_bytes
 from .roles import Arrays, Role, Roles, assign_roles
-from .schedules import EpochRule, LearningRate, RateFunction
+from .schedules import LearningRate, RateFunction
 from .strategies import Progress, algorithm_of, participant_arguments
 from .traffic import Directions, Event, RoundTraffic
 
@@ -197,6 +199,7 @@ class CoLearn(FedAvg):
         mean = self._round_mean
         metrics = self._fold_all(results)
         metrics += self._restart_missing(server_round, failures)
+        self._progress = self._progress.told(mean_loss(each for _, each in metrics))
         self._log.note_events(mean.events)
         self._log.record.participants = mean.participants
         # The mean was computed in the bytes of these records, so nothing is copied here.

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from logging import INFO
 from operator import itemgetter
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..aggregation import (
     average_metrics,
     check_private_weighting,
     evaluations_of,
+    mean_train_loss,
 )
 from ..checkpoint import CheckpointFolder, as_folder
 from ..compression import Compression
@@ -304,6 +304,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         record.contributions = self._mean.contributions
         # Sorted by participant, so that the order of arrival does not change the last bits.
         metrics = sorted(accepted, key=itemgetter(0))
+        self.progress = self.progress.told(mean_train_loss(metrics))
         train_metrics = aggregated(self.train_metrics_aggr_fn, metrics, self.weighted_by_key)
         self.log.note(train_metrics=train_metrics)
         return average, train_metrics
@@ -457,7 +458,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
 
     def restore_strategy_state(self, state: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
         """Restore the state that `strategy_state` returned."""
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.from_json(state["progress"])
         self.last_nodes = [int(node) for node in state["nodes"]]
         version, numbers, gauss = state["random"]
         self.random.setstate((version, tuple(numbers), gauss))
@@ -485,10 +486,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 int(number_in(config, "local-epochs")),
                 number_in(config, "learning-rate"),
             )
-            done = self.progress.epochs_done + epochs
-            self.progress = replace(
-                self.progress, round=server_round, local_epochs=epochs, epochs_done=done
-            )
+            seen = self.progress.seen.then(epochs)
+            self.progress = self.progress.started(server_round, seen, epochs)
             entries: dict[str, Any] = {"server-round": server_round}
         else:
             change = self._change(arrays) if self.progress.round else None

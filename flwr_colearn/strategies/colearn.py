@@ -7,11 +7,12 @@ from typing import Any
 from ..aggregation import Weighting
 from ..checkpoint import CheckpointFolder
 from ..compression import Compression
+from ..epoch_rules import EpochRule
 from ..history import History
 from ..normalization import Normalization, Pooled
 from ..policy import Guard, Recovery
 from ..roles import Roles
-from ..schedules import EpochRule, LearningRate, RateFunction
+from ..schedules import LearningRate, RateFunction
 from .algorithm import algorithm_of
 from .averaging import Averaging
 
