@@ -413,6 +413,24 @@ def rates_of(
     return real_number(f"start of round i={round_index} by {name}", start, least=0.0), rates
 
 
+def rate_before(
+    schedule: LearningRate, local_epochs: int, round_index: int, epochs_done: int
+) -> float:
+    """Return the rate at the beginning of a round, before its first local epoch has lowered it.
+
+    A schedule has no rate for that moment, and eta^i may be that of the run's beginning. The first
+    two rates in geometric proportion lead back to it: to eta^i for ``CyclicalRate``, and to the
+    rate at the end of the round before for ``ExponentialRate``. It is no larger than both eta^i and
+    the first rate.
+    """
+    # A round of one epoch has one rate, so its neighbours are those of a round of two.
+    start, rates = rates_of(schedule, max(local_epochs, 2), round_index, epochs_done)
+    first, second = rates[:2]
+    if second == 0.0:
+        return first
+    return min(first * (first / second), max(start, first))
+
+
 def describe_rate(schedule: LearningRate) -> str:
     """Return a description of a schedule that is the same in every process.
 

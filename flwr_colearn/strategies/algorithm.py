@@ -9,6 +9,7 @@ from flwr.common import log
 
 from ..epoch_rules import EpochRule, Observations, as_epoch_rule
 from ..errors import expected, whole_number
+from ..history import RoundRecord
 from ..plan import LocalPlan
 from ..policy import attempt_limit
 from ..schedules import LearningRate, RateFunction, as_learning_rate, describe_rate
@@ -129,6 +130,8 @@ class Algorithm:
         ``CyclicalRate`` (CLR), ``ExponentialRate`` (ELR), ``ConstantRate`` or another schedule.
     total_epochs : int or None
         The budget: the local epochs of every participant after which the run ends.
+    local_steps : int or None
+        The steps (mini-batches) that every participant trains in place of one local epoch.
     advises : bool
         Whether the log says what the relative changes show; not where a round is one step.
     """
@@ -136,6 +139,7 @@ class Algorithm:
     local_epochs: EpochRule
     learning_rate: LearningRate
     total_epochs: int | None = None
+    local_steps: int | None = None
     advises: bool = True
 
     def spent(self, progress: Progress) -> bool:
@@ -162,7 +166,10 @@ class Algorithm:
         local_epochs = seen.local_epochs
         if self.total_epochs is not None:
             local_epochs = min(local_epochs, self.total_epochs - progress.epochs_done)
-        plan = LocalPlan.of(self.learning_rate, server_round, local_epochs, progress.epochs_done)
+        steps = None if self.local_steps is None else self.local_steps * local_epochs
+        plan = LocalPlan.of(
+            self.learning_rate, server_round, local_epochs, progress.epochs_done, steps
+        )
         return plan, progress.started(server_round, seen, local_epochs)
 
     def _next(self, progress: Progress, relative_change: float | None) -> Observations:
@@ -193,6 +200,8 @@ class Algorithm:
             "local epochs": str(self.local_epochs),
             "learning rate": describe_rate(self.learning_rate),
             "total epochs": str(self.total_epochs),
+            # Left out where it is not used, so that checkpoints without it stay those of the run.
+            **({} if self.local_steps is None else {"local steps": str(self.local_steps)}),
         }
 
     def log_summary(self, write: Callable[[str], None]) -> None:
@@ -200,13 +209,27 @@ class Algorithm:
         write("\t├──> Co-learning settings:")
         write(f"\t│\t├── Local epochs: {self.local_epochs}")
         write(f"\t│\t├── Learning rate: {self.learning_rate}")
+        if self.local_steps is not None:
+            write(f"\t│\t├── A local epoch is {self.local_steps} steps at every participant")
         write(f"\t│\t└── Budget in local epochs: {self.total_epochs or 'none'}")
+
+
+def plan_record(plan: LocalPlan, progress: Progress) -> RoundRecord:
+    """Return the record of a round that begins with a plan."""
+    return RoundRecord(
+        plan.round,
+        plan.local_epochs,
+        plan.learning_rate,
+        progress.epochs_done,
+        learning_rates=list(plan.learning_rates or ()),
+    )
 
 
 def algorithm_of(
     local_epochs: int | EpochRule,
     learning_rate: float | LearningRate | RateFunction,
     total_epochs: int | None = None,
+    local_steps: int | None = None,
 ) -> Algorithm:
     """Return the algorithm with these settings.
 
@@ -220,6 +243,8 @@ def algorithm_of(
     """
     if total_epochs is not None:
         whole_number("total_epochs", total_epochs, least=1)
+    if local_steps is not None:
+        whole_number("local_steps", local_steps, least=1)
     rate = as_learning_rate(learning_rate, total_epochs)
     # A schedule that is planned for another number of epochs would end too early or too late.
     planned = getattr(rate, "total_epochs", None)
@@ -229,4 +254,4 @@ def algorithm_of(
             f"the run's own total_epochs={total_epochs}",
             planned,
         )
-    return Algorithm(as_epoch_rule(local_epochs), rate, total_epochs)
+    return Algorithm(as_epoch_rule(local_epochs), rate, total_epochs, local_steps)

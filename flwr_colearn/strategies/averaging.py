@@ -37,7 +37,7 @@ from ..roles import Role, Roles
 from ..stock import warn_of_private_statistics
 from ..traffic import Event
 from ..transport import ConnectedGrid, Transport
-from .algorithm import Algorithm, Progress
+from .algorithm import Algorithm, Progress, plan_record
 from .arguments import number_of, participant_arguments, patience
 from .foreign_loop import refuse_in_foreign_loop
 from .shared_model import SharedModel
@@ -489,22 +489,21 @@ class Averaging(FedAvg, Managed[RoundLog]):
             seen = self.progress.seen.then(epochs)
             self.progress = self.progress.started(server_round, seen, epochs)
             entries: dict[str, Any] = {"server-round": server_round}
+            record = RoundRecord(server_round, epochs, rate, self.progress.epochs_done)
         else:
             change = self._change(arrays) if self.progress.round else None
             plan, self.progress = self.algorithm.next_plan(server_round, self.progress, change)
-            epochs, rate = plan.local_epochs, plan.learning_rate
-            entries = plan.to_config()
-        self.time_limit = self.progress.time_limit(self._timeout, epochs)
+            entries, record = plan.to_config(), plan_record(plan, self.progress)
+        self.time_limit = self.progress.time_limit(self._timeout, record.local_epochs)
         if self.time_limit is not None:
             entries["time-limit"] = self.time_limit
         log(
             INFO,
-            "configure_train: %s participants train %s local epochs from learning rate %g",
+            "configure_train: %s participants train %s local epochs, learning rate %s",
             self.num_participants,
-            epochs,
-            rate,
+            record.local_epochs,
+            record.rates,
         )
-        record = RoundRecord(server_round, epochs, rate, self.progress.epochs_done)
         scheme = self._features.normalization
         if not scheme.travels_whole:
             record.normalization = {"scheme": scheme.name, "reinitialised": []}
