@@ -24,7 +24,9 @@ from simulations.study.comparison import run_study, write_report
 STUDIES = {
     "dynamic": "simulations.study.dynamic",
     "normalization": "simulations.study.normalization",
+    "epsilon": "simulations.study.epsilon",
     "paper": "simulations.study.paper",
+    "unequal": "simulations.study.unequal",
 }
 """Studies with a command of their own, by module, imported when asked for."""
 
