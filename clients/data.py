@@ -149,6 +149,17 @@ def shuffled_batches(num_examples: int, batch_size: int, seed: int) -> list[NDAr
     """
     order = np.random.default_rng(seed).permutation(num_examples)
     batches = np.split(order, range(batch_size, num_examples, batch_size))
+    return batches[: batches_in(num_examples, batch_size)]
+
+
+def batches_in(num_examples: int, batch_size: int) -> int:
+    """Return the number of batches of one epoch, without a last one of a single example.
+
+    Examples
+    --------
+    >>> [batches_in(examples, 4) for examples in (8, 9, 10, 1)]
+    [2, 2, 3, 1]
+    """
     # A data set of one example keeps its only batch, so that an epoch is never empty.
     one_left = num_examples > 1 and num_examples % batch_size == 1
-    return batches[:-1] if one_left else batches
+    return -(-num_examples // batch_size) - one_left

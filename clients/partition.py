@@ -16,6 +16,33 @@ def equal_shards(num_examples: int, num_partitions: int, seed: int) -> Shards:
     return _checked([np.sort(shard) for shard in np.array_split(order, num_partitions)])
 
 
+def proportional_shards(num_examples: int, num_partitions: int, shares: str, seed: int) -> Shards:
+    """Return random shards of unequal sizes.
+
+    Parameters
+    ----------
+    num_examples, num_partitions : int
+        N and K.
+    shares : str
+        One number above 0 for each participant, such as "1:2:4:8:16": the sizes in proportion.
+    seed : int
+        The seed of the draw.
+    """
+    try:
+        weights = np.array([float(share) for share in shares.split(":")])
+    except ValueError:
+        weights = np.zeros(0)
+    if len(weights) != num_partitions or not (np.isfinite(weights) & (weights > 0)).all():
+        raise ColearnError(
+            f"shares of the partition: expected {num_partitions} numbers above 0, one for each "
+            f"participant, such as '1:2:4', found {shares!r}"
+        )
+    order = np.random.default_rng(seed).permutation(num_examples)
+    # Rounding the ends, not the sizes, assigns every example exactly once.
+    ends = np.rint(np.cumsum(weights)[:-1] / weights.sum() * num_examples).astype(int)
+    return _checked([np.sort(shard) for shard in np.split(order, ends)])
+
+
 def dirichlet_shards(labels: Labels, num_partitions: int, alpha: float, seed: int) -> Shards:
     """Split each class in proportions drawn from Dirichlet(alpha) (arXiv 1909.06335).
 

@@ -8,6 +8,9 @@ from typing import Any, Self
 from flwr_colearn import ColearnError, Frozen, Normalization
 from flwr_colearn.normalization import scheme_named
 
+WORDS = "words"
+"""The entry of a field's metadata with the strings that it takes in place of a number."""
+
 
 class FromConfig:
     """Mixin: build a dataclass of settings from kebab-case keys of a Flower run config."""
@@ -19,7 +22,8 @@ class FromConfig:
         Raises
         ------
         ColearnError
-            If a value is of another type than its default.
+            If a value is of another type than its default, and none of the words that its field
+            takes in place of it.
         """
         values = {}
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
@@ -27,14 +31,14 @@ class FromConfig:
             if key not in config:
                 continue
             wanted, found = type(field.default), config[key]
+            words = field.metadata.get(WORDS, ())
             # In TOML and on the command line 1 is an int, also where 1.0 is meant.
             if wanted is float and type(found) is int:
                 found = float(found)
             # Exact types, not isinstance: True would pass as an int.
-            if type(found) is not wanted:
-                raise ColearnError(
-                    f"run config '{key}': expected {wanted.__name__}, found {config[key]!r}"
-                )
+            if type(found) is not wanted and found not in words:
+                either = " or ".join([wanted.__name__, *map(repr, words)])
+                raise ColearnError(f"run config '{key}': expected {either}, found {config[key]!r}")
             values[field.name] = found
         return cls(**values)
 
@@ -79,8 +83,10 @@ class ParticipantSettings(FromConfig):
         The number of training examples, the last ones, that models are evaluated on in a simulation
         in place of the test set: settings are chosen by them. 0 for none.
     partition : str
-        The partition: "iid", "dirichlet" or "classes"; only "iid" for tasks with several labels for
-        each example.
+        The partition: "iid" (equal shards), "shares" (unequal ones), "dirichlet" or "classes"; only
+        the first two for tasks with several labels for each example.
+    shares : str
+        The sizes of the shards of the "shares" partition, in proportion and in participants' order.
     dirichlet_alpha : float
         The concentration of the "dirichlet" partition.
     classes_each : int
@@ -132,6 +138,7 @@ class ParticipantSettings(FromConfig):
     examples: int = 0
     validation_examples: int = 0
     partition: str = "iid"
+    shares: str = "1:2:4:8:16"
     dirichlet_alpha: float = 0.5
     classes_each: int = 2
     vectors: str = ""

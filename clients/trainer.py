@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flwr_colearn import ColearnError, LocalPlan, Role
+from flwr_colearn import ColearnError, Epoch, LocalPlan, Role
 from flwr_colearn.errors import whole_number
 
 NDArray = npt.NDArray[Any]
@@ -51,8 +51,8 @@ class Trainer(Protocol):
     def roles(self) -> dict[str, Role]:
         """Return the role of every array by the type of its layer, for ``CoLearn(roles=...)``."""
 
-    def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
-        """Train one full pass over the local data.
+    def train_epoch(self, learning_rate: float, seed: int, steps: int | None = None) -> EpochResult:
+        """Train one pass over the local data.
 
         Parameters
         ----------
@@ -61,7 +61,13 @@ class Trainer(Protocol):
         seed : int
             The seed of the order of the data, augmentation and dropout: the same seed and the same
             initial weights give the same trained weights.
+        steps : int, optional
+            The number of mini-batches after which the pass ends; by default all of them. Only plans
+            with steps in place of local epochs have it.
         """
+
+    def batches_per_epoch(self) -> int:
+        """Return the number of mini-batches of a full pass, for plans that ask for steps."""
 
     def evaluate(self) -> dict[str, float]:
         """Return ``num-examples``, ``loss`` and the task's metrics on the evaluation data."""
@@ -104,8 +110,8 @@ def follow(
     Returns
     -------
     dict
-        ``num-examples`` of an epoch, and the last epoch's ``train-loss`` and ``learning-rate``;
-        with loss scaling also ``skipped-steps`` of the round.
+        ``num-examples`` of an epoch (the largest, if the last one is shorter), and the last epoch's
+        ``train-loss`` and ``learning-rate``; with loss scaling also ``skipped-steps`` of the round.
 
     Raises
     ------
@@ -113,22 +119,32 @@ def follow(
         If an epoch made no step, because all of its gradients overflowed.
     """
     skipped: list[int] = []
+    examples: list[int] = []
+    by_steps = plan.local_steps is not None
+    if by_steps:
+        plan = plan.over(trainer.batches_per_epoch())
 
     def save() -> dict[str, NDArray]:
         # The seed decides the epochs that follow, so it is a part of what identifies the round.
-        own = {"seed": np.array(str(seed)), "skipped": np.array(skipped, np.int64)}
+        own = {
+            "seed": np.array(str(seed)),
+            "skipped": np.array(skipped, np.int64),
+            "examples": np.array(examples, np.int64),
+        }
         return {**own, **_state_of(trainer)}
 
     def load(state: Mapping[str, NDArray]) -> None:
         _restore(trainer, state)
-        skipped[:] = state["skipped"].tolist()
+        skipped[:], examples[:] = state["skipped"].tolist(), state["examples"].tolist()
 
     # At least the last epoch is trained, so that `result` and `epoch` are defined after the loop.
     for epoch in plan.resumable(state_dir, save, load, name):
-        epoch_seed = derive_seed(seed, plan.epochs_done + epoch.index)
-        result = _trained(trainer, epoch.learning_rate, epoch_seed, skipped)
+        # The server counts local epochs of its own in `epochs_done`, not this site's passes.
+        number = (plan.round, epoch.index) if by_steps else (plan.epochs_done + epoch.index,)
+        result = _trained(trainer, epoch, derive_seed(seed, *number), skipped)
+        examples.append(result.num_examples)
     metrics: dict[str, float] = {
-        "num-examples": result.num_examples,
+        "num-examples": max(examples),
         "train-loss": result.loss,
         "learning-rate": epoch.learning_rate,
     }
@@ -164,13 +180,15 @@ _PARTS = {
 }
 
 
-def _trained(trainer: Trainer, learning_rate: float, seed: int, skipped: list[int]) -> EpochResult:
+def _trained(trainer: Trainer, epoch: Epoch, seed: int, skipped: list[int]) -> EpochResult:
     """Train one epoch; repeat it while every step of it is skipped, since it then trained nothing.
 
     The number of skipped steps of each pass is appended to `skipped`.
     """
     for _ in range(_MOST_PASSES):
-        result = trainer.train_epoch(learning_rate, seed)
+        # A trainer without `steps` serves every plan but those that ask for steps.
+        steps = () if epoch.steps is None else (epoch.steps,)
+        result = trainer.train_epoch(epoch.learning_rate, seed, *steps)
         if result.skipped is not None:
             skipped.append(result.skipped)
         if result.steps != 0:

@@ -26,6 +26,13 @@ from .dynamic import (
     Relative,
     learner,
 )
+from .epoch_rules import (
+    EpochRule,
+    FixedEpochs,
+    IncreasingEpochs,
+    Observations,
+    PlateauEpochs,
+)
 from .errors import ColearnError
 from .grids import InProcessGrid, ThreadedGrid
 from .history import History, RoundRecord
@@ -55,10 +62,7 @@ from .schedules import (
     ConstantRate,
     CosineRate,
     CyclicalRate,
-    EpochRule,
     ExponentialRate,
-    FixedEpochs,
-    IncreasingEpochs,
     LearningRate,
     ProgressRate,
     Warmup,
@@ -104,7 +108,9 @@ __all__ = [
     "ModelAveraging",
     "Normalization",
     "NormalizationGrid",
+    "Observations",
     "PackedCodec",
+    "PlateauEpochs",
     "Pooled",
     "ProgressRate",
     "Quorum",

@@ -83,6 +83,9 @@ class RoundRecord:
     site_means : dict
         The plain means of these metrics, in which every participant that has the metric as a
         finite number counts the same.
+    learning_rates : list of float
+        The rates of the T_i local epochs, of which ``CyclicalRate`` never uses eta^i itself. Empty
+        where the train config defines the local training, and in histories up to version 0.6.
     """
 
     round: int
@@ -108,17 +111,25 @@ class RoundRecord:
     server_metrics: dict[str, Any] = field(default_factory=dict)
     site_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     site_means: dict[str, float] = field(default_factory=dict)
+    learning_rates: list[float] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Return the record as one line of JSON; numbers that are not finite become strings."""
         return to_line(self)
+
+    @property
+    def rates(self) -> str:
+        """The rates of the round in words, those that were used where they are known."""
+        rates = self.learning_rates or [self.learning_rate]
+        first, last = rates[0], rates[-1]
+        return f"{first:.4g}" if first == last else f"from {first:.4g} to {last:.4g}"
 
     def log(self) -> None:
         """Write the round to Flower's log, in the form of Flower's own entries."""
         change = self.relative_change
         log(INFO, "CoLearn: round %s complete in %.1f s", self.round, self.seconds)
         log(INFO, "\t├── Local epochs: %s (%s in all)", self.local_epochs, self.epochs_done)
-        log(INFO, "\t├── Learning rate: from %g", self.learning_rate)
+        log(INFO, "\t├── Learning rate: %s", self.rates)
         log(INFO, "\t├── Relative change: %s", "unknown" if change is None else f"{change:.4g}")
         log(INFO, "\t├── Bytes: %s down, %s up", _spelled(self.bytes_down), _spelled(self.bytes_up))
         log(

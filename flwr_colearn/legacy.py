@@ -25,16 +25,18 @@ from .aggregation import (
     Weighting,
     as_weighting,
     check_initial,
+    mean_loss,
     relative_change,
     trainable,
 )
+from .epoch_rules import EpochRule
 from .errors import ColearnError, expected
-from .history import History, RoundLog, RoundRecord
+from .history import History, RoundLog
 from .policy import Guard, Recovery
 from .records import Outgoing, view_bytes
 from .roles import Arrays, Role, Roles, assign_roles
-from .schedules import EpochRule, LearningRate, RateFunction
-from .strategies import Progress, algorithm_of, participant_arguments
+from .schedules import LearningRate, RateFunction
+from .strategies import Progress, algorithm_of, participant_arguments, plan_record
 from .traffic import Directions, Event, RoundTraffic
 
 Metrics = list[tuple[int, dict[str, Scalar]]]
@@ -63,7 +65,7 @@ class CoLearn(FedAvg):
     ----------
     num_participants : int, optional
         K; by default `min_fit_clients`.
-    local_epochs, learning_rate, total_epochs, weighting, roles, history
+    local_epochs, learning_rate, total_epochs, local_steps, weighting, roles, history
         As for `flwr_colearn.CoLearn`.
     recovery : Recovery, optional
         As for `flwr_colearn.CoLearn`, within the limits of the legacy API: participants that failed
@@ -94,6 +96,7 @@ class CoLearn(FedAvg):
         local_epochs: int | EpochRule,
         learning_rate: float | LearningRate | RateFunction,
         total_epochs: int | None = None,
+        local_steps: int | None = None,
         weighting: Weighting = "uniform",
         roles: Roles = None,
         history: str | Path | History | None = None,
@@ -116,7 +119,7 @@ class CoLearn(FedAvg):
         )
         super().__init__(**{**kwargs, **clients})
         self._outgoing = Outgoing()
-        self._algorithm = algorithm_of(local_epochs, learning_rate, total_epochs)
+        self._algorithm = algorithm_of(local_epochs, learning_rate, total_epochs, local_steps)
         self._weighting = as_weighting(weighting)
         self._given_roles = roles
         self._log = RoundLog(history)
@@ -163,8 +166,7 @@ class CoLearn(FedAvg):
         clients = client_manager.sample(
             num_clients=self.min_fit_clients, min_num_clients=self.min_available_clients
         )
-        done = self._progress.epochs_done
-        self._log.open(RoundRecord(server_round, plan.local_epochs, plan.learning_rate, done))
+        self._log.open(plan_record(plan, self._progress))
         self._count(down=_size(parameters) * len(clients))
         self._asked = {client.cid: (client, FitIns(parameters, config)) for client in clients}
         return list(self._asked.values())
@@ -197,6 +199,7 @@ class CoLearn(FedAvg):
         mean = self._round_mean
         metrics = self._fold_all(results)
         metrics += self._restart_missing(server_round, failures)
+        self._progress = self._progress.told(mean_loss(each for _, each in metrics))
         self._log.note_events(mean.events)
         self._log.record.participants = mean.participants
         # The mean was computed in the bytes of these records, so nothing is copied here.

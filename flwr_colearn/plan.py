@@ -9,16 +9,28 @@ from typing import Any
 
 from .epoch_file import EpochFile, Load, Save
 from .errors import ColearnError, expected, real_number, whole_number
-from .schedules import LearningRate, rates_of
+from .schedules import LearningRate, rate_before, rates_of
 from .site_files import state_path
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One local epoch: `index` j from 1 to T, and the learning rate to train it with."""
+    """One local epoch.
+
+    Attributes
+    ----------
+    index : int
+        j, from 1 to T.
+    learning_rate : float
+        The learning rate to train it with.
+    steps : int or None
+        The number of mini-batches after which a shorter pass over the data ends; None for a whole
+        pass. ``itertools.islice(batches, epoch.steps)`` are those of either.
+    """
 
     index: int
     learning_rate: float
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,11 +56,17 @@ class LocalPlan:
     session : str, optional
         The training that the round belongs to, which a resumed server has in common with the
         interrupted one. Plans of the same epochs are equal whatever their sessions.
+    local_steps : int, optional
+        The steps (mini-batches) of the round, the same for every participant, in place of T_i
+        passes over its data. `over` makes local epochs of them.
+    last_steps : int, optional
+        The steps of the last local epoch, if that is a part of a pass; set by `over`.
 
     Raises
     ------
     ColearnError
-        If a value lies outside its range, or there are not T_i rates.
+        If a value lies outside its range, or there are not T_i rates. When the plan is iterated:
+        if it asks for steps and `over` was not called.
 
     Examples
     --------
@@ -57,6 +75,11 @@ class LocalPlan:
         plan = LocalPlan.from_config(message.content["config"])
         for epoch in plan:
             train_one_epoch(model, data, epoch.learning_rate)
+
+    That of a participant which also serves ``CoLearn(local_steps=...)``::
+
+        for epoch in plan.over(len(batches)):
+            train(model, itertools.islice(batches, epoch.steps), epoch.learning_rate)
 
     >>> from flwr_colearn import CyclicalRate
     >>> plan = LocalPlan.of(CyclicalRate(0.01, decay=0.25), round=1, local_epochs=2)
@@ -71,6 +94,8 @@ class LocalPlan:
     epochs_done: int = 0
     time_limit: float | None = None
     session: str | None = dataclasses.field(default=None, compare=False)
+    local_steps: int | None = None
+    last_steps: int | None = None
 
     def __post_init__(self) -> None:
         plain: dict[str, Any] = {
@@ -85,6 +110,8 @@ class LocalPlan:
             plain["time_limit"] = limit
         if self.session is not None:
             plain["session"] = str(self.session)
+        if self.local_steps is not None:
+            plain["local_steps"] = whole_number(_entry("local_steps"), self.local_steps, least=1)
         # Flower's ConfigRecord refuses numpy's numbers, so all values become Python's own.
         for field, value in plain.items():
             object.__setattr__(self, field, value)
@@ -102,9 +129,60 @@ class LocalPlan:
 
     def __iter__(self) -> Iterator[Epoch]:
         """Yield the local epochs 1 .. T with their learning rates."""
+        if self.local_steps is not None:
+            raise ColearnError(
+                f"plan: expected to be told the mini-batches of a pass over this participant's "
+                f"data, since the server asks for {self.local_steps} steps in place of local "
+                "epochs; iterate plan.over(len(batches)), and train epoch.steps batches of each"
+            )
         assert self.learning_rates is not None
         for index, rate in enumerate(self.learning_rates, 1):
-            yield Epoch(index, rate)
+            yield Epoch(index, rate, self.last_steps if index == self.local_epochs else None)
+
+    def over(self, batches: int) -> "LocalPlan":
+        """Return the plan of a participant with so many mini-batches in a pass over its data.
+
+        A plan of local epochs is returned unchanged. Of one that asks for steps, T becomes
+        ceil(steps / batches), the last pass may be shorter, and local epoch j has the rate at j / T
+        of the round, between the server's rates in geometric proportion: for ``CyclicalRate`` that
+        is eq. 3 with this T.
+
+        Parameters
+        ----------
+        batches : int
+            The mini-batches of a whole pass, at least 1.
+
+        Examples
+        --------
+        >>> from flwr_colearn import CyclicalRate
+        >>> plan = LocalPlan.of(CyclicalRate(0.16, decay=0.25), 1, local_epochs=1, local_steps=50)
+        >>> [(round(epoch.learning_rate, 3), epoch.steps) for epoch in plan.over(40)]
+        [(0.08, None), (0.04, 10)]
+        """
+        if self.local_steps is None:
+            return self
+        whole_number("mini-batches of a pass over the data", batches, least=1)
+        whole, rest = divmod(self.local_steps, batches)
+        passes = whole + bool(rest)
+        return dataclasses.replace(
+            self,
+            local_epochs=passes,
+            learning_rates=tuple(self._rate_at(j, passes) for j in range(1, passes + 1)),
+            local_steps=None,
+            last_steps=rest or None,
+        )
+
+    def _rate_at(self, epoch: int, passes: int) -> float:
+        """Return the rate after epoch / passes of the round."""
+        rates = (self.learning_rate, *(self.learning_rates or ()))
+        before, within = divmod(epoch * self.local_epochs, passes)
+        low, share = rates[before], within / passes
+        if not within:
+            return low
+        high = rates[before + 1]
+        if low > 0.0 and high > 0.0:
+            return float(low ** (1.0 - share) * high**share)
+        return low * (1.0 - share) + high * share  # rates of 0 have no geometric mean
 
     def resumable(
         self, state_dir: str | Path | None, save: Save, load: Load, name: str = "participant"
@@ -148,7 +226,9 @@ class LocalPlan:
             yield from self
             return
         path = state_path(Path(state_dir), name, self.session or "", "epoch")
-        what = (self.session, self.round, self.learning_rates, self.epochs_done)
+        what: tuple[Any, ...] = (self.session, self.round, self.learning_rates, self.epochs_done)
+        if self.last_steps is not None:
+            what += (self.last_steps,)
         file = EpochFile(path, repr(what))
         done = file.resume(save, load)
         for epoch in list(self)[done:]:
@@ -158,7 +238,12 @@ class LocalPlan:
 
     @classmethod
     def of(
-        cls, schedule: LearningRate, round: int, local_epochs: int, epochs_done: int = 0
+        cls,
+        schedule: LearningRate,
+        round: int,
+        local_epochs: int,
+        epochs_done: int = 0,
+        local_steps: int | None = None,
     ) -> "LocalPlan":
         """Return the plan of a round with the rates of a schedule.
 
@@ -166,8 +251,9 @@ class LocalPlan:
         ----------
         schedule : LearningRate
             Any schedule.
-        round, local_epochs, epochs_done : int
-            See `LocalPlan`.
+        round, local_epochs, epochs_done, local_steps : int
+            See `LocalPlan`. With `local_steps` the plan's `learning_rate` is the rate at which the
+            round begins, from which `over` goes on.
 
         Raises
         ------
@@ -175,7 +261,9 @@ class LocalPlan:
             If the schedule returns anything but finite numbers of at least 0.
         """
         start, rates = rates_of(schedule, local_epochs, round - 1, epochs_done)
-        return cls(round, local_epochs, start, rates, epochs_done)
+        if local_steps is not None:
+            start = rate_before(schedule, local_epochs, round - 1, epochs_done)
+        return cls(round, local_epochs, start, rates, epochs_done, local_steps=local_steps)
 
     def to_config(self) -> dict[str, Any]:
         """Return the plan as entries of a ``ConfigRecord``, unused optional ones left out.
@@ -235,6 +323,7 @@ _KEYS = {
     "epochs_done": "epochs-done",
     "time_limit": "time-limit",
     "session": "session",
+    "local_steps": "local-steps",
 }
 
 

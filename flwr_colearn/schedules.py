@@ -1,16 +1,17 @@
-"""Learning-rate schedules and local-epoch rules: immutable values with pure methods.
+"""Learning-rate schedules: immutable values with pure methods.
 
-The four arms of the co-learning paper (Mi et al., SCIS 63(8):182102, 2020) are four pairs of them:
-CLR+ILE is ``CyclicalRate`` with ``IncreasingEpochs``, ELR+FLE (federated averaging) is
-``ExponentialRate`` with ``FixedEpochs``, and so on. Any other object with the attributes of
-`LearningRate` is a learning-rate schedule as well, and so is a plain function of the progress. The
-server evaluates the schedule, and the participants receive its rates.
+The four arms of the co-learning paper (Mi et al., SCIS 63(8):182102, 2020) are four pairs of a
+schedule and a rule for the local epochs (`flwr_colearn.epoch_rules`): CLR+ILE is ``CyclicalRate``
+with ``IncreasingEpochs``, ELR+FLE (federated averaging) is ``ExponentialRate`` with
+``FixedEpochs``, and so on. Any other object with the attributes of `LearningRate` is a
+learning-rate schedule as well, and so is a plain function of the progress. The server evaluates the
+schedule, and the participants receive its rates.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import ClassVar, Protocol, runtime_checkable
 
 from .errors import ColearnError, decay_factor, expected, real_number, whole_number
@@ -346,95 +347,6 @@ class Warmup:
         return as_learning_rate(self.rate)
 
 
-@runtime_checkable
-class EpochRule(Protocol):
-    """A rule for the number of local epochs of the next round."""
-
-    @property
-    def initial(self) -> int:
-        """T_0, the local epochs of the first round."""
-
-    def next(self, local_epochs: int, relative_change: float) -> int:
-        """Return T_i from T_{i-1} and the shared model's relative change (see eq. 4)."""
-
-
-@dataclass(frozen=True)
-class IncreasingEpochs:
-    """ILE: more local epochs once the shared model reaches a plateau.
-
-    T_i = min(factor * T_{i-1}, maximum)   if |w^i - w^{i-1}| / |w^{i-1}| <= epsilon
-    T_i = T_{i-1}                          otherwise        (eq. 4 of Mi et al., 2020)
-
-    Parameters
-    ----------
-    initial : int
-        T_0, at least 1. The paper's CIFAR-10 runs use 5 (20 for Inception-V4).
-    epsilon : float
-        T grows if the relative change is at most this; a tie grows. At least 0. The paper gives no
-        value: choose one from the relative changes in the history of a few rounds.
-    factor : int, default 2
-        The factor by which T grows, at least 2.
-    maximum : int, optional
-        The largest T. Set it so that one round is within the deployment's time limits.
-
-    Raises
-    ------
-    ColearnError
-        If an argument lies outside its range.
-
-    Examples
-    --------
-    >>> rule = IncreasingEpochs(5, epsilon=0.01, maximum=15)
-    >>> rule.next(5, relative_change=0.02), rule.next(5, 0.01), rule.next(10, 0.0)
-    (5, 10, 15)
-    """
-
-    initial: int
-    epsilon: float
-    factor: int = 2
-    maximum: int | None = None
-
-    def __post_init__(self) -> None:
-        whole_number("initial local epochs (T0) of IncreasingEpochs", self.initial, least=1)
-        real_number("epsilon of IncreasingEpochs", self.epsilon, least=0.0)
-        whole_number("factor of IncreasingEpochs", self.factor, least=2)
-        if self.maximum is not None:
-            whole_number("maximum of IncreasingEpochs", self.maximum, least=self.initial)
-
-    def next(self, local_epochs: int, relative_change: float) -> int:
-        """Return the local epochs of the round after one of `local_epochs`."""
-        # eq. 4, in this form so that NaN is no plateau: every comparison with it is false.
-        if not relative_change <= self.epsilon:
-            return local_epochs
-        grown = local_epochs * self.factor
-        return grown if self.maximum is None else min(grown, self.maximum)
-
-
-@dataclass(frozen=True)
-class FixedEpochs:
-    """FLE: the same number of local epochs in every round.
-
-    Parameters
-    ----------
-    initial : int
-        The local epochs of every round, at least 1.
-
-    Raises
-    ------
-    ColearnError
-        If `initial` is not a whole number of at least 1.
-    """
-
-    initial: int
-
-    def __post_init__(self) -> None:
-        whole_number("local epochs of FixedEpochs", self.initial, least=1)
-
-    def next(self, local_epochs: int, relative_change: float) -> int:
-        """Return `local_epochs` unchanged."""
-        return local_epochs
-
-
 def as_learning_rate(
     value: float | LearningRate | RateFunction, total_epochs: int | None = None
 ) -> LearningRate:
@@ -501,6 +413,24 @@ def rates_of(
     return real_number(f"start of round i={round_index} by {name}", start, least=0.0), rates
 
 
+def rate_before(
+    schedule: LearningRate, local_epochs: int, round_index: int, epochs_done: int
+) -> float:
+    """Return the rate at the beginning of a round, before its first local epoch has lowered it.
+
+    A schedule has no rate for that moment, and eta^i may be that of the run's beginning. The first
+    two rates in geometric proportion lead back to it: to eta^i for ``CyclicalRate``, and to the
+    rate at the end of the round before for ``ExponentialRate``. It is no larger than both eta^i and
+    the first rate.
+    """
+    # A round of one epoch has one rate, so its neighbours are those of a round of two.
+    start, rates = rates_of(schedule, max(local_epochs, 2), round_index, epochs_done)
+    first, second = rates[:2]
+    if second == 0.0:
+        return first
+    return min(first * (first / second), max(start, first))
+
+
 def describe_rate(schedule: LearningRate) -> str:
     """Return a description of a schedule that is the same in every process.
 
@@ -525,15 +455,6 @@ def _sample(schedule: LearningRate, round_index: int, epochs_done: int) -> str:
         return repr(float(schedule.at(1, 2, round_index, epochs_done)))
     except Exception as error:  # a user's function may be defined for fewer rounds than these
         return type(error).__name__
-
-
-def as_epoch_rule(value: int | EpochRule) -> EpochRule:
-    """Return `value` itself if it is a rule, else ``FixedEpochs(value)``."""
-    if isinstance(value, Integral):
-        return FixedEpochs(whole_number("local epochs of FixedEpochs", value, least=1))
-    if isinstance(value, EpochRule) and not isinstance(value, type):
-        return value
-    raise expected("local_epochs", "a whole number, IncreasingEpochs or FixedEpochs", value)
 
 
 def _check_epoch(epoch: int, local_epochs: int) -> None:

@@ -51,7 +51,7 @@ class CoLearn(legacy.CoLearn):
 
     Parameters
     ----------
-    num_participants, local_epochs, learning_rate, total_epochs, history, **kwargs
+    num_participants, local_epochs, learning_rate, total_epochs, local_steps, history, **kwargs
         As for `flwr_colearn.legacy.CoLearn`.
     clipping_range : float, default 8.0
         That of the workflow. An average beyond it is refused, since participants cut their values

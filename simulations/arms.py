@@ -7,9 +7,11 @@ from clients.settings import ParticipantSettings
 from flwr_colearn import (
     ColearnError,
     CyclicalRate,
+    EpochRule,
     ExponentialRate,
     FixedEpochs,
     IncreasingEpochs,
+    PlateauEpochs,
 )
 from simulations.settings import RunSettings
 
@@ -77,7 +79,7 @@ def at_one_site(
 
 
 def schedules(arm: Arm, settings: RunSettings) -> dict[str, Any]:
-    """Return the arm's `local_epochs`, `learning_rate` and `total_epochs` for ``CoLearn``.
+    """Return the arm's rules for ``CoLearn``: epochs, steps, learning rate and budget.
 
     Raises
     ------
@@ -94,10 +96,17 @@ def schedules(arm: Arm, settings: RunSettings) -> dict[str, Any]:
         "learning_rate": CyclicalRate(settings.learning_rate, settings.decay)
         if arm.cyclical
         else ExponentialRate(settings.learning_rate, settings.decay, settings.total_epochs),
-        "local_epochs": IncreasingEpochs(
-            settings.initial_epochs, settings.epsilon, maximum=settings.max_local_epochs or None
-        )
-        if arm.increasing
-        else FixedEpochs(settings.initial_epochs),
+        "local_epochs": epoch_rule(arm, settings),
+        "local_steps": settings.local_steps or None,
         "total_epochs": settings.total_epochs or None,
     }
+
+
+def epoch_rule(arm: Arm, settings: RunSettings) -> EpochRule:
+    """Return the arm's rule for T."""
+    initial, maximum = settings.initial_epochs, settings.max_local_epochs
+    if not arm.increasing:
+        return FixedEpochs(initial)
+    if settings.epsilon == "auto":
+        return PlateauEpochs(initial, maximum=maximum or PlateauEpochs.maximum)
+    return IncreasingEpochs(initial, float(settings.epsilon), maximum=maximum or None)

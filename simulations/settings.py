@@ -2,11 +2,11 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clients.settings import FromConfig, ParticipantSettings
+from clients.settings import WORDS, FromConfig, ParticipantSettings
 from flwr_colearn import ColearnError, Quorum, Recovery
 
 CONF = Path(__file__).parent / "conf"
@@ -29,10 +29,14 @@ class RunSettings(FromConfig):
         The budget of local epochs per participant, and E of the exponential rate; 0 for none.
     initial_epochs : int
         T0, the local epochs of the first round (of all rounds in the "fle" arms).
-    epsilon : float
-        The threshold of eq. 4 on the relative change.
+    epsilon : float or "auto"
+        The threshold of eq. 4 on the relative change: how far one round should move the model.
+        "auto" is the plateau rule in place of eq. 4, which needs none (`PlateauEpochs`).
     max_local_epochs : int
-        The largest T; 0 for no limit.
+        The largest T; 0 for no limit, and with epsilon "auto" for 16.
+    local_steps : int
+        The steps (mini-batches) that every participant trains in place of one local epoch, for
+        participants with data of very different sizes; 0 for passes over each one's own data.
     learning_rate, decay : float
         eta and r, the initial learning rate and its decay.
     weighting : str
@@ -82,8 +86,9 @@ class RunSettings(FromConfig):
     num_server_rounds: int = 0
     total_epochs: int = 60
     initial_epochs: int = 1
-    epsilon: float = 0.05
+    epsilon: float | str = field(default=0.05, metadata={WORDS: ("auto",)})
     max_local_epochs: int = 0
+    local_steps: int = 0
     learning_rate: float = 0.05
     decay: float = 0.25
     weighting: str = "uniform"

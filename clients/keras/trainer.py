@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from clients.data import Examples, shuffled_batches
+from clients.data import Examples, batches_in, shuffled_batches
 from clients.objective import CLASSES, Objective
 from clients.tensorflow.setup import check_device, forget_kernels, keras, tf
 from clients.tensorflow.transforms import Transform, no_transform
@@ -174,13 +174,13 @@ class KerasTrainer:
         """Return the role of every array, by layer type."""
         return roles(self.model)
 
-    def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
-        """Train one full pass over the local data; see `Trainer.train_epoch`."""
+    def train_epoch(self, learning_rate: float, seed: int, steps: int | None = None) -> EpochResult:
+        """Train one pass over the local data; see `Trainer.train_epoch`."""
         self._check_batch(min(self.batch_size, len(self.train_set)))
         self._seed_layers(seed)
         self._skipped.assign(0.0)
         total, count = 0.0, 0
-        batches = shuffled_batches(len(self.train_set), self.batch_size, seed)
+        batches = shuffled_batches(len(self.train_set), self.batch_size, seed)[:steps]
         with self._on_device():
             # disable=None: tqdm shows no bar unless stderr is a terminal.
             for number, indices in enumerate(
@@ -197,6 +197,10 @@ class KerasTrainer:
             return EpochResult(float(total) / count, count)
         skipped = int(self._skipped.numpy())
         return EpochResult(float(total) / count, count, len(batches) - skipped, skipped)
+
+    def batches_per_epoch(self) -> int:
+        """Return the number of mini-batches of a full pass."""
+        return batches_in(len(self.train_set), self.batch_size)
 
     def gradients(
         self, names: Sequence[str], step: int, seed: int

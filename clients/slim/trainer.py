@@ -8,7 +8,7 @@ import numpy as np
 from flwr.common import log
 from tqdm import tqdm
 
-from clients.data import Examples, shuffled_batches
+from clients.data import Examples, batches_in, shuffled_batches
 from clients.objective import CLASSES, Objective
 from clients.slim.compat import slim, tf
 from clients.tensorflow.setup import check_device
@@ -135,10 +135,10 @@ class SlimTrainer:
         """
         return {name: self._role(name, variable) for name, variable in self._variables.items()}
 
-    def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
-        """Train one full pass over the local data; see `Trainer.train_epoch`."""
+    def train_epoch(self, learning_rate: float, seed: int, steps: int | None = None) -> EpochResult:
+        """Train one pass over the local data; see `Trainer.train_epoch`."""
         total, count = 0.0, 0
-        batches = shuffled_batches(len(self.train_set), self.batch_size, seed)
+        batches = shuffled_batches(len(self.train_set), self.batch_size, seed)[:steps]
         # disable=None: tqdm shows no bar unless stderr is a terminal.
         for number, indices in enumerate(
             tqdm(batches, desc="local epoch", disable=None, leave=False)
@@ -153,6 +153,10 @@ class SlimTrainer:
             total += self._session.run(self._train_op, feed) * len(batch)
             count += len(batch)
         return EpochResult(float(total) / count, count)
+
+    def batches_per_epoch(self) -> int:
+        """Return the number of mini-batches of a full pass."""
+        return batches_in(len(self.train_set), self.batch_size)
 
     def evaluate(self) -> dict[str, float]:
         """Return ``num-examples``, mean ``loss`` and the objective's metrics on the test set."""

@@ -9,7 +9,13 @@ from typing import Protocol, cast
 import numpy as np
 
 from clients.data import Examples, Task, take, with_validation
-from clients.partition import Shards, class_shards, dirichlet_shards, equal_shards
+from clients.partition import (
+    Shards,
+    class_shards,
+    dirichlet_shards,
+    equal_shards,
+    proportional_shards,
+)
 from clients.settings import ParticipantSettings
 from clients.tasks.own_data import with_held_out
 from clients.tasks.sources import SOURCES, ImportedTask, Source
@@ -116,6 +122,8 @@ def shards(settings: ParticipantSettings, num_partitions: int) -> Shards:
         labels = labels[: settings.examples]
     if settings.partition == "iid":
         return equal_shards(len(labels), num_partitions, settings.seed)
+    if settings.partition == "shares":
+        return proportional_shards(len(labels), num_partitions, settings.shares, settings.seed)
     if settings.partition in ("dirichlet", "classes") and not hasattr(task.train_set, "labels"):
         raise ColearnError(
             f"run config 'partition': expected 'iid' for task {settings.task}, whose data set has "
@@ -132,7 +140,8 @@ def shards(settings: ParticipantSettings, num_partitions: int) -> Shards:
     if settings.partition == "classes":
         return class_shards(labels, num_partitions, settings.classes_each, settings.seed)
     raise ColearnError(
-        f"run config 'partition': expected iid, dirichlet or classes, found {settings.partition!r}"
+        "run config 'partition': expected iid, shares, dirichlet or classes, found "
+        f"{settings.partition!r}"
     )
 
 

@@ -121,13 +121,17 @@ class ParallelTrainer:
         """Return the role of every array of the state dict, by module type."""
         return roles(self.model)
 
-    def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
-        """Train one full pass over the local data; each device trains its part of every batch."""
-        results = self._ask("train_epoch", learning_rate, seed)
+    def train_epoch(self, learning_rate: float, seed: int, steps: int | None = None) -> EpochResult:
+        """Train one pass over the local data; each device trains its part of every batch."""
+        results = self._ask("train_epoch", learning_rate, seed, steps)
         examples = sum(result.num_examples for result in results)
         loss = sum(result.loss * result.num_examples for result in results) / examples
         # Gradients are averaged before a step, so that all devices make or skip the same steps.
         return EpochResult(loss, examples, results[0].steps, results[0].skipped)
+
+    def batches_per_epoch(self) -> int:
+        """Return the number of mini-batches of a full pass, each shared by all devices."""
+        return self._ask("batches_per_epoch", only_first=True)  # type: ignore[no-any-return]
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate on the first device."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -148,18 +149,18 @@ class TorchTrainer:
         """Return the role of every array of the state dict, by module type."""
         return roles(self.model)
 
-    def train_epoch(self, learning_rate: float, seed: int) -> EpochResult:
-        """Train one full pass over the local data; see `Trainer.train_epoch`."""
+    def train_epoch(self, learning_rate: float, seed: int, steps: int | None = None) -> EpochResult:
+        """Train one pass over the local data; see `Trainer.train_epoch`."""
         self._seed(self.own_seed(seed))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.model.train()
-        scaler, steps, skipped = self._scaler, 0, 0
+        scaler, stepped, skipped = self._scaler, 0, 0
         # The sum stays on the device: reading it in every step would wait for the GPU.
         total, count = torch.zeros((), device=self.device), 0
         # disable=None: tqdm shows no bar unless stderr is a terminal.
         for inputs, targets in tqdm(
-            self._train_batches(seed), desc="local epoch", disable=None, leave=False
+            self._train_batches(seed, steps), desc="local epoch", disable=None, leave=False
         ):
             self.optimizer.zero_grad(set_to_none=True)
             loss = self._forward(inputs, targets)
@@ -169,15 +170,19 @@ class TorchTrainer:
                 scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
             if self._stepped():
-                steps += 1
+                stepped += 1
             else:
                 skipped += 1
             total += loss.detach() * len(targets)
             count += len(targets)
         scaled = scaler.is_enabled()
         return EpochResult(
-            float(total) / count, count, steps if scaled else None, skipped if scaled else None
+            float(total) / count, count, stepped if scaled else None, skipped if scaled else None
         )
+
+    def batches_per_epoch(self) -> int:
+        """Return the number of mini-batches of a full pass."""
+        return sum(1 for _ in self.own_part(self._sampler(seed=0)))
 
     def _stepped(self) -> bool:
         """Make the optimizer's step; return False if loss scaling skipped it."""
@@ -350,8 +355,11 @@ class TorchTrainer:
         """Return the part of every batch that this trainer trains on, by default all of it."""
         return batches
 
-    def _train_batches(self, seed: int) -> Iterable[Any]:
-        return self._loader(self._train_set(seed), self.own_part(self._sampler(seed)))
+    def _train_batches(self, seed: int, steps: int | None) -> Iterable[Any]:
+        batches = self.own_part(self._sampler(seed))
+        if steps is not None:
+            batches = list(islice(batches, steps))
+        return self._loader(self._train_set(seed), batches)
 
     def _train_set(self, seed: int) -> Dataset[Any]:
         """Return the training set of the epoch with this seed.

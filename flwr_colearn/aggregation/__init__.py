@@ -3,7 +3,14 @@
 from .distance import relative_change, squared_distance, squared_norm, trainable
 from .examples import ToldExamples
 from .mean import Empty, RunningMean, empty_array
-from .metrics import Named, aggregated, average_metrics, evaluations_of
+from .metrics import (
+    Named,
+    aggregated,
+    average_metrics,
+    evaluations_of,
+    mean_loss,
+    mean_train_loss,
+)
 from .replies import (
     ECHO,
     arrays_of,
@@ -51,6 +58,8 @@ __all__ = [
     "examples_of",
     "failure_of",
     "lowered_weights",
+    "mean_loss",
+    "mean_train_loss",
     "metrics_of",
     "read_reply",
     "relative_change",

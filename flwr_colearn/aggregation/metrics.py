@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import WARNING
-from typing import Any
+from typing import Any, TypeGuard
 
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.common import log
@@ -15,6 +15,9 @@ Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 
 Named = tuple[str, RecordDict]
 """A participant, and the content of its reply with exactly one MetricRecord."""
+
+TRAIN_LOSS = ("train-loss", "train_loss")
+"""The names of the metric of the training loss: this package's, and that of Flower's examples."""
 
 _MOST_NAMED = 20  # a participant may send any number of metrics, and each is a line of the log
 
@@ -98,6 +101,32 @@ def average_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricR
         else:
             log(WARNING, "CoLearn: metric %.80r has no mean: its values have several forms", key)
     return means
+
+
+def mean_train_loss(named: Iterable[Named]) -> float | None:
+    """Return the plain mean of the training losses that participants report; None without any."""
+    return mean_loss(_metrics_of(content) for _, content in named)
+
+
+def mean_loss(sites: Iterable[Mapping[str, Any]]) -> float | None:
+    """Return the mean over participants of their finite training losses; None without any.
+
+    Every participant counts the same, as in eq. 2 of Mi et al. (2020), and has its loss under one
+    of the names in `TRAIN_LOSS`.
+
+    Examples
+    --------
+    >>> mean_loss([{"train-loss": 1.0}, {"train_loss": 3.0}, {"train-loss": math.nan}, {}])
+    2.0
+    """
+    losses = [next((site[key] for key in TRAIN_LOSS if key in site), None) for site in sites]
+    finite = [float(each) for each in losses if _is_number(each) and math.isfinite(each)]
+    mean = sum(finite) / len(finite) if finite else math.nan
+    return mean if math.isfinite(mean) else None  # a sum of large losses may overflow
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def finite_only(values: Iterable[Any], *others: Iterable[Any]) -> list[tuple[Any, ...]]:

@@ -1,6 +1,6 @@
 """The strategies in which every participant sends its model, or gradient, in every round."""
 
-from .algorithm import Algorithm, Progress, algorithm_of
+from .algorithm import Algorithm, Progress, algorithm_of, plan_record
 from .arguments import participant_arguments
 from .averaging import Averaging
 from .colearn import CoLearn
@@ -15,4 +15,5 @@ __all__ = [
     "SynchronousSGD",
     "algorithm_of",
     "participant_arguments",
+    "plan_record",
 ]

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from logging import INFO
 from operator import itemgetter
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..aggregation import (
     average_metrics,
     check_private_weighting,
     evaluations_of,
+    mean_train_loss,
 )
 from ..checkpoint import CheckpointFolder, as_folder
 from ..compression import Compression
@@ -37,7 +37,7 @@ from ..roles import Role, Roles
 from ..stock import warn_of_private_statistics
 from ..traffic import Event
 from ..transport import ConnectedGrid, Transport
-from .algorithm import Algorithm, Progress
+from .algorithm import Algorithm, Progress, plan_record
 from .arguments import number_of, participant_arguments, patience
 from .foreign_loop import refuse_in_foreign_loop
 from .shared_model import SharedModel
@@ -304,6 +304,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         record.contributions = self._mean.contributions
         # Sorted by participant, so that the order of arrival does not change the last bits.
         metrics = sorted(accepted, key=itemgetter(0))
+        self.progress = self.progress.told(mean_train_loss(metrics))
         train_metrics = aggregated(self.train_metrics_aggr_fn, metrics, self.weighted_by_key)
         self.log.note(train_metrics=train_metrics)
         return average, train_metrics
@@ -457,7 +458,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
 
     def restore_strategy_state(self, state: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
         """Restore the state that `strategy_state` returned."""
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.from_json(state["progress"])
         self.last_nodes = [int(node) for node in state["nodes"]]
         version, numbers, gauss = state["random"]
         self.random.setstate((version, tuple(numbers), gauss))
@@ -485,27 +486,24 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 int(number_in(config, "local-epochs")),
                 number_in(config, "learning-rate"),
             )
-            done = self.progress.epochs_done + epochs
-            self.progress = replace(
-                self.progress, round=server_round, local_epochs=epochs, epochs_done=done
-            )
+            seen = self.progress.seen.then(epochs)
+            self.progress = self.progress.started(server_round, seen, epochs)
             entries: dict[str, Any] = {"server-round": server_round}
+            record = RoundRecord(server_round, epochs, rate, self.progress.epochs_done)
         else:
             change = self._change(arrays) if self.progress.round else None
             plan, self.progress = self.algorithm.next_plan(server_round, self.progress, change)
-            epochs, rate = plan.local_epochs, plan.learning_rate
-            entries = plan.to_config()
-        self.time_limit = self.progress.time_limit(self._timeout, epochs)
+            entries, record = plan.to_config(), plan_record(plan, self.progress)
+        self.time_limit = self.progress.time_limit(self._timeout, record.local_epochs)
         if self.time_limit is not None:
             entries["time-limit"] = self.time_limit
         log(
             INFO,
-            "configure_train: %s participants train %s local epochs from learning rate %g",
+            "configure_train: %s participants train %s local epochs, learning rate %s",
             self.num_participants,
-            epochs,
-            rate,
+            record.local_epochs,
+            record.rates,
         )
-        record = RoundRecord(server_round, epochs, rate, self.progress.epochs_done)
         scheme = self._features.normalization
         if not scheme.travels_whole:
             record.normalization = {"scheme": scheme.name, "reinitialised": []}

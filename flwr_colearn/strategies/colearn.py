@@ -7,11 +7,12 @@ from typing import Any
 from ..aggregation import Weighting
 from ..checkpoint import CheckpointFolder
 from ..compression import Compression
+from ..epoch_rules import EpochRule
 from ..history import History
 from ..normalization import Normalization, Pooled
 from ..policy import Guard, Recovery
 from ..roles import Roles
-from ..schedules import EpochRule, LearningRate, RateFunction
+from ..schedules import LearningRate, RateFunction
 from .algorithm import algorithm_of
 from .averaging import Averaging
 
@@ -21,8 +22,10 @@ class CoLearn(Averaging):
 
     In every round all K participants start from the shared model and train T local epochs, with a
     learning rate that decays within the round (eq. 3) and restarts with the next. The new shared
-    model is the plain mean of theirs (eq. 2). T doubles if the relative change of the shared model
-    is at most epsilon (eq. 4). The participants read T and the rates from the train config::
+    model is the plain mean of theirs (eq. 2). With ``IncreasingEpochs`` T doubles if the relative
+    change of the shared model is at most epsilon (eq. 4); with ``PlateauEpochs``, a rule of ours
+    without an epsilon, if that change has stopped falling. The participants read T and the rates
+    from the train config::
 
         from flwr_colearn import LocalPlan
 
@@ -37,10 +40,17 @@ class CoLearn(Averaging):
     * *Recovery: restart of participant ...*: the participant failed or its reply was refused, for
       the reason given, and its training is restarted in the same round. Nothing needs to be done.
     * *an attempt may take ... instead of timeout*: rounds take longer than `timeout`. Raise it, or
-      bound T with ``IncreasingEpochs(maximum=...)``.
+      bound T with the rule's `maximum`.
     * *Waiting for participants*: fewer than K nodes are connected. Start the missing ones.
-    * *Relative change*: the value that is compared with `IncreasingEpochs.epsilon`. Choose epsilon
-      from it.
+    * *Relative change*: how far the round moved the shared model, which eq. 4 compares with
+      epsilon. It falls for some rounds and then stays at a level that grows with T.
+    * *epsilon=... is below the level that T=... holds: T will not grow*: as it should be, if rounds
+      are to stay this short. For longer ones raise epsilon above the level, or use
+      ``PlateauEpochs``.
+    * *T has grown after each of three rounds in a row*: epsilon is above what a round moves the
+      model by. Lower it, bound T by `maximum`, or use ``PlateauEpochs``.
+    * *the model may not have begun to learn*, *T stays*: the training loss has hardly fallen. Check
+      the learning rate.
 
     Parameters
     ----------
@@ -48,7 +58,8 @@ class CoLearn(Averaging):
         K, the number of distinct participants of every round. It sets FedAvg's `min_train_nodes`,
         `min_available_nodes` and `min_evaluate_nodes`. By default K is `min_train_nodes`.
     local_epochs : int or EpochRule
-        The rule for T: ``IncreasingEpochs`` (ILE), ``FixedEpochs``, or a number for the latter.
+        The rule for T: ``IncreasingEpochs`` (ILE), ``PlateauEpochs``, ``FixedEpochs``, or a number
+        for the latter.
     learning_rate : float, LearningRate or callable
         The schedule: ``CyclicalRate`` (CLR), ``ExponentialRate`` (ELR), ``ConstantRate``, or a
         number for the latter; ``CosineRate``, ``Warmup``, or any object with ``kind``, ``start``
@@ -57,6 +68,11 @@ class CoLearn(Averaging):
     total_epochs : int, optional
         The budget: the run ends when every participant has trained so many local epochs. T of the
         last round is limited to the rest.
+    local_steps : int, optional
+        The steps (mini-batches) that every participant trains in place of one local epoch of the
+        rule, for participants with data of very different sizes: in round i each trains
+        T_i * local_steps steps. The participants iterate ``plan.over(len(batches))``, see
+        `flwr_colearn.LocalPlan`. By default a local epoch is a pass over the participant's data.
     weighting : {"uniform", "weighted"}, default "uniform"
         "uniform" for 1/K each as in eq. 2, "weighted" for FedAvg's `weighted_by_key` (number of
         examples).
@@ -75,11 +91,12 @@ participants, guard
 
     Examples
     --------
-    >>> from flwr_colearn import CyclicalRate, IncreasingEpochs
+    >>> from flwr_colearn import CyclicalRate, PlateauEpochs
     >>> strategy = CoLearn(
     ...     num_participants=5,
-    ...     local_epochs=IncreasingEpochs(5, epsilon=0.01),
+    ...     local_epochs=PlateauEpochs(5, maximum=20),
     ...     learning_rate=CyclicalRate(0.01),
+    ...     total_epochs=100,
     ... )
     >>> strategy.min_train_nodes
     5
@@ -92,6 +109,7 @@ participants, guard
         local_epochs: int | EpochRule,
         learning_rate: float | LearningRate | RateFunction,
         total_epochs: int | None = None,
+        local_steps: int | None = None,
         weighting: Weighting = "uniform",
         roles: Roles = None,
         history: str | Path | History | None = None,
@@ -116,6 +134,6 @@ participants, guard
             normalization=normalization,
             participants=participants,
             guard=guard,
-            algorithm=algorithm_of(local_epochs, learning_rate, total_epochs),
+            algorithm=algorithm_of(local_epochs, learning_rate, total_epochs, local_steps),
             **kwargs,
         )

@@ -1,6 +1,7 @@
 """SynchronousSGD: a strategy that averages the participants' gradients in every step."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ class SynchronousSGD(Averaging):
         kwargs.setdefault("fraction_evaluate", 0.0)
         super().__init__(
             num_participants,
-            algorithm=algorithm_of(1, learning_rate, total_steps),
+            algorithm=replace(algorithm_of(1, learning_rate, total_steps), advises=False),
             **kwargs,
         )
         # Int8 encodes differences to the shared model, and a gradient is not near it.

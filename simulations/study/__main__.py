@@ -25,7 +25,9 @@ STUDIES = {
     "dynamic": "simulations.study.dynamic",
     "converged": "simulations.study.converged.command",
     "normalization": "simulations.study.normalization",
+    "epsilon": "simulations.study.epsilon",
     "paper": "simulations.study.paper",
+    "unequal": "simulations.study.unequal",
 }
 """Studies with a command of their own, by module, imported when asked for."""
 

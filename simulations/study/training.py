@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, MetricRecord
 from clients.app import app, forget_trainers
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import load_task, server_trainer
-from flwr_colearn import CoLearn, History, InProcessGrid, codec_named
+from flwr_colearn import CoLearn, ColearnError, History, InProcessGrid, codec_named
 from flwr_colearn.reporting import doublings
 from simulations.arms import Arm, arm_named, at_one_site
 from simulations.server_app import evaluate_with, make_strategy, to_record
@@ -118,6 +118,11 @@ def run_unit(
     if keeps_state(participants, settings):
         scratch = None
     arm, started = arm_named(name), time.perf_counter()
+    if arm.alone and settings.local_steps:
+        raise ColearnError(
+            f"run config 'local-steps': expected 0 for the arm {name}, whose participants train "
+            f"alone and take no plan, found {settings.local_steps}"
+        )
     task = load_task(participants)
     model_bytes = sum(a.nbytes for a in server_trainer(participants).get_weights().values())
     rounds = moved = 0

@@ -1,20 +1,21 @@
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from clients.client_app import make_client_app
 from clients.local_training import OPTIMIZER
 from clients.torch.trainer import TorchTrainer
-from clients.trainer import derive_seed, follow
+from clients.trainer import EpochResult, derive_seed, follow
 from flwr_colearn import (
     CoLearn,
     ConstantRate,
     CyclicalRate,
     ExponentialRate,
     FixedEpochs,
+    IncreasingEpochs,
     InProcessGrid,
     LocalPlan,
 )
@@ -250,3 +251,39 @@ def test_a_participant_with_a_state_dir_goes_on_after_its_last_finished_epoch(tm
     assert same(arrays_of(reply.content["arrays"]), trained_by_hand(0, plan)[0])
     assert len(trained) == 4 + 2
     assert [path.name[:12] for path in tmp_path.glob("*.epoch")] == ["partition-0-"]
+
+
+def test_participants_of_all_sizes_train_the_steps_that_the_server_asks_for():
+    """In a run of the strategy: sites of 3 and 30 mini-batches train 2 * 6 and then 4 * 6."""
+    trained = {0: [], 1: []}
+
+    class Counting:
+        def __init__(self, k):
+            self.k = k
+
+        def get_weights(self):
+            return {"w": np.ones(2, np.float32) * (1 + len(trained[self.k]))}
+
+        def set_weights(self, weights):
+            pass
+
+        def batches_per_epoch(self):
+            return 3 if self.k == 0 else 30
+
+        def train_epoch(self, learning_rate, seed, steps=None):
+            trained[self.k].append(steps or self.batches_per_epoch())
+            return EpochResult(1.0, 1)
+
+    app = make_client_app(lambda context: Counting(context.node_config["partition-id"]))
+    strategy = CoLearn(
+        2,
+        local_epochs=IncreasingEpochs(2, epsilon=1e9, maximum=4),
+        learning_rate=CyclicalRate(0.1),
+        local_steps=6,
+        fraction_evaluate=0.0,
+        guard=None,
+    )
+    initial = ArrayRecord({"w": Array(np.ones(2, np.float32))})
+    strategy.start(InProcessGrid(app, 2), initial, num_rounds=2)
+    assert trained == {0: [3] * 4 + [3] * 8, 1: [12, 24]}
+    assert strategy.history.epochs_path == [2, 4]

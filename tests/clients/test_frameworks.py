@@ -54,6 +54,25 @@ def same(first, second):
 # What is the same
 
 
+@each_framework
+def test_a_pass_can_end_after_some_steps(name, trainers):
+    """40 examples in batches of 32."""
+    trainer = trainers[name]
+    start = trainer.get_weights()
+    ends = []
+    for steps in (None, 2, 1):
+        trainer.set_weights(start)
+        result = trainer.train_epoch(0.05, 3, steps)
+        ends.append((result.num_examples, trainer.get_weights()))
+    assert trainer.batches_per_epoch() == 2
+    assert [examples for examples, _ in ends] == [40, 40, 32]
+    assert same(ends[0][1], ends[1][1])
+    assert not same(ends[0][1], ends[2][1])
+    plan = LocalPlan.of(CyclicalRate(0.05, 0.25), 1, 1, local_steps=3)
+    metrics = follow(plan, trainer, seed=1)
+    assert (metrics["num-examples"], metrics["learning-rate"]) == (40, 0.0125)
+
+
 def test_the_same_plan_gives_the_same_rates_and_examples(trainers):
     metrics = [follow(PLAN, trainer, seed=1) for trainer in trainers.values()]
     assert {each["learning-rate"] for each in metrics} == {0.0125}

@@ -3,12 +3,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from clients.partition import class_shards, dirichlet_shards, equal_shards
+from clients.partition import class_shards, dirichlet_shards, equal_shards, proportional_shards
 from flwr_colearn import ColearnError
 
 LABELS = np.tile(np.arange(10), 60)  # ten classes of 60 examples, mixed
 PARTITIONS = {
     "iid": lambda seed: equal_shards(len(LABELS), 5, seed),
+    "shares": lambda seed: proportional_shards(len(LABELS), 5, "1:2:4:8:16", seed),
     "dirichlet": lambda seed: dirichlet_shards(LABELS, 5, 1.0, seed),
     "classes": lambda seed: class_shards(LABELS, 5, 2, seed),
 }
@@ -137,3 +138,15 @@ def test_an_alpha_that_is_not_positive_is_refused(alpha):
 def test_a_participant_without_examples_is_refused(deal):
     with pytest.raises(ColearnError, match=r"expected .* for each of .*5 participants, found"):
         deal()
+
+
+def test_shards_have_the_sizes_of_the_shares():
+    sizes = [len(shard) for shard in proportional_shards(310, 5, "1:2:4:8:16", seed=0)]
+    assert sizes == [10, 20, 40, 80, 160]
+    assert [len(shard) for shard in proportional_shards(10, 3, "1:1:1", seed=0)] == [3, 4, 3]
+
+
+@pytest.mark.parametrize("shares", ["1:2", "1:2:0", "1:2:-1", "1:2:nan", "1:2:x", "", "1:2:3:4"])
+def test_impossible_shares_are_refused(shares):
+    with pytest.raises(ColearnError, match="expected 3 numbers above 0"):
+        proportional_shards(100, 3, shares, seed=0)

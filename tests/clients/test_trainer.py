@@ -100,3 +100,62 @@ def test_a_round_without_a_step_is_an_error(loss, passes):
     with pytest.raises(ColearnError, match="expected at least one step, found all 3 skipped"):
         follow(LocalPlan(1, 2, 0.1), trainer, seed=0)
     assert len(trainer.seeds) == passes
+
+
+# Steps in place of local epochs
+
+
+class Stepper(Diary):
+    """One whose pass over the data has five mini-batches of four examples."""
+
+    def train_epoch(self, learning_rate, seed, steps=5):
+        self.epochs.append((learning_rate, seed, steps))
+        return EpochResult(loss=1.0, num_examples=4 * steps)
+
+    def batches_per_epoch(self):
+        return 5
+
+
+def test_a_plan_with_steps_is_trained_in_passes_over_the_data():
+    trainer = Stepper()
+    plan = LocalPlan.of(CyclicalRate(0.16, 0.25), 3, 1, epochs_done=2, local_steps=12)
+    metrics = follow(plan, trainer, seed=7)
+    assert [steps for _, _, steps in trainer.epochs] == [5, 5, 2]
+    rates = [0.16 * 0.25 ** (j / 3) for j in (1, 2, 3)]
+    assert [rate for rate, _, _ in trainer.epochs] == pytest.approx(rates)
+    # The site's examples, and not those of the last, shorter pass.
+    assert metrics == {"num-examples": 20, "train-loss": 1.0, "learning-rate": 0.04}
+
+
+def test_every_pass_of_a_run_in_steps_has_a_seed_of_its_own():
+    trainer = Stepper()
+    for i in range(20):
+        follow(LocalPlan(i + 1, 1, 0.1, epochs_done=i, local_steps=12), trainer, seed=0)
+    assert len({seed for _, seed, _ in trainer.epochs}) == 60
+
+
+def test_an_interrupted_round_in_steps_goes_on_with_the_same_passes(tmp_path):
+    class Dies(Stepper):
+        weights = 0.0
+
+        def train_epoch(self, learning_rate, seed, steps=5):
+            if len(self.epochs) == self.until:
+                raise OSError("power failure")
+            self.weights += learning_rate * steps
+            return super().train_epoch(learning_rate, seed, steps)
+
+        def get_weights(self):
+            return {"w": np.array(self.weights)}
+
+        def set_weights(self, weights):
+            self.weights = float(weights["w"])
+
+    plan = LocalPlan.of(CyclicalRate(0.16), 1, 1, local_steps=12)
+    whole, dying, again = Dies(), Dies(), Dies()
+    whole.until, dying.until, again.until = None, 2, None
+    expected = follow(plan, whole, 7)
+    with pytest.raises(OSError, match="power"):
+        follow(plan, dying, 7, str(tmp_path))
+    assert follow(plan, again, 7, str(tmp_path)) == expected
+    assert again.epochs == whole.epochs[2:]
+    assert again.weights == whole.weights

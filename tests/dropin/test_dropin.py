@@ -34,7 +34,8 @@ class App(NamedTuple):
     rounds: int = 6
 
 
-FASTER = {"CyclicalRate(0.01)": "CyclicalRate(0.05)"}
+CONFIGURED = 'CyclicalRate(context.run_config["learning-rate"])'
+FASTER = {"CyclicalRate(0.01)": "CyclicalRate(0.05)", CONFIGURED: "CyclicalRate(0.05)"}
 APPS = {  # by heading of the document
     "PyTorch": App("pytorch_app", "torch", 0.9, FASTER),
     "TensorFlow": App("tensorflow_app", "tensorflow", 0.75, {"(0.001)": "(0.01)"}, rounds=3),
@@ -42,7 +43,7 @@ APPS = {  # by heading of the document
         "lightning_app", "lightning", 0.8, {"(0.001)": "(0.01)", "lr=1e-3": "lr=1e-2"}, rounds=3
     ),
     "Hugging Face transformers": App(
-        "huggingface_app", "transformers", 0.9, {"5e-5": "3e-3", "Epochs(1,": "Epochs(3,"}
+        "huggingface_app", "transformers", 0.9, {"5e-5": "3e-3", "Epochs(2,": "Epochs(3,"}
     ),
     "scikit-learn": App("sklearn_app", "sklearn", 0.85),
     "scikit-learn without a learning rate": App("logreg_app", "sklearn", 0.8),
@@ -146,7 +147,8 @@ def test_an_app_learns_before_and_after(heading, colearn):
 @each_app
 def test_participants_train_as_many_epochs_at_the_rate_that_the_plan_says(heading):
     def change(epochs, rate):
-        changes = [(f"IncreasingEpochs({t}, epsilon=0.01)", str(epochs)) for t in (2, 3, 5)]
+        rules = ((2, 16), (2, 8), (3, 8), (5, 20))
+        changes = [(f"PlateauEpochs({t}, maximum={most})", str(epochs)) for t, most in rules]
         for known in ("0.05", "0.01", "3e-3"):
             changes.append((f"CyclicalRate({known})", str(rate)))
         [record] = run(heading, True, changes, rounds=1)["strategy"].history
@@ -159,8 +161,22 @@ def test_participants_train_as_many_epochs_at_the_rate_that_the_plan_says(headin
         assert four_epochs > 100 * change(4, 1e-6)
 
 
+def test_the_rate_of_the_first_diff_is_that_of_the_app_s_own_config():
+    """RUN_CONFIG has 0.01, at T=5 from 0.01 * 0.25**0.2."""
+    [record] = run("PyTorch", True, [("CyclicalRate(0.05)", CONFIGURED)], rounds=1)[
+        "strategy"
+    ].history
+    assert record.learning_rates[0] == pytest.approx(0.01 * 0.25**0.2)
+
+
+def test_the_diff_of_the_readme_is_that_of_the_page():
+    readme = diffs_in((DOCUMENT.parents[1] / "README.md").read_text())
+    assert readme[0] == diffs_of("PyTorch")[0]
+
+
 def test_the_epochs_grow_when_the_shared_model_settles():
-    outcome = run("PyTorch", True, [("epsilon=0.01", "epsilon=0.1")])
+    sooner = "maximum=20, patience=1, tolerance=0.5"
+    outcome = run("PyTorch", True, [("maximum=20", sooner)])
     assert outcome["strategy"].history.epochs_path[-1] > 5
 
 

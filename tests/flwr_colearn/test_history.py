@@ -179,6 +179,19 @@ def test_every_round_is_logged_with_what_a_user_chooses_epsilon_from(flower_log)
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("rates", "text"),
+    [
+        ([0.0378929, 0.025, 0.0125], "Learning rate: from 0.03789 to 0.0125"),
+        ([0.0125], "Learning rate: 0.0125"),  # T=1: eta is 0.05, and no epoch has it
+        ([], "Learning rate: 0.05"),
+    ],
+)
+def test_the_log_has_the_rates_that_were_used(rates, text, flower_log):
+    RoundRecord(1, 3, 0.05, 3, learning_rates=rates).log()
+    assert f"{text}\n" in flower_log.text
+
+
 @pytest.mark.parametrize(("change", "said"), [(0.0, True), (1e-300, False), (None, False)])
 def test_a_relative_change_of_exactly_zero_is_said(change, said, flower_log):
     log = RoundLog()

@@ -385,8 +385,10 @@ def test_a_checkpoint_does_not_grow_with_the_run(server):
 
     server.evaluate = evaluate
     server.start(rounds=40, local_epochs=FixedEpochs(1))
-    # Only numbers have more digits; a record is some 800 bytes.
-    assert abs(sizes[39] - sizes[3]) < 200
+    # Only numbers have more digits; a record is some 800 bytes. What an epoch rule sees is full
+    # after the first 20 rounds.
+    assert abs(sizes[39] - sizes[23]) < 200
+    assert sizes[39] - sizes[3] < 2000
 
 
 @pytest.mark.parametrize("how", ["missing", "damaged", "cut"])

@@ -12,11 +12,9 @@ from flwr_colearn import (
     CosineRate,
     CyclicalRate,
     ExponentialRate,
-    FixedEpochs,
-    IncreasingEpochs,
     Warmup,
 )
-from flwr_colearn.schedules import as_epoch_rule, as_learning_rate, describe_rate, rates_of
+from flwr_colearn.schedules import as_learning_rate, describe_rate, rates_of
 
 NOT_RATES = [-0.01, math.nan, math.inf, -math.inf, True, "0.01", None, 1j]
 NOT_DECAYS = [0, 0.0, -0.25, 1.0000001, 4, math.nan, math.inf, True, "0.25", None]
@@ -167,80 +165,6 @@ def test_epochs_outside_the_round_are_refused(schedule, epoch, local_epochs):
         schedule.at(epoch, local_epochs)
 
 
-# Local epochs -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (0.011, 5),
-        (math.nextafter(0.01, 1), 5),
-        (0.01, 10),  # a tie doubles
-        (math.nextafter(0.01, 0), 10),
-        (0.0, 10),
-        (math.inf, 5),
-        (math.nan, 5),
-    ],
-)
-def test_epochs_double_at_or_below_epsilon(change, expected):
-    assert IncreasingEpochs(5, epsilon=0.01).next(5, change) == expected
-
-
-def test_epochs_grow_from_the_last_round_and_not_from_the_first():
-    rule = IncreasingEpochs(5, epsilon=0.01)
-    assert [rule.next(t, 0.0) for t in (5, 10, 20)] == [10, 20, 40]
-
-
-@pytest.mark.parametrize(("maximum", "expected"), [(6, 6), (10, 10), (11, 10), (5, 5)])
-def test_epochs_never_grow_beyond_the_maximum(maximum, expected):
-    assert IncreasingEpochs(5, epsilon=1, maximum=maximum).next(5, 0.5) == expected
-
-
-def test_factor_may_be_larger_than_two():
-    assert IncreasingEpochs(5, epsilon=1, factor=3).next(5, 0.5) == 15
-
-
-def test_epsilon_zero_grows_only_when_nothing_moved():
-    rule = IncreasingEpochs(5, epsilon=0)
-    assert (rule.next(5, 0.0), rule.next(5, 5e-324)) == (10, 5)
-
-
-@given(change=st.floats(), epochs=st.integers(1, 100))
-def test_fixed_epochs_never_change(change, epochs):
-    assert FixedEpochs(3).next(epochs, change) == epochs
-
-
-@pytest.mark.parametrize("value", NOT_COUNTS)
-@pytest.mark.parametrize("make", [FixedEpochs, lambda t0: IncreasingEpochs(t0, epsilon=0.1)])
-def test_impossible_initial_epochs_are_refused(make, value):
-    with pytest.raises(ColearnError, match="expected a whole number of at least 1") as error:
-        make(value)
-    assert f"found {value!r}" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"epsilon": -1e-9}, "epsilon.*expected a number of at least 0"),
-        ({"epsilon": math.nan}, "epsilon.*expected a finite number, found nan"),
-        ({"epsilon": math.inf}, "epsilon.*expected a finite number, found inf"),
-        ({"epsilon": "small"}, "epsilon.*found 'small'"),
-        ({"epsilon": 0.1, "factor": 1}, "factor.*at least 2, found 1"),
-        ({"epsilon": 0.1, "factor": 2.5}, "factor.*at least 2, found 2.5"),
-        ({"epsilon": 0.1, "maximum": 4}, "maximum.*at least 5, found 4"),
-        ({"epsilon": 0.1, "maximum": 7.5}, "maximum.*at least 5, found 7.5"),
-    ],
-)
-def test_impossible_epoch_rules_are_refused(arguments, message):
-    with pytest.raises(ColearnError, match=message):
-        IncreasingEpochs(5, **arguments)
-
-
-def test_epsilon_has_no_default_since_the_paper_gives_none():
-    with pytest.raises(TypeError, match="epsilon"):
-        IncreasingEpochs(5)
-
-
 # CosineRate and Warmup --------------------------------------------------------------------------
 
 
@@ -375,8 +299,6 @@ def test_a_description_is_the_same_in_another_process():
         ConstantRate(0.1),
         CyclicalRate(0.1),
         ExponentialRate(0.1, 0.5, 10),
-        IncreasingEpochs(5, 0.01),
-        FixedEpochs(5),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -387,19 +309,12 @@ def test_values_are_immutable_and_equal_by_content(value):
     assert hash(value) == hash(type(value)(**vars(value)))
 
 
-def test_numbers_are_shorthand_for_constant_rate_and_fixed_epochs():
+def test_numbers_are_shorthand_for_a_constant_rate():
     assert as_learning_rate(0.1) == ConstantRate(0.1)
     assert as_learning_rate(1) == ConstantRate(1)
-    assert as_epoch_rule(5) == FixedEpochs(5)
 
 
 @pytest.mark.parametrize("value", ["0.1", None, True, [0.1], CyclicalRate, object()])
 def test_what_is_no_learning_rate_is_refused(value):
     with pytest.raises(ColearnError, match=r"learning.rate: expected"):
         as_learning_rate(value)
-
-
-@pytest.mark.parametrize("value", ["5", None, True, 5.0, [5], IncreasingEpochs])
-def test_what_is_no_epoch_rule_is_refused(value):
-    with pytest.raises(ColearnError, match=r"local.epochs.*: expected"):
-        as_epoch_rule(value)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from flwr_colearn import (
@@ -6,6 +8,7 @@ from flwr_colearn import (
     ExponentialRate,
     FixedEpochs,
     IncreasingEpochs,
+    PlateauEpochs,
 )
 from simulations.arms import ARMS, arm_named, schedules
 from simulations.settings import RunSettings
@@ -34,6 +37,7 @@ def test_an_arm_is_a_pair_of_a_rate_and_an_epoch_rule(name, rate, epochs, pooled
     assert schedules(arm, SETTINGS) == {
         "learning_rate": rate,
         "local_epochs": epochs,
+        "local_steps": None,
         "total_epochs": 40,
     }
     assert (arm.pooled_data, arm.alone) == (pooled, alone)
@@ -47,6 +51,19 @@ def test_these_are_all_the_arms_of_the_study_and_each_has_a_title_of_its_own():
 def test_t_can_be_bounded():
     bounded = schedules(ARMS["clr-ile"], RunSettings(epsilon=0.01, max_local_epochs=8))
     assert bounded["local_epochs"] == IncreasingEpochs(1, 0.01, maximum=8)
+
+
+@pytest.mark.parametrize("name", ["clr-ile", "elr-ile", "vanilla-clr"])
+def test_an_automatic_epsilon_is_the_plateau_rule(name):
+    auto = replace(SETTINGS, epsilon="auto")
+    assert schedules(ARMS[name], auto)["local_epochs"] == PlateauEpochs(3, maximum=16)
+    bounded = replace(auto, max_local_epochs=8)
+    assert schedules(ARMS[name], bounded)["local_epochs"] == PlateauEpochs(3, maximum=8)
+    assert schedules(ARMS["clr-fle"], auto)["local_epochs"] == FLE
+
+
+def test_a_budget_in_steps():
+    assert schedules(ARMS["clr-ile"], replace(SETTINGS, local_steps=9))["local_steps"] == 9
 
 
 @pytest.mark.parametrize("name", ARMS)

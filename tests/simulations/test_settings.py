@@ -34,10 +34,19 @@ def test_settings_survive_the_run_config():
     assert RunSettings.from_config(settings.to_config()) == settings
 
 
+@pytest.mark.parametrize("value", ["auto", 0.01, 1])
+def test_epsilon_is_a_number_or_auto(value):
+    settings = RunSettings.from_config({"epsilon": value})
+    assert settings.epsilon == value
+    assert RunSettings.from_config(settings.to_config()) == settings
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("epsilon", "0.05", "'epsilon': expected float, found '0.05'"),
+        ("epsilon", "0.05", "'epsilon': expected float or 'auto', found '0.05'"),
+        ("epsilon", "automatic", "'epsilon': expected float or 'auto', found 'automatic'"),
+        ("epsilon", True, "'epsilon': expected float or 'auto', found True"),
         ("num-participants", 5.0, "'num-participants': expected int, found 5.0"),
         ("arm", 1, "'arm': expected str, found 1"),
     ],

@@ -23,7 +23,7 @@ from flwr_colearn import ColearnError
         ),
         (
             ParticipantSettings(partition="uneven"),
-            "'partition': expected iid, dirichlet or classes, found 'uneven'",
+            "'partition': expected iid, shares, dirichlet or classes, found 'uneven'",
         ),
         (
             ParticipantSettings(framework="jax"),

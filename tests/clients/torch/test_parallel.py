@@ -62,6 +62,8 @@ def test_the_optimizer_state_travels(two_devices):
 def test_examples_that_do_not_split_evenly_are_left_out():
     trainer = ParallelTrainer(net(), data(37), batch_size=16, devices=["cpu", "cpu"])
     assert trainer.train_epoch(0.1, 0).num_examples == 36
+    assert trainer.batches_per_epoch() == 3
+    assert trainer.train_epoch(0.1, 0, 2).num_examples == 32
 
 
 def test_a_fault_on_a_device_is_told(two_devices):
