@@ -5,7 +5,7 @@ its train config and iterates it. The other names are the arguments and parts of
 """
 
 from ._version import __version__
-from .aggregation import RunningMean, relative_change
+from .aggregation import Nesterov, OuterOptimizer, RunningMean, ServerRate, relative_change
 from .checkpoint import CheckpointFolder
 from .compression import (
     BFloat16,
@@ -102,8 +102,10 @@ __all__ = [
     "LocalPlan",
     "LocalStatistics",
     "ModelAveraging",
+    "Nesterov",
     "Normalization",
     "NormalizationGrid",
+    "OuterOptimizer",
     "PackedCodec",
     "Pooled",
     "ProgressRate",
@@ -116,6 +118,7 @@ __all__ = [
     "RoundRecord",
     "RoundTraffic",
     "RunningMean",
+    "ServerRate",
     "Synchronised",
     "SynchronousSGD",
     "ThreadedGrid",

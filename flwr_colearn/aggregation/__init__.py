@@ -4,6 +4,7 @@ from .distance import relative_change, squared_distance, squared_norm, trainable
 from .examples import ToldExamples
 from .mean import Empty, RunningMean, empty_array
 from .metrics import Named, aggregated, average_metrics, evaluations_of
+from .outer import Nesterov, OuterOptimizer, ServerRate, as_outer_optimizer, outer_step
 from .replies import (
     ECHO,
     arrays_of,
@@ -27,14 +28,18 @@ __all__ = [
     "SGD",
     "Empty",
     "Named",
+    "Nesterov",
+    "OuterOptimizer",
     "RoundMean",
     "RunningMean",
+    "ServerRate",
     "ToldExamples",
     "Update",
     "Updates",
     "Weighting",
     "aggregated",
     "arrays_of",
+    "as_outer_optimizer",
     "as_weighting",
     "average_metrics",
     "bounded_weights",
@@ -52,6 +57,7 @@ __all__ = [
     "failure_of",
     "lowered_weights",
     "metrics_of",
+    "outer_step",
     "read_reply",
     "relative_change",
     "spectral_vectors",

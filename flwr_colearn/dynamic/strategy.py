@@ -78,6 +78,8 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         ``None`` for none.
     seed : int, optional
         The seed of the random choices among learners.
+    outer : None
+        Refused if given: there is no step of one shared model, since learners keep their own.
 
     Attributes
     ----------
@@ -106,7 +108,15 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         participants: Sequence[str] | None = None,
         guard: Guard | None = Guard(),  # noqa: B008
         seed: int | None = None,
+        outer: None = None,
     ) -> None:
+        if outer is not None:
+            raise expected(
+                f"outer of {type(self).__name__}",
+                "None, since learners keep models of their own, and a mean replaces those of its "
+                "group; use CoLearn or Averaging",
+                outer,
+            )
         if not isinstance(operator, Operator):
             raise expected("operator", "one of flwr_colearn.dynamic", operator)
         self.transport = Transport(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..aggregation import Weighting
+from ..aggregation import OuterOptimizer, Weighting
 from ..checkpoint import CheckpointFolder
 from ..compression import Compression
 from ..history import History
@@ -63,6 +63,9 @@ class CoLearn(Averaging):
     roles, history, wait_for_participants, recovery, checkpoints, compression, normalization, \
 participants, guard
         See `Averaging`.
+    outer : OuterOptimizer, optional
+        `flwr_colearn.Nesterov` or `flwr_colearn.ServerRate`, which are not in the paper; see
+        `Averaging`. By default the mean is the new shared model (eq. 2).
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
         stay 1, since all participants train in every round.
@@ -102,6 +105,7 @@ participants, guard
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
         guard: Guard | None = Guard(),  # noqa: B008
+        outer: OuterOptimizer | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -116,6 +120,7 @@ participants, guard
             normalization=normalization,
             participants=participants,
             guard=guard,
+            outer=outer,
             algorithm=algorithm_of(local_epochs, learning_rate, total_epochs),
             **kwargs,
         )
