@@ -1,5 +1,6 @@
 """Averaging and CoLearn with an outer optimizer, in whole runs."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_a_rate_of_1_without_momentum_is_the_plain_mean(outer):
 
 def test_the_relative_change_is_that_of_the_new_shared_model():
     strategy, _, models = run(outer=ServerRate(0.5))
-    pairs = zip(models, models[1:], strict=False)
+    pairs = itertools.pairwise(models)
     expected = [
         relative_change({n: new[n] for n in WEIGHTS}, {n: old[n] for n in WEIGHTS})
         for old, new in pairs
@@ -300,7 +301,7 @@ class SignStep:
 
 def test_an_optimizer_of_ones_own_needs_no_class_of_ours():
     _, _, models = run(outer=SignStep(0.25))
-    for old, new in zip(models, models[1:], strict=False):
+    for old, new in itertools.pairwise(models):
         assert np.abs(new["fc.weight"] - old["fc.weight"]) == pytest.approx(0.25)
 
 
@@ -327,9 +328,7 @@ def test_a_subclass_with_arrays_of_its_own_is_resumed(tmp_path):
         config = ConfigRecord({"local-epochs": 1, "learning-rate": 0.1})
         strategy = Counting(K, outer=Nesterov(), checkpoints=tmp_path)
         grid = InProcessGrid(_averaging_app(), K)
-        result = strategy.start(
-            grid, record_of(MODEL), rounds, train_config=config, resume="auto"
-        )
+        result = strategy.start(grid, record_of(MODEL), rounds, train_config=config, resume="auto")
         return strategy, result
 
     start(2)
@@ -351,5 +350,5 @@ def test_the_summary_names_it(flower_log):
     ],
 )
 def test_it_is_refused_where_there_is_no_step_of_a_shared_model(make):
-    with pytest.raises(ColearnError, match="outer of (SynchronousSGD|DynamicAveraging): expected"):
+    with pytest.raises(ColearnError, match=r"outer of (SynchronousSGD|DynamicAveraging): expected"):
         make()
