@@ -52,6 +52,7 @@ from .policy import Guard, Quorum, Recovery
 from .recovery import RecoveringGrid
 from .roles import Role
 from .schedules import (
+    Annealed,
     ConstantRate,
     CosineRate,
     CyclicalRate,
@@ -68,6 +69,7 @@ from .traffic import RoundTraffic
 from .transport import ConnectedGrid, Transport
 
 __all__ = [
+    "Annealed",
     "Average",
     "Averaging",
     "BFloat16",

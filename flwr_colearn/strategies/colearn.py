@@ -51,9 +51,9 @@ class CoLearn(Averaging):
         The rule for T: ``IncreasingEpochs`` (ILE), ``FixedEpochs``, or a number for the latter.
     learning_rate : float, LearningRate or callable
         The schedule: ``CyclicalRate`` (CLR), ``ExponentialRate`` (ELR), ``ConstantRate``, or a
-        number for the latter; ``CosineRate``, ``Warmup``, or any object with ``kind``, ``start``
-        and ``at`` (see `flwr_colearn.LearningRate`). A plain function receives the progress of the
-        run, epochs done / `total_epochs`, and so needs `total_epochs`.
+        number for the latter; ``CosineRate``, ``Warmup``, ``Annealed``, or any object with
+        ``kind``, ``start`` and ``at`` (see `flwr_colearn.LearningRate`). A plain function receives
+        the progress of the run, epochs done / `total_epochs`, and so needs `total_epochs`.
     total_epochs : int, optional
         The budget: the run ends when every participant has trained so many local epochs. T of the
         last round is limited to the rest.
