@@ -6,6 +6,7 @@ its train config and iterates it. The other names are the arguments and parts of
 
 from ._version import __version__
 from .aggregation import Nesterov, OuterOptimizer, RunningMean, ServerRate, relative_change
+from .best import Best, BestModel, RunResult
 from .checkpoint import CheckpointFolder
 from .compression import (
     BFloat16,
@@ -74,6 +75,8 @@ __all__ = [
     "Averaging",
     "BFloat16",
     "BatchRenorm",
+    "Best",
+    "BestModel",
     "CheckpointFolder",
     "CoLearn",
     "ColearnError",
@@ -119,6 +122,7 @@ __all__ = [
     "Role",
     "RoundRecord",
     "RoundTraffic",
+    "RunResult",
     "RunningMean",
     "ServerRate",
     "Synchronised",

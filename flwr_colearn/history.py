@@ -83,6 +83,9 @@ class RoundRecord:
     site_means : dict
         The plain means of these metrics, in which every participant that has the metric as a
         finite number counts the same.
+    stopped : str
+        The reason why the run ended with this round, before its last one (see
+        `flwr_colearn.Best`); empty if it did not.
     """
 
     round: int
@@ -108,6 +111,7 @@ class RoundRecord:
     server_metrics: dict[str, Any] = field(default_factory=dict)
     site_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     site_means: dict[str, float] = field(default_factory=dict)
+    stopped: str = ""
 
     def to_json(self) -> str:
         """Return the record as one line of JSON; numbers that are not finite become strings."""
@@ -444,6 +448,10 @@ class RoundLog:
         if self._record is not None:
             for name, values in metrics.items():
                 setattr(self._record, name, dict(values or {}))
+
+    def note_stop(self, reason: str) -> None:
+        """Set the reason why the run ends with this round, before its last one."""
+        self.record.stopped = reason
 
     def note_events(self, events: Iterable[Event]) -> None:
         """Record events of participants."""

@@ -30,6 +30,9 @@ class Log(Protocol):
     def note(self, **metrics: Mapping[str, Any] | None) -> None:
         """Set metrics of the record (train_metrics=, evaluate_metrics=, site_metrics=, ...)."""
 
+    def note_stop(self, reason: str) -> None:
+        """Set the reason why the run ends with this round, before its last one."""
+
     def note_traffic(self, traffic: RoundTraffic) -> None:
         """Add the traffic and the events of training."""
 

@@ -9,8 +9,9 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Strategy
 
+from ..best import Best, RunResult
 from ..checkpoint import CheckpointFolder, as_folder
 from ..compression import Compression
 from ..errors import ColearnError, expected, real_number, whole_number
@@ -299,7 +300,8 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
         resume: Resume = "never",
-    ) -> Result:
+        best: Best | None = None,
+    ) -> RunResult:
         """Run model averaging for `num_rounds` rounds of b mini-batches.
 
         Parameters
@@ -323,10 +325,15 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
             "auto" resumes from the newest checkpoint. Learners that have their state continue with
             it, and the others are reinitialised from the reference.
 
+        best : Best, optional
+            The metric by which the best evaluated model is kept beside the last, and the patience
+            after which the run ends early. By default there is no best model.
+
         Returns
         -------
-        Result
-            ``arrays`` is the mean of all learners after the last round.
+        RunResult
+            ``arrays`` is the mean of all learners after the last round; after an early end it is
+            the model that the last record's ``evaluated`` names.
 
         Raises
         ------
@@ -345,6 +352,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
             evaluate_config,
             evaluate_fn,
             resume=resume,
+            best=best,
         )
 
     # The interface of Managed -------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result
+from flwr.serverapp.strategy import FedAvg
 
 from .._flwr import called_privately
 from ..aggregation import (
@@ -24,6 +24,7 @@ from ..aggregation import (
     check_private_weighting,
     evaluations_of,
 )
+from ..best import Best, RunResult
 from ..checkpoint import CheckpointFolder, as_folder
 from ..compression import Compression
 from ..errors import expected
@@ -370,7 +371,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
         resume: Resume = "never",
-    ) -> Result:
+        best: Best | None = None,
+    ) -> RunResult:
         """Run the strategy for `num_rounds`, or until the budget of local epochs is spent.
 
         Parameters
@@ -394,10 +396,15 @@ class Averaging(FedAvg, Managed[RoundLog]):
             "auto" resumes from the newest checkpoint, in the round that was under way when the
             server ended, with the same plan; without a checkpoint a new run starts.
 
+        best : Best, optional
+            The metric by which the best shared model is kept beside the last, and the patience
+            after which the run ends early. By default there is no best model.
+
         Returns
         -------
-        Result
-            The final model and the metrics of every round, by round number.
+        RunResult
+            Flower's ``Result``: the final model and the metrics of every round, by round number;
+            also the best model, and the reason if the run ended early.
 
         Raises
         ------
@@ -417,6 +424,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             evaluate_config,
             evaluate_fn,
             resume=resume,
+            best=best,
         )
 
     # The interface of Managed -------------------------------------------------------------------
