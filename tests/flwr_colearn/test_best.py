@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -471,3 +472,19 @@ def test_records_of_older_versions_are_read():
 def _records(evaluate):
     start(evaluate, 1, history=(history := History()))
     return history
+
+
+def test_the_example_of_the_documentation_runs(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
+    [code] = [each for each in re.findall(r"```python\n(.*?)```", text, re.S) if "Best(" in each]
+    code = code.replace("CoLearn(\n    5,", f"CoLearn(\n    {K},")
+    names = {
+        "grid": InProcessGrid(participants(), K),
+        "initial_arrays": record_of(MODEL),
+        "evaluate": values(0.1, 0.9, 0.8, name="accuracy"),
+    }
+    exec(code, names)
+    assert capsys.readouterr().out.startswith(
+        "1 0.9\n'accuracy' (max) has not improved in the last 10"
+    )
+    assert [record.stopped for record in names["strategy"].history][10] == names["result"].stopped
