@@ -187,8 +187,12 @@ class Rounds(legacy.CoLearn):
 
 @pytest.mark.parametrize(
     "rate",
-    [lambda progress: 1 / (1 + 3 * progress), CosineRate(0.7, TOTAL)],
-    ids=["function", "cosine"],
+    [
+        lambda progress: 1 / (1 + 3 * progress),
+        CosineRate(0.7, TOTAL),
+        Annealed(CyclicalRate(0.7), CosineRate(1.0, TOTAL)),
+    ],
+    ids=["function", "cosine", "annealed"],
 )
 def test_both_apis_train_with_the_same_bits(rate):
     arguments = {
