@@ -453,7 +453,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
 
     def advance(self, average: ArrayRecord) -> ArrayRecord:
         """Return the new shared model: the average, or where a step of `outer` leads to."""
-        assert self._mean is not None
+        # Without a mean a subclass has hooks of its own, and so a shared model of its own.
+        if self._mean is None:
+            return average
         return self._outer.taken(average, self._shared, self._mean.weights)
 
     def measure(self, arrays: ArrayRecord) -> None:
