@@ -5,7 +5,8 @@ its train config and iterates it. The other names are the arguments and parts of
 """
 
 from ._version import __version__
-from .aggregation import RunningMean, relative_change
+from .aggregation import Nesterov, OuterOptimizer, RunningMean, ServerRate, relative_change
+from .best import Best, BestModel, RunResult
 from .checkpoint import CheckpointFolder
 from .compression import (
     BFloat16,
@@ -59,6 +60,7 @@ from .policy import Guard, Quorum, Recovery
 from .recovery import RecoveringGrid
 from .roles import Role
 from .schedules import (
+    Annealed,
     ConstantRate,
     CosineRate,
     CyclicalRate,
@@ -72,10 +74,13 @@ from .traffic import RoundTraffic
 from .transport import ConnectedGrid, Transport
 
 __all__ = [
+    "Annealed",
     "Average",
     "Averaging",
     "BFloat16",
     "BatchRenorm",
+    "Best",
+    "BestModel",
     "CheckpointFolder",
     "CoLearn",
     "ColearnError",
@@ -106,9 +111,11 @@ __all__ = [
     "LocalPlan",
     "LocalStatistics",
     "ModelAveraging",
+    "Nesterov",
     "Normalization",
     "NormalizationGrid",
     "Observations",
+    "OuterOptimizer",
     "PackedCodec",
     "PlateauEpochs",
     "Pooled",
@@ -121,7 +128,9 @@ __all__ = [
     "Role",
     "RoundRecord",
     "RoundTraffic",
+    "RunResult",
     "RunningMean",
+    "ServerRate",
     "Synchronised",
     "SynchronousSGD",
     "ThreadedGrid",

@@ -86,6 +86,9 @@ class RoundRecord:
     learning_rates : list of float
         The rates of the T_i local epochs, of which ``CyclicalRate`` never uses eta^i itself. Empty
         where the train config defines the local training, and in histories up to version 0.6.
+    stopped : str
+        The reason why the run ended with this round, before its last one (see
+        `flwr_colearn.Best`); empty if it did not.
     """
 
     round: int
@@ -112,6 +115,7 @@ class RoundRecord:
     site_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     site_means: dict[str, float] = field(default_factory=dict)
     learning_rates: list[float] = field(default_factory=list)
+    stopped: str = ""
 
     def to_json(self) -> str:
         """Return the record as one line of JSON; numbers that are not finite become strings."""
@@ -455,6 +459,10 @@ class RoundLog:
         if self._record is not None:
             for name, values in metrics.items():
                 setattr(self._record, name, dict(values or {}))
+
+    def note_stop(self, reason: str) -> None:
+        """Set the reason why the run ends with this round, before its last one."""
+        self.record.stopped = reason
 
     def note_events(self, events: Iterable[Event]) -> None:
         """Record events of participants."""

@@ -12,10 +12,11 @@ from typing import Any, Literal
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Strategy
 
 from ._flwr import config_to_str, copied, is_private
 from .aggregation import check_initial, check_private_weighting
+from .best import Best, BestSoFar, RunResult
 from .checkpoint import (
     Checkpoint,
     CheckpointFolder,
@@ -52,7 +53,8 @@ def run(
     checkpoints: str | Path | CheckpointFolder | None = None,
     history: str | Path | History | None = None,
     resume: Resume = "never",
-) -> Result:
+    best: Best | None = None,
+) -> RunResult:
     """Run any Flower strategy by its hooks, with recovery, a history, checkpoints and resume.
 
     Participants that fail are restarted in the same round, every round is recorded, and with
@@ -91,11 +93,15 @@ def run(
         The history of the rounds; by default the strategy's, or one in memory.
     resume : {"never", "auto"}, default "never"
         "auto" resumes from the newest checkpoint; without a checkpoint a new run starts.
+    best : Best, optional
+        The metric by which the best shared model is kept beside the last, and the patience after
+        which the run ends early. By default there is no best model.
 
     Returns
     -------
-    Result
-        The final model and the metrics of every round, by round number.
+    RunResult
+        Flower's ``Result``: the final model and the metrics of every round, by round number; also
+        the best model, and the reason if the run ended early.
 
     Raises
     ------
@@ -137,13 +143,14 @@ def run(
         strategy,
         manager,
         connected,
-        Result(arrays=initial_arrays),
+        RunResult(arrays=initial_arrays),
         num_rounds,
         timeout,
         train_config or ConfigRecord(),
         evaluate_config or ConfigRecord(),
         evaluate_fn,
         as_folder(checkpoints) or manager.checkpoints,
+        BestSoFar(best),
     ).to_the_end(resume)
 
 
@@ -170,7 +177,7 @@ class _Run:
         The strategy, the one that it wraps, or the `Stock` of one outside this package.
     grid : ConnectedGrid
         Connects to the participants.
-    result : Result
+    result : RunResult
         The result so far; at first the initial model.
     num_rounds : int or None
         The last round; None for the end of the budget.
@@ -182,25 +189,28 @@ class _Run:
         The server's own evaluation.
     checkpoints : CheckpointFolder or None
         The folder in which the run is saved.
+    best : BestSoFar
+        The best model so far.
     """
 
     strategy: Strategy
     manager: Managed[Any]
     grid: ConnectedGrid
-    result: Result
+    result: RunResult
     num_rounds: int | None
     timeout: float
     train_config: ConfigRecord
     evaluate_config: ConfigRecord
     evaluate_fn: EvaluateFn | None
     checkpoints: CheckpointFolder | None
+    best: BestSoFar
 
     def __post_init__(self) -> None:
         self._types = types_of(self.result.arrays)
         self._unsaved = ForgottenAttributes(self.strategy)
         self._cleanup = ExitStack()
 
-    def to_the_end(self, resume: Resume) -> Result:
+    def to_the_end(self, resume: Resume) -> RunResult:
         """Run to the last round, or until the budget is spent."""
         started = time.time()
         try:
@@ -213,6 +223,7 @@ class _Run:
         finally:
             # The events are most useful after an error, so they are logged then too.
             self._log_events()
+            self.best.warn_at_the_end()
             self.manager.end()
             self._cleanup.close()
         log(INFO, "")
@@ -229,6 +240,10 @@ class _Run:
 
     def _goes_on(self, done: int) -> bool:
         """Return whether there is a round after those that are done."""
+        return self._has_rounds(done) and not self.best.reason
+
+    def _has_rounds(self, done: int) -> bool:
+        """Return whether a round is left that an early end of the run would leave out."""
         return (self.num_rounds is None or done < self.num_rounds) and not self.manager.spent
 
     def _round(self, server_round: int) -> None:
@@ -255,6 +270,7 @@ class _Run:
         # is saved after that, so that it holds the record.
         self._evaluate(server_round)
         self._evaluate_on_server(server_round)
+        self._compare(server_round)
         self.manager.close(self.result.arrays)
         self._save(server_round)
         self._unsaved.warn()
@@ -281,8 +297,10 @@ class _Run:
         else:
             replies = list(grid.send_and_receive(messages, timeout=within))
         average, metrics = self._aggregated(server_round, replies)
-        if average is not None and self.grid.transport.normalization.due(server_round):
-            average = self._recalibrated(server_round, average, within)
+        if average is not None:
+            average = manager.advance(average)
+            if self.grid.transport.normalization.due(server_round):
+                average = self._recalibrated(server_round, average, within)
         return average, metrics
 
     def _aggregated(
@@ -404,6 +422,23 @@ class _Run:
         if self.grid.transport.normalization.is_local:
             log(WARNING, "The shared model is %s", PARTIAL)
 
+    def _compare(self, server_round: int) -> None:
+        """Compare the evaluated model with the best one, and record an early end of the run."""
+        self.best.observe(
+            server_round,
+            self.result.arrays,
+            self.result.evaluate_metrics_serverapp.get(server_round),
+            self.result.evaluate_metrics_clientapp.get(server_round),
+        )
+        self._note_best(server_round)
+        if self.result.stopped:
+            log(INFO, "Run: stopped early after round %s: %s", server_round, self.result.stopped)
+            self.manager.log.note_stop(self.result.stopped)
+
+    def _note_best(self, done: int) -> None:
+        self.result.best = self.best.model
+        self.result.stopped = self.best.reason if self._has_rounds(done) else ""
+
     # Beginning, saving, resuming ----------------------------------------------------------------
 
     def _begin(self, resume: Resume) -> int:
@@ -431,26 +466,36 @@ class _Run:
                     f"in {folder.path}; pass resume='auto' or use another folder"
                 )
             done = self._restore(saved)
+            self._note_best(done)
             log(INFO, "%s: resumed after round %s", type(self.strategy).__name__, done)
             if saved.state["averaged"] is not None:
                 log(INFO, "Run: round %s is averaged, and its evaluation is left", saved.round)
                 self._finish(saved.round)
                 done = saved.round
             elif not self._goes_on(done):
-                log(
-                    WARNING,
-                    "Run: nothing is left to train, since the run in %s is complete; for a new run "
-                    "use another folder, for more rounds raise their number or the budget",
-                    folder.path.absolute(),
-                )
+                self._log_nothing_left(folder)
         # Before the first message, so that a file that cannot be written costs no training. It has
         # no effect in a resumed run, whose history is restored.
         self.manager.log.history.begin()
         # Round 0 is saved too: a run that is killed in round 1 resumes with the same session.
         if not done:
             self._evaluate_on_server(0)
+            self._compare(0)
             self._save(0)
         return done
+
+    def _log_nothing_left(self, folder: CheckpointFolder) -> None:
+        why, remedy = "is complete", "raise their number or the budget"
+        if self.result.stopped:
+            why, remedy = f"stopped early: {self.result.stopped}", "raise the patience of Best"
+        log(
+            WARNING,
+            "Run: nothing is left to train, since the run in %s %s; for a new run use another "
+            "folder, for more rounds %s",
+            folder.path.absolute(),
+            why,
+            remedy,
+        )
 
     def _restore(self, saved: Checkpoint) -> int:
         """Restore the run from a checkpoint; return the number of its last completed round."""
@@ -479,6 +524,7 @@ class _Run:
         history.restore(self.checkpoints.records(saved, copies))
         restore_state(self.strategy, (state["strategy"], dict(saved.extra)))
         self.manager.restore_own_state(state["own"])
+        self.best.restore(state.get("best"), saved.extra)
         records = list(history)
         if state["averaged"] is not None:
             self.manager.log.reopen(state["averaged"])
@@ -510,10 +556,12 @@ class _Run:
             "averaged": self.manager.log.unfinished if averaged else None,
             "strategy": strategy,
             "own": self.manager.own_state(),
+            "best": self.best.state(),
         }
         shared = view(self.result.arrays)
         lines = self.manager.log.history.lines
-        self.checkpoints.save(Checkpoint(server_round, shared, state, arrays), lines)
+        extra = {**arrays, **self.best.arrays()}
+        self.checkpoints.save(Checkpoint(server_round, shared, state, extra), lines)
 
     def _configuration(self) -> dict[str, str]:
         """Return the settings that a resumed run must have in common with the saved one."""

@@ -30,6 +30,9 @@ class Log(Protocol):
     def note(self, **metrics: Mapping[str, Any] | None) -> None:
         """Set metrics of the record (train_metrics=, evaluate_metrics=, site_metrics=, ...)."""
 
+    def note_stop(self, reason: str) -> None:
+        """Set the reason why the run ends with this round, before its last one."""
+
     def note_traffic(self, traffic: RoundTraffic) -> None:
         """Add the traffic and the events of training."""
 
@@ -110,6 +113,13 @@ class Managed(Generic[L]):
     def check_reply(self, sent: Message, reply: Message) -> None:
         """Raise a ColearnError unless `reply` is a usable answer to the train message `sent`."""
         check_train_reply(sent, reply)
+
+    def advance(self, average: ArrayRecord) -> ArrayRecord:
+        """Return the new shared model, which a round's average leads to.
+
+        It is called after the aggregation, of which a privacy wrapper's noise is a part.
+        """
+        return average
 
     def measure(self, arrays: ArrayRecord) -> None:
         """Measure what depends on the model before the round; `arrays` is the new shared model.

@@ -347,6 +347,77 @@ class Warmup:
         return as_learning_rate(self.rate)
 
 
+@dataclass(frozen=True)
+class Annealed:
+    """Another schedule whose eta^i anneals over the rounds of the run.
+
+    eta_j^i = rate_j^i * factor^i, with the factor of round i the other schedule's rate of the
+    round's first epoch. Within a round the factor is constant, so with ``CyclicalRate`` every round
+    follows eq. 3 and ends at exactly eta^i * decay. Mi et al. (2020) use one eta "for simplicity"
+    and say that it can be updated as i grows; the factor is ours.
+
+    Such a schedule has no rate eta^i that depends on the round alone. Therefore `start` returns
+    None, and the plan of a round states the rate of the round's first epoch as its
+    ``learning-rate``.
+
+    Parameters
+    ----------
+    rate : float or LearningRate
+        The schedule within a round, such as ``CyclicalRate``.
+    factor : float or LearningRate
+        The schedule of the factor over the run, such as ``CosineRate(1.0, total_epochs=120)``,
+        ``ExponentialRate(1.0, decay, total_epochs)`` or ``ConstantRate(function of the round)``. A
+        function of the progress is given as ``ProgressRate(function, total_epochs)``.
+
+    Raises
+    ------
+    ColearnError
+        If an argument is no schedule, or both are planned for different numbers of epochs.
+
+    Examples
+    --------
+    >>> rate = Annealed(CyclicalRate(0.8), CosineRate(1.0, total_epochs=4))
+    >>> [round(rate.at(j, 2, epochs_done=done), 6) for done in (0, 2) for j in (1, 2)]
+    [0.4, 0.2, 0.2, 0.1]
+    """
+
+    rate: float | LearningRate
+    factor: float | LearningRate
+    kind: ClassVar[str] = "annealed"
+
+    def __post_init__(self) -> None:
+        # A frozen dataclass can be changed in no other way.
+        object.__setattr__(self, "rate", as_learning_rate(self.rate))
+        object.__setattr__(self, "factor", as_learning_rate(self.factor))
+        planned = self._planned
+        if len(set(planned)) > 1:
+            raise expected(
+                "total_epochs of Annealed's factor", f"the rate's {planned[0]}", planned[1]
+            )
+
+    @property
+    def total_epochs(self) -> int | None:
+        """The local epochs for which the schedules are planned, or None."""
+        return next(iter(self._planned), None)
+
+    def start(self, round_index: int) -> None:
+        """Return None, since the factor depends on the epochs done and not on the round."""
+        return None
+
+    def at(
+        self, epoch: int, local_epochs: int, round_index: int = 0, epochs_done: int = 0
+    ) -> float:
+        """Return the rate of the epoch, times the factor of the round's first epoch."""
+        rate, factor = map(as_learning_rate, (self.rate, self.factor))
+        share = factor.at(1, local_epochs, round_index, epochs_done)
+        return rate.at(epoch, local_epochs, round_index, epochs_done) * share
+
+    @property
+    def _planned(self) -> list[int]:
+        totals = (getattr(each, "total_epochs", None) for each in (self.rate, self.factor))
+        return [total for total in totals if total is not None]
+
+
 def as_learning_rate(
     value: float | LearningRate | RateFunction, total_epochs: int | None = None
 ) -> LearningRate:

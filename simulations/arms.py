@@ -1,17 +1,23 @@
-"""The arms of the paper's study: pairs of a learning-rate schedule and an epoch rule."""
+"""The arms of the study: pairs of a learning-rate schedule and an epoch rule, and what is added."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
 from clients.settings import ParticipantSettings
 from flwr_colearn import (
+    Annealed,
     ColearnError,
+    CosineRate,
     CyclicalRate,
     EpochRule,
     ExponentialRate,
     FixedEpochs,
     IncreasingEpochs,
+    LearningRate,
+    Nesterov,
+    OuterOptimizer,
     PlateauEpochs,
+    ServerRate,
 )
 from simulations.settings import RunSettings
 
@@ -33,6 +39,8 @@ class Arm:
     alone : bool
         Whether every participant trains separately and models are never averaged: the ensemble,
         and vanilla learning with the exponential rate.
+    anneal, outer : str
+        In place of the run config's ``anneal`` and ``outer``, if not empty.
     """
 
     title: str
@@ -40,9 +48,11 @@ class Arm:
     increasing: bool = False
     pooled_data: bool = False
     alone: bool = False
+    anneal: str = ""
+    outer: str = ""
 
 
-ARMS = {
+PAPER_ARMS = {
     "clr-ile": Arm("CLR+ILE (co-learning)", cyclical=True, increasing=True),
     "clr-fle": Arm("CLR+FLE", cyclical=True),
     "elr-ile": Arm("ELR+ILE", increasing=True),
@@ -51,6 +61,17 @@ ARMS = {
     "vanilla-clr": Arm("vanilla (CLR+ILE)", cyclical=True, increasing=True, pooled_data=True),
     "ensemble": Arm("ensemble (ELR)", alone=True),
 }
+"""The seven arms of the paper's study, by name."""
+
+FURTHER_ARMS = {
+    "clr-ile-nesterov": Arm("CLR+ILE, Nesterov", True, True, outer="nesterov"),
+    "clr-ile-rate": Arm("CLR+ILE, server rate", True, True, outer="rate"),
+    "clr-ile-cosine": Arm("CLR+ILE, eta by cosine", True, True, anneal="cosine"),
+    "clr-ile-exponential": Arm("CLR+ILE, eta exponential", True, True, anneal="exponential"),
+}
+"""Co-learning with an addition that is not in the paper, each by itself."""
+
+ARMS = PAPER_ARMS | FURTHER_ARMS
 
 
 def arm_named(name: str) -> Arm:
@@ -70,9 +91,10 @@ def at_one_site(
     participants: ParticipantSettings, settings: RunSettings
 ) -> tuple[ParticipantSettings, RunSettings]:
     """Return the settings of vanilla learning: one participant with all the data."""
-    # No compression, since no model is exchanged; it would only add rounding errors.
+    # No compression, since no model is exchanged; it would only add rounding errors. Of one model
+    # there is no average either, to or beyond which a step could lead.
     alone = replace(
-        settings, num_participants=1, compression_up="float32", compression_down="float32"
+        settings, num_participants=1, compression_up="float32", compression_down="float32", outer=""
     )
     # Partitions by class need several participants; for one, "iid" is the whole data set.
     return replace(participants, partition="iid"), alone
@@ -84,18 +106,11 @@ def schedules(arm: Arm, settings: RunSettings) -> dict[str, Any]:
     Raises
     ------
     ColearnError
-        If the rate is exponential and no total of local epochs is planned.
+        If the rate is exponential or annealed and no total of local epochs is planned.
     """
-    if not arm.cyclical and not settings.total_epochs:
-        raise ColearnError(
-            "run config 'total-epochs': expected the planned local epochs, since an exponential "
-            "rate decays over them, found 0"
-        )
     # In a run config 0 stands for "no limit", which CoLearn and the schedules call None.
     return {
-        "learning_rate": CyclicalRate(settings.learning_rate, settings.decay)
-        if arm.cyclical
-        else ExponentialRate(settings.learning_rate, settings.decay, settings.total_epochs),
+        "learning_rate": _rate(arm, settings),
         "local_epochs": epoch_rule(arm, settings),
         "local_steps": settings.local_steps or None,
         "total_epochs": settings.total_epochs or None,
@@ -110,3 +125,45 @@ def epoch_rule(arm: Arm, settings: RunSettings) -> EpochRule:
     if settings.epsilon == "auto":
         return PlateauEpochs(initial, maximum=maximum or PlateauEpochs.maximum)
     return IncreasingEpochs(initial, float(settings.epsilon), maximum=maximum or None)
+
+
+def outer_optimizer(arm: Arm, settings: RunSettings) -> OuterOptimizer | None:
+    """Return the arm's `outer` for ``CoLearn``; None for the plain average.
+
+    Raises
+    ------
+    ColearnError
+        If there is none of that name, or its settings are invalid.
+    """
+    name = arm.outer or settings.outer
+    if not name:
+        return None
+    if name == "nesterov":
+        return Nesterov(settings.outer_rate, settings.outer_momentum)
+    if name == "rate":
+        return ServerRate(settings.outer_rate)
+    raise ColearnError(f"run config 'outer': expected '', 'nesterov' or 'rate', found {name!r}")
+
+
+def _rate(arm: Arm, settings: RunSettings) -> LearningRate:
+    anneal = arm.anneal or settings.anneal
+    if not settings.total_epochs and (anneal or not arm.cyclical):
+        raise ColearnError(
+            "run config 'total-epochs': expected the planned local epochs, since an exponential or "
+            "annealed rate decays over them, found 0"
+        )
+    if not arm.cyclical:
+        return ExponentialRate(settings.learning_rate, settings.decay, settings.total_epochs)
+    rate = CyclicalRate(settings.learning_rate, settings.decay)
+    return Annealed(rate, _factor(anneal, settings)) if anneal else rate
+
+
+def _factor(anneal: str, settings: RunSettings) -> LearningRate:
+    """Return the schedule of eta over the run, relative to the first eta."""
+    if anneal == "cosine":
+        return CosineRate(1.0, settings.total_epochs)
+    if anneal == "exponential":
+        return ExponentialRate(1.0, settings.decay, settings.total_epochs)
+    raise ColearnError(
+        f"run config 'anneal': expected '', 'cosine' or 'exponential', found {anneal!r}"
+    )

@@ -9,17 +9,24 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import Result
 
 from clients.app import AGREEMENT
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import server_task, server_trainer
 from clients.trainer import Trainer
 from clients.weights import read_weights
-from flwr_colearn import CoLearn, ColearnError, History, Normalization, Pooled, Transport
+from flwr_colearn import (
+    CoLearn,
+    ColearnError,
+    History,
+    Normalization,
+    Pooled,
+    RunResult,
+    Transport,
+)
 from flwr_colearn.compression import Compression, codec_named
 from flwr_colearn.reporting import curve, save_figure
-from simulations.arms import arm_named, schedules
+from simulations.arms import arm_named, outer_optimizer, schedules
 from simulations.run_folder import RunFolder
 from simulations.settings import RunSettings
 
@@ -60,14 +67,17 @@ def main(grid: Grid, context: Context) -> None:
             train_config=ConfigRecord({AGREEMENT: task.agreement} if task.agreement else {}),
             evaluate_fn=evaluate_with(trainer) if has_test_set else None,
             resume=settings.resume,  # type: ignore[arg-type]  # start checks it
+            best=settings.best,
         )
     except ColearnError as error:
         # A run that fails in a later round has a usable model of the round before.
         if error.result is not None and len(strategy.history):
             save_model(error.result, folder.path)
+            save_best(error.result, folder.path)
             log(INFO, "The model of the last completed round is in %s", folder.path)
         raise
     save_model(result, folder.path)
+    save_best(result, folder.path)
     summarise(result, strategy.history, settings, folder.path, task.objective.headline)
 
 
@@ -92,6 +102,7 @@ def make_strategy(
     return CoLearn(
         len(settings.participant_names or ()) or settings.num_participants,
         **schedules(arm, settings),
+        outer=outer_optimizer(arm, settings),
         weighting=settings.weighting,  # type: ignore[arg-type]  # CoLearn checks it
         roles=trainer.roles(),
         history=history,
@@ -121,15 +132,26 @@ def evaluate_with(trainer: Trainer) -> Callable[[int, ArrayRecord], MetricRecord
     return evaluate
 
 
-def save_model(result: Result, output: Path) -> None:
+def save_model(result: RunResult, output: Path) -> None:
     """Write the model's arrays by name to ``model.npz``."""
-    output.mkdir(parents=True, exist_ok=True)
-    arrays = {name: array.numpy() for name, array in result.arrays.items()}
-    np.savez(output / "model.npz", **arrays)  # type: ignore[arg-type]
+    save_arrays(result.arrays, output / "model.npz")
+
+
+def save_best(result: RunResult, output: Path) -> None:
+    """Write the best model's arrays by name to ``best.npz``, if there is one."""
+    if result.best is not None:
+        save_arrays(result.best.arrays, output / "best.npz")
+
+
+def save_arrays(record: ArrayRecord, path: Path) -> None:
+    """Write a model's arrays by name to a file, whose folder is created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: array.numpy() for name, array in record.items()}
+    np.savez(path, **arrays)  # type: ignore[arg-type]
 
 
 def summarise(
-    result: Result, history: History, settings: RunSettings, output: Path, headline: str
+    result: RunResult, history: History, settings: RunSettings, output: Path, headline: str
 ) -> None:
     """Write ``summary.json`` and a figure of the headline metric, and log the summary."""
     last = history.records[-1]
@@ -146,6 +168,11 @@ def summarise(
         "fedavg-rounds": -(-last.epochs_done // settings.initial_epochs),
     }
     summary["fedavg-bytes"] = summary["fedavg-rounds"] * summary["bytes"] // summary["rounds"]
+    if result.best is not None:
+        best = result.best
+        summary["best"] = {"metric": best.metric, "value": best.value, "round": best.round}
+    if result.stopped:
+        summary["stopped"] = result.stopped
     if "shared-model" in last.normalization:
         summary["shared-model"] = last.normalization["shared-model"]
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.settings import WORDS, FromConfig, ParticipantSettings
-from flwr_colearn import ColearnError, Quorum, Recovery
+from flwr_colearn import Best, ColearnError, Quorum, Recovery
 
 CONF = Path(__file__).parent / "conf"
 """The folder of the run configs."""
@@ -20,7 +20,8 @@ class RunSettings(FromConfig):
     Attributes
     ----------
     arm : str
-        The arm: "clr-ile" (co-learning), "clr-fle", "elr-ile" or "elr-fle" (federated averaging).
+        The arm: "clr-ile" (co-learning), "clr-fle", "elr-ile" or "elr-fle" (federated averaging);
+        or one that is not in the paper, see `simulations.arms.FURTHER_ARMS`.
     num_participants : int
         K, the number of participants.
     num_server_rounds : int
@@ -39,6 +40,14 @@ class RunSettings(FromConfig):
         participants with data of very different sizes; 0 for passes over each one's own data.
     learning_rate, decay : float
         eta and r, the initial learning rate and its decay.
+    anneal : str
+        How eta of the "clr" arms anneals over `total_epochs`: "cosine" to 0, or "exponential" to
+        eta*r; empty for the paper's constant eta.
+    outer : str
+        The step from the shared model to the average: "nesterov", or "rate" for a server's learning
+        rate; empty for the paper's plain average.
+    outer_rate, outer_momentum : float
+        The rate and the momentum of `outer`.
     weighting : str
         The weights of the average: "uniform" or "weighted" (by the number of examples).
     compression_up, compression_down : str
@@ -63,6 +72,14 @@ class RunSettings(FromConfig):
         The seconds that one attempt of a participant may take at least; the limit grows with T.
         After it the participant is restarted. "inf" is not possible in a run config: 0 stands for
         no limit.
+    best_metric : str
+        The metric by which the best shared model is kept beside the last one: the server's, or the
+        sites' if it has no test set. Empty for the last one alone.
+    best_mode : str
+        "max" or "min"; empty for "min" if the metric's name contains "loss" or "error", else "max".
+    stop_patience : int
+        The run ends early after so many evaluations without a better `best_metric`; 0 for no early
+        end.
     initial_weights : str
         A file of pretrained weights by name, ``.npz``, ``.safetensors`` or ``.pt`` (a state dict);
         empty for the model's own initialisation.
@@ -91,6 +108,10 @@ class RunSettings(FromConfig):
     local_steps: int = 0
     learning_rate: float = 0.05
     decay: float = 0.25
+    anneal: str = ""
+    outer: str = ""
+    outer_rate: float = 0.7
+    outer_momentum: float = 0.9
     weighting: str = "uniform"
     compression_up: str = "float32"
     compression_down: str = "float32"
@@ -100,6 +121,9 @@ class RunSettings(FromConfig):
     policy: str = "fail"
     quorum: int = 0
     timeout: float = 3600.0
+    best_metric: str = ""
+    best_mode: str = ""
+    stop_patience: int = 0
     initial_weights: str = ""
     run_name: str = ""
     resume: str = "auto"
@@ -123,6 +147,25 @@ class RunSettings(FromConfig):
         """The policy and the quorum."""
         policy = Quorum(self.quorum) if self.quorum else self.policy
         return Recovery(policy=policy)  # type: ignore[arg-type]  # Recovery checks it
+
+    @property
+    def best(self) -> Best | None:
+        """The rule for the best shared model and the early end; None if there is none.
+
+        Raises
+        ------
+        ColearnError
+            If there is a patience and no metric, or one of the settings is invalid.
+        """
+        if self.best_metric:
+            mode: Any = self.best_mode or None  # Best checks it
+            return Best(self.best_metric, mode, self.stop_patience or None)
+        for key, value in (("best-mode", self.best_mode), ("stop-patience", self.stop_patience)):
+            if value:
+                raise ColearnError(
+                    f"run config '{key}': expected 'best-metric' beside it, found {value!r} alone"
+                )
+        return None
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

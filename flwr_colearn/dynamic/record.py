@@ -64,6 +64,9 @@ class DynamicRecord:
     contributions : dict
         The learners whose models are in the round's average; see `flwr_colearn.RoundRecord`, with
         the difference to the reference for an update. Empty in a round without an average.
+    stopped : str
+        The reason why the run ended with this round, before its last one (see
+        `flwr_colearn.Best`); empty if it did not.
     """
 
     round: int
@@ -89,6 +92,7 @@ class DynamicRecord:
     seconds: float = 0.0
     server_metrics: dict[str, Any] = field(default_factory=dict)
     contributions: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    stopped: str = ""
 
     def to_json(self) -> str:
         """Return the record as one line of JSON; numbers that are not finite become strings."""
@@ -236,6 +240,10 @@ class DynamicLog:
         # Round 0, the evaluation before the first round, has no record.
         if self.record.round and metrics.get("server_metrics"):
             self.record.server_metrics = dict(metrics["server_metrics"] or {})
+
+    def note_stop(self, reason: str) -> None:
+        """Set the reason why the run ends with this round, before its last one."""
+        self.record.stopped = reason
 
     def note_events(self, events: Iterable[Event]) -> None:
         """Record events of learners."""

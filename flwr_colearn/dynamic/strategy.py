@@ -9,8 +9,9 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Strategy
 
+from ..best import Best, RunResult
 from ..checkpoint import CheckpointFolder, as_folder
 from ..compression import Compression
 from ..errors import ColearnError, expected, real_number, whole_number
@@ -78,6 +79,8 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         ``None`` for none.
     seed : int, optional
         The seed of the random choices among learners.
+    outer : None
+        Refused if given: there is no step of one shared model, since learners keep their own.
 
     Attributes
     ----------
@@ -106,7 +109,15 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         participants: Sequence[str] | None = None,
         guard: Guard | None = Guard(),  # noqa: B008
         seed: int | None = None,
+        outer: None = None,
     ) -> None:
+        if outer is not None:
+            raise expected(
+                f"outer of {type(self).__name__}",
+                "None, since learners keep models of their own, and a mean replaces those of its "
+                "group; use CoLearn or Averaging",
+                outer,
+            )
         if not isinstance(operator, Operator):
             raise expected("operator", "one of flwr_colearn.dynamic", operator)
         self.transport = Transport(
@@ -289,7 +300,8 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
         resume: Resume = "never",
-    ) -> Result:
+        best: Best | None = None,
+    ) -> RunResult:
         """Run model averaging for `num_rounds` rounds of b mini-batches.
 
         Parameters
@@ -313,10 +325,15 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
             "auto" resumes from the newest checkpoint. Learners that have their state continue with
             it, and the others are reinitialised from the reference.
 
+        best : Best, optional
+            The metric by which the best evaluated model is kept beside the last, and the patience
+            after which the run ends early. By default there is no best model.
+
         Returns
         -------
-        Result
-            ``arrays`` is the mean of all learners after the last round.
+        RunResult
+            ``arrays`` is the mean of all learners after the last round; after an early end it is
+            the model that the last record's ``evaluated`` names.
 
         Raises
         ------
@@ -335,6 +352,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
             evaluate_config,
             evaluate_fn,
             resume=resume,
+            best=best,
         )
 
     # The interface of Managed -------------------------------------------------------------------

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result
+from flwr.serverapp.strategy import FedAvg
 
 from .._flwr import called_privately
 from ..aggregation import (
+    OuterOptimizer,
     RoundMean,
     Weighting,
     aggregated,
@@ -23,6 +24,7 @@ from ..aggregation import (
     evaluations_of,
     mean_train_loss,
 )
+from ..best import Best, RunResult
 from ..checkpoint import CheckpointFolder, as_folder
 from ..compression import Compression
 from ..errors import expected
@@ -40,6 +42,7 @@ from ..transport import ConnectedGrid, Transport
 from .algorithm import Algorithm, Progress, plan_record
 from .arguments import number_of, participant_arguments, patience
 from .foreign_loop import refuse_in_foreign_loop
+from .outer import OuterStep
 from .shared_model import SharedModel
 
 FRACTION = "fraction_train"
@@ -99,6 +102,10 @@ class Averaging(FedAvg, Managed[RoundLog]):
         `flwr_colearn.Transport`; K is their number. By default any K SuperNodes take part.
     guard : Guard, optional
         The bounds of one participant's update, see `flwr_colearn.Guard`; ``None`` for none.
+    outer : OuterOptimizer, optional
+        The step from the shared model to, or beyond, the mean: `flwr_colearn.Nesterov` or
+        `flwr_colearn.ServerRate`. Trainable arrays take it; statistics are the pooled ones. By
+        default the mean is the new shared model.
     algorithm : Algorithm, optional
         The rules for T and the learning rate of every round; by default the train config has them.
     **kwargs
@@ -146,6 +153,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
         guard: Guard | None = Guard(),  # noqa: B008
+        outer: OuterOptimizer | None = None,
         algorithm: Algorithm | None = None,
         **kwargs: Any,
     ) -> None:
@@ -165,6 +173,13 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 "SynchronousSGD",
                 normalization,
             )
+        if outer is not None and self.exchanges_steps:
+            raise expected(
+                f"outer of {type(self).__name__}",
+                "None, since every step is one of an optimizer on the server already; use its "
+                "momentum",
+                outer,
+            )
         self.weighting = as_weighting(weighting)
         self.wait_for_participants = patience(wait_for_participants)
         self.checkpoints = as_folder(checkpoints)
@@ -174,6 +189,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.random = random.Random()
         self.last_nodes: list[int] = []
         self._shared = SharedModel()
+        self._outer = OuterStep(outer)
         self._outgoing = Outgoing()
         self._mean: RoundMean | None = None
         self._guarded: Mapping[str, Any] | None = None
@@ -224,6 +240,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         if not self.transport.compression.is_plain:
             compression = self.transport.compression
             log(INFO, "\t├──> Compression: %s; participants need participant_mod", compression)
+        self._outer.log_summary(lambda line: log(INFO, line))
         super().summary()
 
     # Flower's hooks -----------------------------------------------------------------------------
@@ -245,6 +262,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             refuse_in_foreign_loop(self.transport, total, self.checkpoints)
             if called_privately():
                 check_private_weighting(self.weighting)
+                self._outer.check_private()
             if self._grid is not None:
                 self._grid.transport.check_privacy()
         # Under a wrapper Flower's own loop runs, which has no hook for the start of a run: a round
@@ -301,6 +319,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
         record.participants = self._mean.participants
         self._account()
         average = self._outgoing.record(self._mean.mean())
+        # Flower's own loop has no later hook for it.
+        if self._timeout is None:
+            average = self.advance(average)
         record.contributions = self._mean.contributions
         # Sorted by participant, so that the order of arrival does not change the last bits.
         metrics = sorted(accepted, key=itemgetter(0))
@@ -351,7 +372,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
         resume: Resume = "never",
-    ) -> Result:
+        best: Best | None = None,
+    ) -> RunResult:
         """Run the strategy for `num_rounds`, or until the budget of local epochs is spent.
 
         Parameters
@@ -375,10 +397,15 @@ class Averaging(FedAvg, Managed[RoundLog]):
             "auto" resumes from the newest checkpoint, in the round that was under way when the
             server ended, with the same plan; without a checkpoint a new run starts.
 
+        best : Best, optional
+            The metric by which the best shared model is kept beside the last, and the patience
+            after which the run ends early. By default there is no best model.
+
         Returns
         -------
-        Result
-            The final model and the metrics of every round, by round number.
+        RunResult
+            Flower's ``Result``: the final model and the metrics of every round, by round number;
+            also the best model, and the reason if the run ended early.
 
         Raises
         ------
@@ -398,6 +425,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             evaluate_config,
             evaluate_fn,
             resume=resume,
+            best=best,
         )
 
     # The interface of Managed -------------------------------------------------------------------
@@ -424,6 +452,13 @@ class Averaging(FedAvg, Managed[RoundLog]):
         assert self._mean is not None
         self._mean.check(sent, reply)
 
+    def advance(self, average: ArrayRecord) -> ArrayRecord:
+        """Return the new shared model: the average, or where a step of `outer` leads to."""
+        # Without a mean a subclass has hooks of its own, and so a shared model of its own.
+        if self._mean is None:
+            return average
+        return self._outer.taken(average, self._shared, self._mean.weights)
+
     def measure(self, arrays: ArrayRecord) -> None:
         """Measure the relative change of the shared model."""
         if self.log.is_open:
@@ -438,12 +473,13 @@ class Averaging(FedAvg, Managed[RoundLog]):
         """Return the settings that a resumed run must have in common with the saved one."""
         return {
             **({} if self.algorithm is None else self.algorithm.configuration()),
+            **self._outer.configuration(),
             "weighting": self.weighting,
             "number of participants": str(self.num_participants),
         }
 
     def strategy_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the strategy's state between rounds, in types of JSON, and no arrays."""
+        """Return the strategy's state in types of JSON, and the momentum of every array."""
         # A resumed run has no mean before its first training, and may be saved before that.
         updates = None if self._mean is None else self._mean.updates
         state = {
@@ -454,7 +490,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             "guard": self._guarded if updates is None else updates.state(),
             **self._shared.state(),
         }
-        return state, {}
+        return state, self._outer.arrays()
 
     def restore_strategy_state(self, state: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
         """Restore the state that `strategy_state` returned."""
@@ -465,6 +501,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         if self.progress.round:
             self._shared.restore(state)
         self._guarded, self._told = state.get("guard"), state.get("examples", {})
+        self._outer.restore(arrays)
 
     # Steps --------------------------------------------------------------------------------------
 
@@ -578,4 +615,5 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.progress, self._mean, self._guarded, self._told = Progress(), None, None, {}
         self.last_nodes, self._missing, self._absent = [], [], 0
         self._shared.clear()
+        self._outer.clear()
         self.log.clear()

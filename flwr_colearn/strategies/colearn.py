@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..aggregation import Weighting
+from ..aggregation import OuterOptimizer, Weighting
 from ..checkpoint import CheckpointFolder
 from ..compression import Compression
 from ..epoch_rules import EpochRule
@@ -62,9 +62,9 @@ class CoLearn(Averaging):
         for the latter.
     learning_rate : float, LearningRate or callable
         The schedule: ``CyclicalRate`` (CLR), ``ExponentialRate`` (ELR), ``ConstantRate``, or a
-        number for the latter; ``CosineRate``, ``Warmup``, or any object with ``kind``, ``start``
-        and ``at`` (see `flwr_colearn.LearningRate`). A plain function receives the progress of the
-        run, epochs done / `total_epochs`, and so needs `total_epochs`.
+        number for the latter; ``CosineRate``, ``Warmup``, ``Annealed``, or any object with
+        ``kind``, ``start`` and ``at`` (see `flwr_colearn.LearningRate`). A plain function receives
+        the progress of the run, epochs done / `total_epochs`, and so needs `total_epochs`.
     total_epochs : int, optional
         The budget: the run ends when every participant has trained so many local epochs. T of the
         last round is limited to the rest.
@@ -79,6 +79,9 @@ class CoLearn(Averaging):
     roles, history, wait_for_participants, recovery, checkpoints, compression, normalization, \
 participants, guard
         See `Averaging`.
+    outer : OuterOptimizer, optional
+        `flwr_colearn.Nesterov` or `flwr_colearn.ServerRate`, which are not in the paper; see
+        `Averaging`. By default the mean is the new shared model (eq. 2).
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
         stay 1, since all participants train in every round.
@@ -120,6 +123,7 @@ participants, guard
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
         guard: Guard | None = Guard(),  # noqa: B008
+        outer: OuterOptimizer | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -134,6 +138,7 @@ participants, guard
             normalization=normalization,
             participants=participants,
             guard=guard,
+            outer=outer,
             algorithm=algorithm_of(local_epochs, learning_rate, total_epochs, local_steps),
             **kwargs,
         )

@@ -156,5 +156,5 @@ class SynchronousSGD(Averaging):
 
     def restore_strategy_state(self, state: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
         """Restore the state that `strategy_state` returned."""
-        super().restore_strategy_state(state, arrays)
+        super().restore_strategy_state(state, {})
         self._velocity = dict(arrays)

@@ -10,7 +10,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Result
 from torch.utils.data import TensorDataset
 
 from clients.client_app import make_client_app
@@ -79,7 +79,7 @@ def measure(grid: Grid, work: Work, strategy: str, folder: Path) -> None:
         colearn = CoLearn(
             work.cohort, local_epochs=1, learning_rate=work.rate, fraction_evaluate=0.0
         )
-        result = colearn.start(grid, initial, **start)
+        result: Result = colearn.start(grid, initial, **start)
     else:
         fedavg = FedAvg(
             fraction_train=work.cohort / work.users,

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from clients.settings import ParticipantSettings
-from simulations.arms import ARMS
+from flwr_colearn import ColearnError
+from simulations.arms import ARMS, PAPER_ARMS
 from simulations.settings import RunSettings, check_keys
 
 OVERRIDES = ("data_dir", "examples", "total_epochs", "compression_up", "compression_down")
@@ -44,7 +45,10 @@ def add_unit_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds", type=seeds, default=range(3), metavar="N|A:B",
         help="seeds 0 .. N-1, or A .. B-1 (default 3)",
     )  # fmt: skip
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=list(PAPER_ARMS), metavar="ARM",
+        help="default the seven of the paper; further ones: simulations.arms.FURTHER_ARMS",
+    )  # fmt: skip
     parser.add_argument("--data-dir", help="overrides the config's data-dir")
 
 
@@ -60,4 +64,11 @@ def seeds(text: str) -> range:
 def settings_of(config: Mapping[str, Any], where: str) -> tuple[ParticipantSettings, RunSettings]:
     """Return both sides' settings from a run config, whose keys are checked."""
     check_keys(config, where)
-    return ParticipantSettings.from_config(config), RunSettings.from_config(config)
+    settings = RunSettings.from_config(config)
+    # Arms are compared after equally many local epochs; the best model is in the curves anyway.
+    if settings.stop_patience:
+        raise ColearnError(
+            f"{where}: expected 'stop-patience' 0 in a study, whose arms train equally many local "
+            f"epochs, found {settings.stop_patience}"
+        )
+    return ParticipantSettings.from_config(config), settings

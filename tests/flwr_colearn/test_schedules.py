@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flwr_colearn import (
+    Annealed,
     ColearnError,
     ConstantRate,
     CosineRate,
     CyclicalRate,
     ExponentialRate,
+    ProgressRate,
     Warmup,
 )
 from flwr_colearn.schedules import as_learning_rate, describe_rate, rates_of
@@ -228,6 +230,74 @@ def test_a_warm_up_rises_to_the_other_schedule():
 def test_an_impossible_warm_up_is_refused(arguments, match):
     with pytest.raises(ColearnError, match=match):
         Warmup(*arguments)
+
+
+# Annealed ---------------------------------------------------------------------------------------
+
+
+def test_the_factor_is_that_of_the_round_and_eq_3_holds_within_it():
+    schedule = Annealed(CyclicalRate(0.8, 0.25), CosineRate(1.0, total_epochs=8))
+    # The cosine at 0, 4 and 6 of 8 epochs: 1, 1/2 and (1 - 1/sqrt(2)) / 2.
+    assert rates(schedule, 4) == pytest.approx([0.8 * 2**-0.5, 0.4, 0.4 * 2**-0.5, 0.2])
+    assert rates(schedule, 2, 1, 4) == pytest.approx([0.2, 0.1])
+    last = (1 - 2**-0.5) / 2
+    assert rates(schedule, 2, 2, 6) == pytest.approx([0.4 * last, 0.2 * last])
+    assert schedule.start(1) is None
+    assert rates_of(schedule, 2, 1, 4) == (pytest.approx(0.2), pytest.approx((0.2, 0.1)))
+
+
+def test_any_schedule_is_a_factor():
+    plain = [0.007579, 0.005743, 0.004353, 0.003299, 0.0025]  # of the paper's eq. 3
+    factors = {
+        ExponentialRate(1.0, 0.25, 10): 0.25 ** (6 / 10),
+        ConstantRate(lambda i: 0.5**i): 0.125,
+        ProgressRate(lambda progress: 1 - progress, 10): 0.5,
+        0.1: 0.1,
+    }
+    for factor, share in factors.items():
+        found = rates(Annealed(CyclicalRate(0.01), factor), 5, 3, 5)
+        assert found == pytest.approx([share * rate for rate in plain], abs=1e-6)
+
+
+def test_it_composes_with_the_warm_up():
+    inner = Annealed(CyclicalRate(0.8), CosineRate(1.0, 4))
+    outside, inside = Warmup(inner, 4), Annealed(Warmup(CyclicalRate(0.8), 4), CosineRate(1.0, 4))
+    assert rates(outside, 2, 1, 2) == pytest.approx([0.2 * 0.75, 0.1])
+    assert rates(inside, 2, 1, 2) == pytest.approx([0.2 * 0.75, 0.1])
+    assert outside.total_epochs == inside.total_epochs == 4
+
+
+@given(
+    eta=st.floats(1e-6, 10),
+    decay=st.floats(0.01, 1),
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=8),
+)
+def test_every_round_ends_at_decay_times_its_own_eta(eta, decay, lengths):
+    total, done = sum(lengths), 0
+    factor = CosineRate(1.0, total)
+    for index, length in enumerate(lengths):
+        found = rates(Annealed(CyclicalRate(eta, decay), factor), length, index, done)
+        own = eta * factor.at(1, length, index, done)
+        assert found[-1] == pytest.approx(own * decay)
+        assert found[0] == pytest.approx(own * decay ** (1 / length))
+        done += length
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((0.1, "0.1"), "learning_rate: expected a number, a schedule .* found '0.1'"),
+        (("0.1", 0.1), "learning_rate: expected a number, a schedule .* found '0.1'"),
+        ((0.1, lambda progress: 0.1), "learning_rate: expected total_epochs beside a function"),
+        (
+            (CosineRate(0.1, 10), CosineRate(1.0, 20)),
+            "total_epochs of Annealed's factor: expected the rate's 10, found 20",
+        ),
+    ],
+)
+def test_an_impossible_annealing_is_refused(arguments, match):
+    with pytest.raises(ColearnError, match=match):
+        Annealed(*arguments)
 
 
 # Schedules of one's own -------------------------------------------------------------------------

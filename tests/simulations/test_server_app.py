@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import Context, MetricRecord, RecordDict
 
 from clients.app import app as client_app
 from clients.settings import ParticipantSettings
@@ -188,6 +188,63 @@ def test_a_saved_model_keeps_types_and_scalars(tmp_path):
         for name, array in Result.arrays.items():
             assert arrays[name].dtype == array.numpy().dtype
             assert np.array_equal(arrays[name], array.numpy())
+
+
+# An outer optimizer, an annealed rate, the best model and an early end
+
+
+def test_additions_by_name_change_the_model_and_not_what_travels(tmp_path, output):
+    plain = json.loads((output / "summary.json").read_text())
+    found = {}
+    for name, keys in {
+        "nesterov": {"outer": "nesterov"},
+        "rate": {"outer": "rate", "outer-rate": 0.5},
+        "cosine": {"anneal": "cosine"},
+    }.items():
+        run(tmp_path / name, **keys)
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert (summary["bytes"], summary["rounds"]) == (plain["bytes"], plain["rounds"])
+        found[name] = saved(tmp_path / name)["0.weight"].tobytes()
+    assert len({saved(output)["0.weight"].tobytes(), *found.values()}) == 4
+
+
+def test_an_annealed_rate_is_in_the_record(tmp_path):
+    run(tmp_path, anneal="cosine", **{"initial-epochs": 1, "total-epochs": 4})
+    rates = [record.learning_rate for record in History.read(tmp_path / "history.jsonl")]
+    cosine = [1, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2]
+    assert rates == pytest.approx([0.05 * 0.25 * share for share in cosine])
+
+
+def test_the_best_model_is_written_beside_the_last_and_the_run_ends_early(tmp_path, monkeypatch):
+    models, numbers = [], [0.2, 0.5, 0.4, 0.3, 0.9, 0.9]
+
+    def scripted(trainer):
+        def evaluate(server_round, arrays):
+            models.append({name: array.numpy() for name, array in arrays.items()})
+            return MetricRecord({"accuracy": numbers[server_round]})
+
+        return evaluate
+
+    monkeypatch.setattr(server_app, "evaluate_with", scripted)
+    keys = {"best-metric": "accuracy", "stop-patience": 2, "initial-epochs": 1}
+    run(tmp_path, **keys)
+    assert len(models) == 4
+    with np.load(tmp_path / "best.npz") as best:
+        assert set(best) == set(models[1])
+        assert all(np.array_equal(best[name], models[1][name]) for name in best)
+    assert all(np.array_equal(array, models[3][name]) for name, array in saved(tmp_path).items())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["best"] == {"metric": "accuracy", "value": 0.5, "round": 1}
+    assert "has not improved in the last 2 evaluations" in summary["stopped"]
+    assert summary["accuracy"] == 0.3
+    run(tmp_path, **keys)  # resumed: nothing is trained, and the files are the same
+    assert len(models) == 4
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_without_a_metric_there_is_no_best_model(output):
+    assert not (output / "best.npz").exists()
+    assert not {"best", "stopped"} & set(json.loads((output / "summary.json").read_text()))
 
 
 # Normalization schemes by name

@@ -5,7 +5,7 @@ import pytest
 
 import simulations
 from clients.settings import ParticipantSettings
-from flwr_colearn import ColearnError
+from flwr_colearn import Best, ColearnError
 from simulations.arms import arm_named, schedules
 from simulations.settings import RunSettings, check_keys, read_config
 
@@ -54,6 +54,33 @@ def test_epsilon_is_a_number_or_auto(value):
 def test_a_value_of_another_type_is_refused_by_its_key(key, value, message):
     with pytest.raises(ColearnError, match=message):
         RunSettings.from_config({key: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "best"),
+    [
+        ({}, None),
+        ({"best-metric": "accuracy"}, Best("accuracy", "max")),
+        ({"best-metric": "loss", "stop-patience": 3}, Best("loss", "min", 3)),
+        ({"best-metric": "loss", "best-mode": "max"}, Best("loss", "max")),
+    ],
+)
+def test_the_best_model_and_the_patience_are_keys_of_the_run_config(config, best):
+    assert RunSettings.from_config(config).best == best
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"stop-patience": 3}, "'stop-patience': expected 'best-metric' beside it, found 3"),
+        ({"best-mode": "max"}, "'best-mode': expected 'best-metric' beside it, found 'max'"),
+        ({"best-metric": "loss", "best-mode": "least"}, "mode of Best: expected 'max' or 'min'"),
+        ({"best-metric": "loss", "stop-patience": -1}, "patience of Best: expected a whole number"),
+    ],
+)
+def test_a_patience_without_a_metric_and_an_unknown_mode_are_refused(config, message):
+    with pytest.raises(ColearnError, match=message):
+        _ = RunSettings.from_config(config).best
 
 
 def test_the_demos_configs_are_there():

@@ -12,6 +12,7 @@ from flwr.server import ServerAppComponents, ServerConfig
 from flwr.serverapp import ServerApp
 
 from flwr_colearn import (
+    Annealed,
     CoLearn,
     ColearnError,
     CosineRate,
@@ -72,6 +73,14 @@ def run(clock, rate, kill_in=None, **arguments):
 RATES = {
     "cosine": (CosineRate(0.2, TOTAL), lambda e: 0.1 * (1 + math.cos(math.pi * (e - 1) / TOTAL))),
     "warm-up": (Warmup(0.2, 4), lambda e: 0.2 * min(e / 4, 1)),
+    "annealed": (
+        Annealed(CyclicalRate(0.2), CosineRate(1.0, TOTAL)),
+        # Rounds of two epochs begin with e = 1, 3, 5, 7; the last one, of one epoch, ends at r.
+        lambda e: (
+            (0.5 if e % 2 and e < TOTAL else 0.25)
+            * (0.1 * (1 + math.cos(math.pi * ((e - 1) // 2 * 2) / TOTAL)))
+        ),
+    ),
     "object": (InverseRate(0.2), lambda e: 0.2 / e),
     "function": (
         lambda progress: 0.2 * (1.25 - progress),
@@ -117,6 +126,8 @@ def test_a_function_needs_the_runs_total_epochs():
         CosineRate(0.1, 10),
         Warmup(CosineRate(0.1, 10), 3),
         ProgressRate(lambda progress: 0.1, 10),
+        Annealed(CyclicalRate(0.1), CosineRate(1.0, 10)),
+        Annealed(CosineRate(0.1, 10), 0.5),
     ],
     ids=lambda rate: type(rate).__name__,
 )
@@ -144,6 +155,9 @@ MAKERS = {
     "function of the progress": lambda x: lambda progress: x * (1 - progress),
     "function of the round": lambda x: CyclicalRate(lambda i: x * 0.9**i),
     "object": InverseRate,
+    "annealed by a function": lambda x: Annealed(
+        CyclicalRate(x), ProgressRate(lambda progress: 1 - progress, TOTAL)
+    ),
     "warm-up of a function": lambda x: Warmup(ProgressRate(lambda p: x * p, TOTAL), 4),
 }
 
@@ -173,8 +187,12 @@ class Rounds(legacy.CoLearn):
 
 @pytest.mark.parametrize(
     "rate",
-    [lambda progress: 1 / (1 + 3 * progress), CosineRate(0.7, TOTAL)],
-    ids=["function", "cosine"],
+    [
+        lambda progress: 1 / (1 + 3 * progress),
+        CosineRate(0.7, TOTAL),
+        Annealed(CyclicalRate(0.7), CosineRate(1.0, TOTAL)),
+    ],
+    ids=["function", "cosine", "annealed"],
 )
 def test_both_apis_train_with_the_same_bits(rate):
     arguments = {
