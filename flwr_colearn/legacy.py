@@ -1,7 +1,6 @@
 """CoLearn for projects on Flower's legacy API: ``ServerAppComponents`` and ``NumPyClient``."""
 
 import math
-import time
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from flwr.common import (
 from flwr.server import ClientManager
 from flwr.server.strategy import FedAvg
 
-from ._flwr import ClientProxy, fit_clients
+from ._flwr import ClientProxy
 from .aggregation import (
     RoundMean,
+    Update,
     Weighting,
     as_weighting,
     check_initial,
@@ -30,6 +30,7 @@ from .aggregation import (
 )
 from .errors import ColearnError, expected
 from .history import History, RoundLog, RoundRecord
+from .legacy_fits import Fits, size_of
 from .policy import Guard, Recovery
 from .records import Outgoing, view_bytes
 from .roles import Arrays, Role, Roles, assign_roles
@@ -66,10 +67,13 @@ class CoLearn(FedAvg):
     local_epochs, learning_rate, total_epochs, weighting, roles, history
         As for `flwr_colearn.CoLearn`.
     recovery : Recovery, optional
-        As for `flwr_colearn.CoLearn`, within the limits of the legacy API: participants that failed
-        are asked again through the same ``ClientProxy``, all of them at once. A participant whose
-        SuperNode reconnects with another node id is not recognised, `patience` is not used, and
-        there are no deadlines, checkpoints or resume, and no compression. For SecAgg+ there is
+        As for `flwr_colearn.CoLearn`, within the limits of the legacy API: a participant that
+        failed is asked again through the same ``ClientProxy``, before `aggregate_fit` is called. A
+        subclass whose `aggregate_fit` drops or changes results therefore gets all of them, and
+        those that it drops are not asked for again. Under Flower's workflows, which send messages
+        past the proxies, there are no restarts. A participant whose SuperNode reconnects with
+        another node id is not recognised, `patience` is not used, and there are no deadlines,
+        checkpoints or resume, and no compression. For SecAgg+ there is
         `flwr_colearn.secagg.CoLearn`.
     guard : Guard, optional
         The bounds of one participant's update, see `flwr_colearn.Guard`; ``None`` for none.
@@ -128,7 +132,11 @@ class CoLearn(FedAvg):
         self.recovery = recovery
         self.guard = guard
         self._shared: Parameters | None = None
-        self._asked: dict[str, tuple[ClientProxy, FitIns]] = {}
+        self._asked: list[str] = []
+        self._fits: Fits | None = None
+        self._aggregated = False
+        # The updates of the results that `check_result` has accepted.
+        self._updates: dict[str, Update | None] = {}
         self._algorithm.log_summary(lambda line: log(INFO, line))
 
     def __repr__(self) -> str:
@@ -165,9 +173,14 @@ class CoLearn(FedAvg):
         )
         done = self._progress.epochs_done
         self._log.open(RoundRecord(server_round, plan.local_epochs, plan.learning_rate, done))
-        self._count(down=_size(parameters) * len(clients))
-        self._asked = {client.cid: (client, FitIns(parameters, config)) for client in clients}
-        return list(self._asked.values())
+        self._count(down=size_of(parameters) * len(clients))
+        self._asked = [client.cid for client in clients]
+        self._fits, self._updates, self._aggregated = None, {}, False
+        # With `accept_failures=False` the first failure ends the run.
+        if self.recovery is not None and self.accept_failures:
+            self._fits = Fits(self.recovery, self._check_result)
+            clients = [self._fits.around(client) for client in clients]
+        return [(client, FitIns(parameters, config)) for client in clients]
 
     def aggregate_fit(
         self,
@@ -194,11 +207,16 @@ class CoLearn(FedAvg):
                 f"round {server_round}: expected no failures (accept_failures=False), "
                 f"found {len(failures)}"
             )
-        mean = self._round_mean
+        mean, self._aggregated = self._round_mean, True
         metrics = self._fold_all(results)
-        metrics += self._restart_missing(server_round, failures)
+        self._note_absences(failures)
         self._log.note_events(mean.events)
         self._log.record.participants = mean.participants
+        self._require(failures)
+        if not (mean.count or failures or self._lost):
+            # As FedAvg without results: the round has no average, and the model stays.
+            log(WARNING, "%s left out the results of all participants", type(self).__name__)
+            return None, {}
         # The mean was computed in the bytes of these records, so nothing is copied here.
         record = self._outgoing.record(mean.mean())
         self._log.record.contributions = mean.contributions
@@ -302,9 +320,14 @@ class CoLearn(FedAvg):
         """Complete the record of the round under way, if any; `arrays` is the shared model."""
         if not self._log.is_open:
             return
+        if not self._aggregated:
+            self._account_for_own()
         new, old = trainable(arrays, self._roles), trainable(self._sent, self._roles)
         # Without an average the model is unchanged, which is no plateau in the sense of eq. 4.
-        averaged = self._round_mean.count > 0
+        # A subclass with an aggregation of its own adds nothing to the mean, and changes the model.
+        averaged = self._round_mean.count > 0 or any(
+            array.base is not self._sent[name].base for name, array in arrays.items()
+        )
         self._change = relative_change(new, old) if averaged else None
         self._log.close(self._change)
 
@@ -312,56 +335,70 @@ class CoLearn(FedAvg):
         """Count bytes of tensors; the legacy API has no Grid, and so no `MeteringGrid`."""
         self._log.note_traffic(RoundTraffic(bytes=Directions(down, up)))
 
-    def _restart_missing(self, server_round: int, failures: list[FitFailure]) -> Metrics:
-        """Ask participants without a usable result again, within the limits of the recovery."""
-        metrics: Metrics = []
-        recovery, mean, restarts = self.recovery, self._round_mean, 0
-        while missing := sorted(set(self._asked) - set(mean.participants)):
-            reason = "; ".join(map(_describe, failures)) or "its result was refused"
-            if recovery is None or (
-                restarts >= recovery.max_restarts and not recovery.restarts_for_ever
-            ):
-                self._give_up(server_round, missing, reason)
-                break
-            time.sleep(recovery.pause_before(restarts))
-            restarts += 1
-            mean.note(Event("restart", cid, reason) for cid in missing)
-            # Not by `failures`: an exception in them does not state its participant.
-            again = [self._asked[cid] for cid in missing]
-            self._count(down=sum(_size(instructions.parameters) for _, instructions in again))
-            results, failures = fit_clients(again, None, None, server_round)
-            metrics += self._fold_all(results)
-        return metrics
+    def _check_result(self, participant: str, result: FitRes) -> None:
+        """Raise a ColearnError unless a result can be added to the mean."""
+        model = _named(result.parameters)
+        self._updates[participant] = self._round_mean.measured(model, result.num_examples)
 
-    def _give_up(self, server_round: int, missing: list[str], reason: str) -> None:
-        self._round_mean.note(Event("absence", cid, reason) for cid in missing)
-        log(WARNING, "Round %s: participants %s are absent: %s", server_round, missing, reason)
-        # Without recovery the failures are handled as FedAvg does: the others' average counts.
+    def _note_absences(self, failures: list[FitFailure]) -> None:
+        """Record the restarts, and the participants whose models are not in the mean."""
+        mean = self._round_mean
+        if self._fits is not None:
+            self._log.note_traffic(RoundTraffic(bytes=self._fits.bytes))
+            mean.note(self._fits.events)
+        known = {event.participant for event in mean.events if event.kind != "restart"}
+        missing = sorted(set(self._asked) - set(mean.participants) - known)
+        # Not by `failures` alone: an exception in them does not state its participant.
+        reason = "; ".join(map(_describe, failures)) or "its result was not given to CoLearn"
+        mean.note(Event("absence", participant, reason) for participant in missing)
+
+    def _require(self, failures: list[FitFailure]) -> None:
+        """Raise a ColearnError if more participants are lost than the policy allows.
+
+        Results that a subclass or a wrapper left out are not lost. Without recovery the failures
+        are handled as FedAvg does: the others' average counts.
+        """
         if self.recovery is None:
             return
-        replied = len(self._round_mean.participants)
+        mean, lost = self._round_mean, self._lost
+        # Under Flower's workflows no `fit` is called, so only the number of failures is known.
+        seen = self._fits is not None and self._fits.began
+        replied = len(self._asked) - len(lost) - (0 if seen else len(failures))
         least = self.recovery.required(len(self._asked))
         if replied < least:
+            reasons = [f"{name}: {why}" for name, why in sorted(lost.items())]
             raise ColearnError(
-                f"round {server_round}: expected results from at least {least} participants, found "
-                f"{replied}; lost {missing}: {reason}"
+                f"round {mean.round}: expected results from at least {least} participants, found "
+                f"{replied}; lost {sorted(lost)}: {'; '.join(reasons or map(_describe, failures))}"
             )
+
+    @property
+    def _lost(self) -> dict[str, str]:
+        """The participants that are known to be lost in this round, with the reasons."""
+        mean = self._round_mean
+        lost = {event.participant: event.reason for event in mean.events if event.kind == "refusal"}
+        lost.update({} if self._fits is None else self._fits.lost)
+        return {name: why for name, why in lost.items() if name not in mean.participants}
+
+    def _account_for_own(self) -> None:
+        """Record the trainings of a round whose aggregation calls no `super`."""
+        if self._fits is not None:
+            self._log.note_traffic(RoundTraffic(bytes=self._fits.bytes))
+            self._log.note_events(self._fits.events)
+            self._log.record.participants = sorted(self._fits.began - self._fits.lost.keys())
 
     def _fold_all(self, results: list[tuple[ClientProxy, FitRes]]) -> Metrics:
         """Add results to the mean; return the metrics of the accepted ones."""
         # Sorted, since the last bits of a float64 sum depend on its order.
         ordered = sorted(results, key=lambda item: item[0].cid)
-        self._count(up=sum(_size(result.parameters) for _, result in ordered))
+        self._count(up=sum(size_of(result.parameters) for _, result in ordered))
         read = [
             (result, (client.cid, arrays, result.num_examples))
             for client, result in ordered
             if (arrays := self._read(client.cid, result)) is not None
         ]
-        models = [model for _, model in read]
-        if len(models) == len(self._asked):  # unless one is refused, none is added later
-            fits = self._round_mean.add_all(models)
-        else:
-            fits = [self._round_mean.add(*model) for model in models]
+        updates = [self._updates.get(name) for _, (name, *_) in read]
+        fits = self._round_mean.add_all([model for _, model in read], updates)
         pairs = zip(read, fits, strict=True)
         return [(result.num_examples, result.metrics) for (result, _), fit in pairs if fit]
 
@@ -386,10 +423,6 @@ def _called(aggregate: MetricsAggregationFn, metrics: Metrics) -> dict[str, Scal
 def _named(parameters: Parameters) -> Arrays:
     """Return legacy parameters under the names that ``ArrayRecord(list)`` gives: '0', '1', ..."""
     return {str(i): view_bytes(str(i), tensor) for i, tensor in enumerate(parameters.tensors)}
-
-
-def _size(parameters: Parameters) -> int:
-    return sum(len(tensor) for tensor in parameters.tensors)
 
 
 def _describe(failure: FitFailure) -> str:

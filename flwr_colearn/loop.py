@@ -298,7 +298,7 @@ class _Run:
         self.manager.fix_examples(good, self.grid.name_of)
         self.manager.bound_shares(good, self.grid.name_of)
         self.manager.note_contributions(good, self.grid.name_of)
-        statistics = self.manager.statistics_of(good)
+        arrived = self.manager.arrived(good)
         self.manager.give_floats(good)
         treatment = self.manager.metrics("train", self.grid.name_of)
         average, own = self.strategy.aggregate_train(server_round, treatment.given(replies))
@@ -306,6 +306,7 @@ class _Run:
         self.manager.log.note_traffic(self.grid.take())
         self.manager.note_training(names, metrics)
         if average is not None:
+            statistics = self.manager.statistics_of(arrived)
             average = self.manager.with_statistics(average, statistics)
         return average, metrics
 

@@ -15,7 +15,7 @@ LAYERS = [  # a module imports those of earlier lines, and those of its own line
     {"recovery", "compression", "normalization", "state_dir"},
     {"transport", "participant", "numpy_client", "managed", "stock", "stock_metrics", "loop"},
     {"strategies", "dynamic", "reporting"},
-    {"legacy", "secagg"},
+    {"legacy", "legacy_fits", "secagg"},
     {"__init__"},
     {"torch", "keras"},  # which only a client imports
 ]

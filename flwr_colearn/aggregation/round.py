@@ -106,8 +106,11 @@ class RoundMean:
         self._weights: dict[str, float] = {}
         # The weights of those that `largest_share` lowers.
         self._lowered: dict[str, float] = {}
-        # The updates of the replies that `check` has accepted, by node.
+        # Of the replies that `check` has accepted, by node: the updates, the numbers of examples.
         self._measured: dict[int, Update] = {}
+        self._stated: dict[int, float] = {}
+        # The same numbers by participant, of the replies that the strategy passed on.
+        self._told: dict[str, float] = {}
         self.participants: list[str] = []
         self.events: list[Event] = []
         self._checked: list[bytes] = []
@@ -135,10 +138,21 @@ class RoundMean:
         check_echo(sent, reply)
         model, examples = read_reply(reply, self.weighted_by_key)
         update = self._check(model, examples)
+        self._stated[reply.metadata.src_node_id] = examples
         if update is not None:
             self._measured[reply.metadata.src_node_id] = update
         # `fold` compares this: a wrapper or subclass may change the reply after the check.
         self._checked = fingerprint(arrays_of(reply))
+
+    def measured(self, model: Arrays, examples: float) -> Update | None:
+        """Return the update of a model, for `add_all`; None without a guard.
+
+        Raises
+        ------
+        ColearnError
+            If the model cannot be added to the mean.
+        """
+        return self._check(model, examples)
 
     def _check(self, model: Arrays, examples: float, update: Update | None = None) -> Update | None:
         """Raise a ColearnError unless a model can be added; return its update, if not given."""
@@ -210,7 +224,10 @@ class RoundMean:
         except ColearnError as error:
             self.refuse(name, str(error))
             return None
-        if self.weighting == "weighted" and self.fixes_examples:
+        # Another number than that of the arriving reply is the strategy's own, which decides.
+        stated = self._stated.get(reply.metadata.src_node_id, examples)
+        self._told[name] = stated
+        if self.weighting == "weighted" and self.fixes_examples and stated == examples:
             examples, warnings = self.examples.fixed(name, examples)
             self.events.extend(warnings)
         return name, arrays, examples
@@ -261,7 +278,7 @@ class RoundMean:
     def _accept(self, participant: str, examples: float, update: Update | None) -> None:
         self.participants.append(participant)
         self._weights[participant] = self._weight_of(participant, examples)
-        self.examples.remember(participant, examples)
+        self.examples.remember(participant, self._told.get(participant, examples))
         if self.updates is not None and update is not None:
             self.updates.accept(participant, update)
 

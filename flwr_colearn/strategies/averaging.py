@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from logging import INFO
+from logging import INFO, WARNING
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,9 +52,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 def folds(aggregate: F) -> F:
     """Mark an `aggregate_train` that iterates the replies only once, in any order.
 
-    A subclass with an `aggregate_train` of its own does not have the mark, and gets a list.
+    Any other `aggregate_train`, of a subclass, a mixin, a decorator or an instance, gets a list.
     """
-    aggregate.folds_replies = True  # type: ignore[attr-defined]
+    # The function itself, since functools.wraps copies attributes to the function that wraps it.
+    aggregate.folds_replies = aggregate  # type: ignore[attr-defined]
     return aggregate
 
 
@@ -181,6 +182,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self._timeout: float | None = None
         self._grid: ConnectedGrid | None = None
         self._missing: list[int] = []
+        self._accounted = False
         # The participants that a quorum has waited for in vain, and that are not back.
         self._absent = 0
         self._evaluated: ArrayRecord | None = None
@@ -212,8 +214,10 @@ class Averaging(FedAvg, Managed[RoundLog]):
 
     @property
     def streams(self) -> bool:  # type: ignore[override]
-        """Whether `aggregate_train` takes an iterator: not if a subclass overrides it."""
-        return getattr(type(self).aggregate_train, "folds_replies", False)
+        """Whether `aggregate_train` takes an iterator: not if anything overrides it."""
+        # Of the instance, which may have one of its own.
+        function = getattr(self.aggregate_train, "__func__", None)
+        return function is not None and getattr(function, "folds_replies", None) is function
 
     def summary(self) -> None:
         """Log the settings of the strategy."""
@@ -271,6 +275,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             self._absent,
         )
         self.last_nodes, self._missing = members.nodes, members.missing
+        self._accounted = False
         self._absent = self.num_participants - len(members.nodes)
         self.log.open(record)
         reason = "it was not connected when the round began"
@@ -287,6 +292,15 @@ class Averaging(FedAvg, Managed[RoundLog]):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add the replies' models to the mean (eq. 2); invalid replies are refused.
 
+        A subclass may leave replies out or change them; the round then is what it passes on.
+
+        Returns
+        -------
+        ArrayRecord or None
+            The average; None if the budget is spent, or a subclass left out all replies.
+        MetricRecord or None
+            The aggregated metrics.
+
         Raises
         ------
         ColearnError
@@ -299,7 +313,11 @@ class Averaging(FedAvg, Managed[RoundLog]):
         accepted = self._mean.fold(self._in_order(replies), self._name_of)
         self.log.note_events(self._mean.events)
         record.participants = self._mean.participants
-        self._account()
+        left_out = self._account()
+        if left_out and not self._mean.count:
+            # As FedAvg without replies: the round has no average, and the model stays.
+            log(WARNING, "%s left out the replies of all participants", type(self).__name__)
+            return None, None
         average = self._outgoing.record(self._mean.mean())
         record.contributions = self._mean.contributions
         # Sorted by participant, so that the order of arrival does not change the last bits.
@@ -426,6 +444,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
     def measure(self, arrays: ArrayRecord) -> None:
         """Measure the relative change of the shared model."""
         if self.log.is_open:
+            self._account_for_own()
             self._change(arrays)
 
     def close(self, arrays: ArrayRecord) -> None:
@@ -516,7 +535,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
     def _change(self, arrays: ArrayRecord) -> float | None:
         """Return the relative change of the last round, or of the one under way."""
         # Without a mean the run was resumed after the aggregation, and the change was restored.
-        averaged = self._mean is None or self._mean.count > 0
+        # A subclass with an aggregation of its own adds nothing to the mean.
+        averaged = self._mean is None or self._mean.count > 0 or self._shared.differs(arrays)
         return self._shared.change(arrays, averaged)
 
     def _renew_mean(self, server_round: int, epochs: int) -> None:
@@ -541,11 +561,18 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 self._mean.updates.restore(self._guarded)
         self._mean.renew(server_round, self._shared.arrays, epochs)
 
-    def _account(self) -> None:
-        """Record the round's traffic and events, and check that enough participants replied."""
-        if self._grid is None:
-            return
+    def _account(self) -> list[str]:
+        """Record the round's traffic and events, and check that enough participants replied.
+
+        Returns
+        -------
+        list of str
+            The participants whose replies a subclass left out, which are not lost.
+        """
+        if self._grid is None or self._accounted:
+            return []
         assert self._mean is not None
+        self._accounted = True
         traffic = self._grid.take()
         self._absent += traffic.gone
         self.log.note_traffic(traffic)
@@ -554,9 +581,28 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.last_nodes = self._grid.node_ids + self._missing
         if epochs := self.log.record.local_epochs:
             self.progress = self.progress.timed(traffic.seconds, epochs)
+        lost = {e.participant for e in self._mean.events if e.kind in ("refusal", "absence")}
+        left_out = set(traffic.names.values()) - lost - set(self._mean.participants)
         recovery = self._grid.transport.recovery
+        # Without an override every reply that arrived is in the mean or refused.
+        if self.streams:
+            left_out = set()
         if recovery is not None:
-            self._mean.require(recovery.required(self.num_participants))
+            self._mean.require(recovery.required(self.num_participants) - len(left_out))
+        reason = f"aggregate_train of {type(self).__name__} passed no reply of it on"
+        self.log.note_events(Event("absence", name, reason) for name in sorted(left_out))
+        return sorted(left_out)
+
+    def _account_for_own(self) -> None:
+        """Record the traffic of a round whose aggregation is a subclass's own, without `super`."""
+        if self._grid is None or self._accounted or self._mean is None:
+            return
+        self._accounted = True
+        traffic = self._grid.take()
+        self.log.note_traffic(traffic)
+        absent = {event.participant for event in traffic.events if event.kind == "absence"}
+        self.log.record.participants = sorted(set(traffic.names.values()) - absent)
+        self.last_nodes = self._grid.node_ids + self._missing
 
     def _in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
         """Return replies sorted by participant if a sum's last bit depends on it (float64)."""

@@ -35,6 +35,7 @@ class SharedModel:
         self.trained: list[str] = []
         self.variances: list[str] = []
         self._known: list[bytes] | None = None
+        self._sent: list[bytes] = []
         self._change: float | None = None
         self._measured = False
 
@@ -56,6 +57,7 @@ class SharedModel:
         """
         # The relative change of the last round has been used for this round's plan by now.
         self.arrays, self._measured = view(record), False
+        self._sent = fingerprint(record)
         if not self.roles:
             check_initial(self.arrays)
             roles = assign_roles(self.arrays, transport.roles)
@@ -88,6 +90,10 @@ class SharedModel:
         self._change = relative_change(new, old) if averaged else None
         self._known, self._measured = fingerprint(record), True
         return self._change
+
+    def differs(self, record: ArrayRecord) -> bool:
+        """Return whether a record has other arrays than the model sent, by identity."""
+        return not is_unchanged(record, self._sent)
 
     def state(self) -> Mapping[str, str | None]:
         """Return the last relative change in types of JSON, without rounding."""
