@@ -19,6 +19,7 @@ from flwr.server import ClientManager
 from flwr.server.strategy import FedAvg
 
 from ._flwr import ClientProxy
+from .adherence import Adherence
 from .aggregation import (
     RoundMean,
     Update,
@@ -124,6 +125,7 @@ class CoLearn(FedAvg):
         self._weighting = as_weighting(weighting)
         self._given_roles = roles
         self._log = RoundLog(history)
+        self._adherence = Adherence()
         self._progress = Progress()
         self._roles: dict[str, Role] = {}
         self._mean: RoundMean | None = None
@@ -163,6 +165,7 @@ class CoLearn(FedAvg):
         if self._algorithm.spent(self._progress):
             return []
         plan, self._progress = self._algorithm.next_plan(server_round, self._progress, self._change)
+        self._adherence.renew(plan)
         self._begin_mean(server_round, arrays)
         config: dict[str, Scalar] = {}
         if self.on_fit_config_fn is not None:
@@ -212,6 +215,7 @@ class CoLearn(FedAvg):
         self._note_absences(failures)
         self._log.note_events(mean.events)
         self._log.record.participants = mean.participants
+        self._note_adherence()
         self._require(failures)
         if not (mean.count or failures or self._lost):
             # As FedAvg without results: the round has no average, and the model stays.
@@ -315,6 +319,7 @@ class CoLearn(FedAvg):
         """Reset the strategy to its state before an earlier run."""
         self._progress, self._mean, self._change = Progress(), None, None
         self._log.clear()
+        self._adherence.clear()
 
     def _close(self, arrays: Arrays) -> None:
         """Complete the record of the round under way, if any; `arrays` is the shared model."""
@@ -371,6 +376,14 @@ class CoLearn(FedAvg):
                 f"round {mean.round}: expected results from at least {least} participants, found "
                 f"{replied}; lost {sorted(lost)}: {'; '.join(reasons or map(_describe, failures))}"
             )
+
+    def _note_adherence(self) -> None:
+        """Record a warning for participants whose time shows that they do not follow the plan."""
+        for participant in self._round_mean.participants:
+            self._adherence.check(participant, {})  # the legacy API has no mod that states epochs
+        seconds = {} if self._fits is None else self._fits.seconds
+        events = self._adherence.events(self._round_mean.participants, seconds)
+        self._log.note_events(events)
 
     @property
     def _lost(self) -> dict[str, str]:

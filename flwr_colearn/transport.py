@@ -270,10 +270,15 @@ class ConnectedGrid(WrappingGrid):
             control=Directions(moved.control_down, moved.control_up),
             events=_named(events, names),
             seconds=0.0 if self._recovering is None else self._recovering.seconds,
+            durations=self._durations(),
             names=names,
             models=Directions(moved.models_down, moved.models_up),
             gone=0 if self._recovering is None else self._recovering.take_gone(),
         )
+
+    def _durations(self) -> dict[str, float]:
+        by_node = {} if self._recovering is None else self._recovering.durations
+        return {self.name_of(node): seconds for node, seconds in by_node.items()}
 
     def name_of(self, node_id: int) -> str:
         """Return a participant's name where known, else its node id."""

@@ -49,6 +49,8 @@ class RoundMean:
         The bounds of updates' norms; without it norms are not computed.
     gradients, refuses
         See `Updates`.
+    admits : callable, optional
+        ``(reply) -> None``: a further check of a train reply; raises `ColearnError` to refuse it.
 
     Attributes
     ----------
@@ -83,9 +85,11 @@ class RoundMean:
         guard: Guard | None = None,
         gradients: bool = False,
         refuses: bool = True,
+        admits: Callable[[Message], None] = lambda reply: None,
     ) -> None:
         self.weighting = as_weighting(weighting)
         self.weighted_by_key = weighted_by_key
+        self._admits = admits
         self._mean = RunningMean(like, roles, empty, participants, variances, rounded)
         self.examples = ToldExamples()
         self._largest_share = 1.0 if guard is None else guard.largest_share
@@ -136,6 +140,7 @@ class RoundMean:
             check_train_reply(sent, reply, self.weighted_by_key)
             return
         check_echo(sent, reply)
+        self._admits(reply)
         model, examples = read_reply(reply, self.weighted_by_key)
         update = self._check(model, examples)
         self._stated[reply.metadata.src_node_id] = examples
@@ -221,6 +226,7 @@ class RoundMean:
         name = name_of(reply.metadata.src_node_id)
         try:
             arrays, examples = read_reply(reply, self.weighted_by_key)
+            self._admits(reply)
         except ColearnError as error:
             self.refuse(name, str(error))
             return None

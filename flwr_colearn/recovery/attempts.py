@@ -172,6 +172,11 @@ class Attempts:
         """The duration of the longest successful attempt."""
         return max((p.seconds for p in self.participants if p.replied), default=0.0)
 
+    @property
+    def durations(self) -> dict[int, float]:
+        """The duration of each successful attempt, by node."""
+        return {p.node_id: p.seconds for p in self.participants if p.replied}
+
     # Replies ------------------------------------------------------------------------------------
 
     def _drop_abandoned(self) -> None:

@@ -63,6 +63,8 @@ class RecoveringGrid(WrappingGrid):
         the messages.
     seconds : float
         The duration of the longest successful attempt in the last train round.
+    durations : dict
+        The duration of each successful attempt in the last train round, by node.
     sent : int
         The number of messages sent in the last train round, including restarts.
     directory : Directory
@@ -80,6 +82,7 @@ class RecoveringGrid(WrappingGrid):
         self.check = check
         self.node_ids: list[int] = []
         self.seconds = 0.0
+        self.durations: dict[int, float] = {}
         self.sent = 0
         self.directory = Directory()
         self.elsewhere = 0
@@ -175,7 +178,7 @@ class RecoveringGrid(WrappingGrid):
         self._events += attempts.events
         self._gone += attempts.gone
         self.node_ids, self.seconds = attempts.node_ids, attempts.seconds
-        self.sent = attempts.sent
+        self.sent, self.durations = attempts.sent, attempts.durations
 
 
 def _is_training(message: Message) -> bool:

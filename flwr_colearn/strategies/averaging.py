@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from .._flwr import called_privately
+from ..adherence import Adherence
 from ..aggregation import (
     RoundMean,
     Weighting,
@@ -21,6 +22,7 @@ from ..aggregation import (
     as_weighting,
     average_metrics,
     check_private_weighting,
+    echo_of,
     evaluations_of,
 )
 from ..checkpoint import CheckpointFolder, as_folder
@@ -100,6 +102,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
         `flwr_colearn.Transport`; K is their number. By default any K SuperNodes take part.
     guard : Guard, optional
         The bounds of one participant's update, see `flwr_colearn.Guard`; ``None`` for none.
+    strict : bool, default False
+        Whether a reply is refused whose participant states, by its mod, that it trained other local
+        epochs than the plan's. By default a warning is logged and recorded.
     algorithm : Algorithm, optional
         The rules for T and the learning rate of every round; by default the train config has them.
     **kwargs
@@ -147,6 +152,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
         guard: Guard | None = Guard(),  # noqa: B008
+        strict: bool = False,
         algorithm: Algorithm | None = None,
         **kwargs: Any,
     ) -> None:
@@ -171,6 +177,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.checkpoints = as_folder(checkpoints)
         self.algorithm = algorithm
         self.log = RoundLog(history)
+        self._adherence = Adherence(strict)
         self.progress = Progress()
         self.random = random.Random()
         self.last_nodes: list[int] = []
@@ -514,6 +521,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
             plan, self.progress = self.algorithm.next_plan(server_round, self.progress, change)
             epochs, rate = plan.local_epochs, plan.learning_rate
             entries = plan.to_config()
+            # A step of an exchange of gradients is no training of its own.
+            self._adherence.renew(None if self.exchanges_steps else plan)
         self.time_limit = self.progress.time_limit(self._timeout, epochs)
         if self.time_limit is not None:
             entries["time-limit"] = self.time_limit
@@ -555,6 +564,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 gradients=self.exchanges_steps,
                 # Its noise is calibrated for K participants, of which none may be left out.
                 refuses=not private,
+                admits=self._check_plan,
             )
             self._mean.examples.restore(self._told)
             if self._mean.updates is not None and self._guarded is not None:
@@ -569,6 +579,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
         list of str
             The participants whose replies a subclass left out, which are not lost.
         """
+        if self._grid is None:
+            self._note_adherence({})
         if self._grid is None or self._accounted:
             return []
         assert self._mean is not None
@@ -581,6 +593,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.last_nodes = self._grid.node_ids + self._missing
         if epochs := self.log.record.local_epochs:
             self.progress = self.progress.timed(traffic.seconds, epochs)
+        self._note_adherence(traffic.durations)
         lost = {e.participant for e in self._mean.events if e.kind in ("refusal", "absence")}
         left_out = set(traffic.names.values()) - lost - set(self._mean.participants)
         recovery = self._grid.transport.recovery
@@ -602,7 +615,17 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.log.note_traffic(traffic)
         absent = {event.participant for event in traffic.events if event.kind == "absence"}
         self.log.record.participants = sorted(set(traffic.names.values()) - absent)
+        self._note_adherence(traffic.durations)
         self.last_nodes = self._grid.node_ids + self._missing
+
+    def _check_plan(self, reply: Message) -> None:
+        """Raise a ColearnError for a reply of other epochs than the plan's, if this is strict."""
+        self._adherence.check(self._name_of(reply.metadata.src_node_id), echo_of(reply))
+
+    def _note_adherence(self, seconds: Mapping[str, float]) -> None:
+        """Record a warning for the participants that do not follow the plan."""
+        participants = self.log.record.participants
+        self.log.note_events(self._adherence.events(participants, seconds))
 
     def _in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
         """Return replies sorted by participant if a sum's last bit depends on it (float64)."""
@@ -626,4 +649,5 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.progress, self._mean, self._guarded, self._told = Progress(), None, None, {}
         self.last_nodes, self._missing, self._absent = [], [], 0
         self._shared.clear()
+        self._adherence.clear()
         self.log.clear()

@@ -61,7 +61,7 @@ class CoLearn(Averaging):
         "uniform" for 1/K each as in eq. 2, "weighted" for FedAvg's `weighted_by_key` (number of
         examples).
     roles, history, wait_for_participants, recovery, checkpoints, compression, normalization, \
-participants, guard
+participants, guard, strict
         See `Averaging`.
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
@@ -102,6 +102,7 @@ participants, guard
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
         guard: Guard | None = Guard(),  # noqa: B008
+        strict: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -116,6 +117,7 @@ participants, guard
             normalization=normalization,
             participants=participants,
             guard=guard,
+            strict=strict,
             algorithm=algorithm_of(local_epochs, learning_rate, total_epochs),
             **kwargs,
         )
