@@ -127,7 +127,7 @@ class Adherence:
         base = min(shorter, key=lambda each: each.seconds)
         # The first round alone is a weak measure: it includes downloads, imports and compilation.
         least = FIRST_FALL * base.seconds if base is first and len(shorter) == 1 else 0.0
-        if not 0.0 < base.seconds or not least <= took <= GREW * base.seconds:
+        if base.seconds <= 0.0 or not least <= took <= GREW * base.seconds:
             return None
         return (
             f"the local epochs grew from {base.local_epochs} to {now.local_epochs}, and its "
@@ -138,7 +138,7 @@ class Adherence:
     def _warn(self, participant: str, fault: str) -> None:
         if participant not in self._warned:
             self._warned.add(participant)
-            log(WARNING, "CoLearn: participant %s does not follow the plan: %s", participant, fault)
+            log(WARNING, "CoLearn: local epochs of participant %s: %s", participant, fault)
 
 
 def _fault(plan: LocalPlan, stated: Mapping[str, Any]) -> str | None:

@@ -14,7 +14,6 @@ from .errors import ColearnError, expected, real_number, whole_number
 from .schedules import LearningRate, rates_of
 from .site_files import state_path
 
-
 EPOCHS, RATES, READ = "epochs-iterated", "rates-iterated", "plan-read"
 """The entries by which a participant states what it did with the plan."""
 
