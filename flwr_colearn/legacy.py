@@ -17,6 +17,7 @@ from flwr.common import (
 )
 from flwr.server import ClientManager
 from flwr.server.strategy import FedAvg
+from flwr.serverapp.strategy import Result
 
 from ._flwr import ClientProxy
 from .adherence import Adherence
@@ -32,8 +33,9 @@ from .aggregation import (
 from .errors import ColearnError, expected
 from .history import History, RoundLog, RoundRecord
 from .legacy_fits import Fits, size_of
-from .policy import Guard, Recovery
-from .records import Outgoing, view_bytes
+from .policy import DEFAULT_RECOVERY, Guard, Recovery
+from .records import Outgoing, to_record, view_bytes
+from .recovery import recovery_on
 from .roles import Arrays, Role, Roles, assign_roles
 from .schedules import EpochRule, LearningRate, RateFunction
 from .strategies import Progress, algorithm_of, participant_arguments
@@ -102,7 +104,7 @@ class CoLearn(FedAvg):
         weighting: Weighting = "uniform",
         roles: Roles = None,
         history: str | Path | History | None = None,
-        recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
+        recovery: Recovery | None = DEFAULT_RECOVERY,
         guard: Guard | None = Guard(),  # noqa: B008
         **kwargs: Any,
     ) -> None:
@@ -136,7 +138,7 @@ class CoLearn(FedAvg):
         self._shared: Parameters | None = None
         self._asked: list[str] = []
         self._fits: Fits | None = None
-        self._aggregated = False
+        self._aggregated, self._connected = False, 0
         # The updates of the results that `check_result` has accepted.
         self._updates: dict[str, Update | None] = {}
         self._algorithm.log_summary(lambda line: log(INFO, line))
@@ -174,6 +176,7 @@ class CoLearn(FedAvg):
         clients = client_manager.sample(
             num_clients=self.min_fit_clients, min_num_clients=self.min_available_clients
         )
+        self._say_who_trains(client_manager.num_available())
         done = self._progress.epochs_done
         self._log.open(RoundRecord(server_round, plan.local_epochs, plan.learning_rate, done))
         self._count(down=size_of(parameters) * len(clients))
@@ -181,7 +184,8 @@ class CoLearn(FedAvg):
         self._fits, self._updates, self._aggregated = None, {}, False
         # With `accept_failures=False` the first failure ends the run.
         if self.recovery is not None and self.accept_failures:
-            self._fits = Fits(self.recovery, self._check_result)
+            grid = getattr(next(iter(clients), None), "grid", None)
+            self._fits = Fits(recovery_on(grid, self.recovery), self._check_result)
             clients = [self._fits.around(client) for client in clients]
         return [(client, FitIns(parameters, config)) for client in clients]
 
@@ -197,8 +201,21 @@ class CoLearn(FedAvg):
         ------
         ColearnError
             If no model arrived at all, a participant is lost (see `recovery`), or one failed and
-            `accept_failures` is False.
+            `accept_failures` is False. ``error.result`` holds the model of the last completed
+            round.
         """
+        try:
+            return self._average_of(server_round, results, failures)
+        except ColearnError as error:
+            self._keep_model(error)
+            raise
+
+    def _average_of(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, FitRes]],
+        failures: list[FitFailure],
+    ) -> tuple[Parameters | None, dict[str, Scalar]]:
         # SecAgg+'s workflow gives every result one and the same Parameters object, the average.
         if len({id(result.parameters) for _, result in results}) < len(results):
             raise ColearnError(
@@ -293,6 +310,19 @@ class CoLearn(FedAvg):
             return loss, {}
         return loss, _called(function, [(res.num_examples, res.metrics) for _, res in counted])
 
+    def _say_who_trains(self, connected: int) -> None:
+        """Log, when the number changes, that more participants are connected than train."""
+        if connected > self.min_fit_clients and connected != self._connected:
+            log(
+                WARNING,
+                "CoLearn: %s of %s connected sites train, others in every round; "
+                "num_participants=%s trains all",
+                self.min_fit_clients,
+                connected,
+                connected,
+            )
+        self._connected = connected
+
     @property
     def _round_mean(self) -> RoundMean:
         """The mean of the round under way."""
@@ -339,6 +369,16 @@ class CoLearn(FedAvg):
     def _count(self, down: int = 0, up: int = 0) -> None:
         """Count bytes of tensors; the legacy API has no Grid, and so no `MeteringGrid`."""
         self._log.note_traffic(RoundTraffic(bytes=Directions(down, up)))
+
+    def _keep_model(self, error: ColearnError) -> None:
+        """Give an error the model of the last completed round, and say where it is."""
+        error.result = Result(arrays=to_record(dict(self._sent)))
+        done = self._progress.round - 1
+        if done:
+            error.remedy = (
+                f"The model of round {done} is not lost: evaluate_fn has received it, and it is "
+                "error.result.arrays"
+            )
 
     def _check_result(self, participant: str, result: FitRes) -> None:
         """Raise a ColearnError unless a result can be added to the mean."""

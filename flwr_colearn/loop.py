@@ -102,9 +102,9 @@ def run(
     ColearnError
         If a participant is lost, a round produces no model, the checkpoints are damaged or of
         another configuration, or there are some although `resume` is "never". ``error.result``
-        holds the result up to then, also that of an exception of the strategy or `evaluate_fn`. A
-        round's average is saved before its evaluation, so that a resumed run evaluates it and
-        does not train it again.
+        holds the result up to then, and the error's text says so; that is true of an exception of
+        the strategy or `evaluate_fn` too. A round's average is saved before its evaluation, so
+        that a resumed run evaluates it and does not train it again.
 
     Examples
     --------
@@ -197,6 +197,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         self._types = types_of(self.result.arrays)
+        # The last round whose average is in the result.
+        self._averaged = 0
         self._unsaved = ForgottenAttributes(self.strategy)
         self._cleanup = ExitStack()
 
@@ -206,9 +208,7 @@ class _Run:
         try:
             self._rounds(self._begin(resume))
         except Exception as error:
-            # Not of our errors only: an `evaluate_fn` may raise any, and the model is there.
-            with suppress(AttributeError):
-                error.result = self.result  # type: ignore[attr-defined]
+            self._keep_result(error)
             raise
         finally:
             # The events are most useful after an error, so they are logged then too.
@@ -218,6 +218,24 @@ class _Run:
         log(INFO, "")
         log(INFO, "Strategy execution finished in %.2fs", time.time() - started)
         return self.result
+
+    def _keep_result(self, error: Exception) -> None:
+        """Give an error the result up to the last completed round, and say where it is."""
+        # Not of our errors only: an `evaluate_fn` may raise any, and the model is there.
+        with suppress(AttributeError):
+            error.result = self.result  # type: ignore[attr-defined]
+        if not self._averaged:
+            return
+        where = (
+            f"The model of round {self._averaged} is not lost: it is error.result.arrays in "
+            "`except ColearnError as error:` around the call"
+        )
+        if self.checkpoints is not None:
+            where += f", and in {self.checkpoints.path.absolute()}, where resume='auto' goes on"
+        if isinstance(error, ColearnError):
+            error.remedy = where
+        else:
+            error.add_note(where.replace("ColearnError", type(error).__name__))
 
     def _rounds(self, done: int) -> None:
         while self._goes_on(done):
@@ -241,6 +259,7 @@ class _Run:
         )
         if arrays is not None:
             self.result.arrays = cast_record(arrays, self._types)
+            self._averaged = server_round
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             self.result.train_metrics_clientapp[server_round] = metrics
@@ -475,6 +494,8 @@ class _Run:
         self.grid.session = str(state["session"])
         self.grid.restore_names(state.get("participants", {}))
         self.result.arrays = to_record(dict(saved.arrays))
+        whole = state["complete"] or state["averaged"] is not None
+        self._averaged = saved.round if whole else saved.round - 1
         assert self.checkpoints is not None
         copies = [history.path] if history.path is not None else []
         history.restore(self.checkpoints.records(saved, copies))

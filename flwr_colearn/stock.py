@@ -30,11 +30,13 @@ from .aggregation import (
     trainable,
 )
 from .errors import ColearnError
+from .grids import is_closed
 from .history import RoundLog, RoundRecord
 from .managed import Managed
 from .normalization import Average
 from .policy import attempt_limit, guard_under, timed
 from .records import cast_record, kind_of, number_in, records_of, to_record, types_of, view
+from .recovery import too_few_in_process
 from .roles import UNTRAINED, Arrays, NDArray, Role, assign_roles
 from .stock_metrics import Kind, StockMetrics
 from .strategy_state import chain_of
@@ -97,6 +99,10 @@ class Stock(Managed[RoundLog]):
     ) -> None:
         """Begin a run, and reset the state of an earlier one."""
         self.transport = grid.transport
+        wanted, found = getattr(self._strategy, "min_available_nodes", 0), list(grid.get_node_ids())
+        # Flower's strategies would wait for ever.
+        if is_closed(grid) and len(found) < wanted:
+            raise too_few_in_process(wanted, len(found))
         self._timeout, self._roles, self._epochs_done = timeout, {}, 0
         self._weights_differ, self._updates, self._guarded = False, None, None
         self._told = ToldExamples()

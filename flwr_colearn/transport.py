@@ -16,9 +16,9 @@ from .compression import Compression, CompressionGrid, Uncompressed, as_compress
 from .errors import ColearnError, expected
 from .grids import BoundingGrid, MeteringGrid, SelectingGrid, WrappingGrid
 from .normalization import Normalization, NormalizationGrid, Pooled, as_normalization
-from .policy import Guard, Quorum, Recovery, time_to_live, timed
+from .policy import DEFAULT_RECOVERY, Guard, Quorum, Recovery, time_to_live, timed
 from .records import SentTypes, config_of, kind_of, records_of
-from .recovery import Directory, RecoveringGrid
+from .recovery import Directory, RecoveringGrid, recovery_on
 from .roles import Arrays, Roles
 from .traffic import Directions, Event, RoundTraffic, Transfers
 
@@ -44,7 +44,8 @@ class Transport:
     Parameters
     ----------
     recovery : Recovery, optional
-        The restarts of participants that fail; with ``None`` they are left out, as in Flower.
+        The restarts of participants that fail; with ``None`` they are left out, as in Flower. The
+        default has three restarts, and none on an `InProcessGrid`, where failures repeat.
     normalization : Normalization, default Pooled()
         The scheme for normalization layers where participants' data differ.
     compression : Compression, default Compression()
@@ -73,7 +74,7 @@ class Transport:
     ... )
     """
 
-    recovery: Recovery | None = field(default_factory=Recovery)
+    recovery: Recovery | None = DEFAULT_RECOVERY
     normalization: Normalization = field(default_factory=Pooled)
     compression: Compression = field(default_factory=Compression)
     roles: Roles = None
@@ -228,7 +229,8 @@ class ConnectedGrid(WrappingGrid):
             scheme, roles = transport.normalization, transport.roles
             top = self._normalizing = NormalizationGrid(top, scheme, roles)
         if transport.recovery is not None:
-            top = self._recovering = RecoveringGrid(top, transport.recovery, check)
+            recovery = recovery_on(self.bottom, transport.recovery)
+            top = self._recovering = RecoveringGrid(top, recovery, check)
             self._directory = self._recovering.directory
         return top
 

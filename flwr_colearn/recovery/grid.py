@@ -5,13 +5,14 @@ global server will restart the local training process of participant k" (Mi et a
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from flwr.app import ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from ..aggregation import ECHO, check_train_reply
-from ..grids import WrappingGrid
-from ..policy import Recovery
+from ..grids import WrappingGrid, is_closed
+from ..policy import DEFAULT_RECOVERY, Recovery
 from ..records import SentTypes, kind_of, records_of
 from ..traffic import Event
 from .attempts import Attempts, Check
@@ -179,6 +180,13 @@ class RecoveringGrid(WrappingGrid):
         self._gone += attempts.gone
         self.node_ids, self.seconds = attempts.node_ids, attempts.seconds
         self.sent, self.durations = attempts.sent, attempts.durations
+
+
+def recovery_on(grid: Grid | None, recovery: Recovery) -> Recovery:
+    """Return the recovery on a grid: the default one is without restarts where failures repeat."""
+    if recovery is DEFAULT_RECOVERY and grid is not None and is_closed(grid):
+        return replace(recovery, max_restarts=0)
+    return recovery
 
 
 def _is_training(message: Message) -> bool:

@@ -32,7 +32,7 @@ from ..history import History, RoundLog, RoundRecord
 from ..loop import EvaluateFn, Resume, run
 from ..managed import Managed
 from ..normalization import PARTIAL, Normalization, Pooled
-from ..policy import Guard, Recovery, guard_under
+from ..policy import DEFAULT_RECOVERY, Guard, Recovery, guard_under
 from ..records import Outgoing, number_in
 from ..recovery import choose_members
 from ..roles import Role, Roles
@@ -87,8 +87,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
         there is no limit, as in FedAvg.
     recovery : Recovery, optional
         The limits of restarts and the policy for lost participants. By default a participant has
-        three restarts, and the run then ends with the model of the last completed round. With
-        ``None`` failed participants are left out, as in Flower.
+        three restarts (none on an `InProcessGrid`), and the run then ends with an error whose
+        attribute `result` has the model of the last completed round. With ``None`` failed
+        participants are left out, as in Flower.
     checkpoints : str, Path or CheckpointFolder, optional
         The folder in which `start` saves the run after every round. By default there is none.
     compression : Compression, optional
@@ -102,6 +103,10 @@ class Averaging(FedAvg, Managed[RoundLog]):
         `flwr_colearn.Transport`; K is their number. By default any K SuperNodes take part.
     guard : Guard, optional
         The bounds of one participant's update, see `flwr_colearn.Guard`; ``None`` for none.
+    rotate : bool, default False
+        Whether the participants of a round are those that have not trained for longest, where more
+        than K are connected. By default the same K train in every round, since participants have
+        client state.
     strict : bool, default False
         Whether a reply is refused whose participant states, by its mod, that it trained other local
         epochs than the plan's. By default a warning is logged and recorded.
@@ -118,7 +123,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
     progress : Progress
         The progress of the run.
     last_nodes : list of int
-        The nodes of the last round's participants, which come first in the next.
+        The nodes of the last round's participants, which come first in the next. With `rotate` all
+        nodes that have trained, those of the last round at the end.
     random : random.Random
         The random generator for the choice among spare nodes.
 
@@ -146,12 +152,13 @@ class Averaging(FedAvg, Managed[RoundLog]):
         roles: Roles = None,
         history: str | Path | History | None = None,
         wait_for_participants: float | None = None,
-        recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
+        recovery: Recovery | None = DEFAULT_RECOVERY,
         checkpoints: str | Path | CheckpointFolder | None = None,
-        compression: Compression = Compression(),  # noqa: B008
+        compression: Compression = Compression(),  # noqa: B008  (an immutable value)
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
         guard: Guard | None = Guard(),  # noqa: B008
+        rotate: bool = False,
         strict: bool = False,
         algorithm: Algorithm | None = None,
         **kwargs: Any,
@@ -177,6 +184,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.checkpoints = as_folder(checkpoints)
         self.algorithm = algorithm
         self.log = RoundLog(history)
+        self.rotate = rotate
         self._adherence = Adherence(strict)
         self.progress = Progress()
         self.random = random.Random()
@@ -189,6 +197,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self._timeout: float | None = None
         self._grid: ConnectedGrid | None = None
         self._missing: list[int] = []
+        # With `rotate`, the nodes that have trained and do not in this round.
+        self._waiting: list[int] = []
+        self._connected = 0
         self._accounted = False
         # The participants that a quorum has waited for in vain, and that are not back.
         self._absent = 0
@@ -280,8 +291,12 @@ class Averaging(FedAvg, Managed[RoundLog]):
             self.wait_for_participants,
             self.min_available_nodes,
             self._absent,
+            self.rotate,
         )
-        self.last_nodes, self._missing = members.nodes, members.missing
+        self._missing = members.missing
+        self._waiting = [n for n in self.last_nodes if n not in members.nodes and self.rotate]
+        self.last_nodes = self._waiting + members.nodes
+        self._say_who_trains(members.connected)
         self._accounted = False
         self._absent = self.num_participants - len(members.nodes)
         self.log.open(record)
@@ -589,8 +604,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self._absent += traffic.gone
         self.log.note_traffic(traffic)
         self._mean.note(traffic.events)
-        # Missing nodes too, so that their participants take part again when they reconnect.
-        self.last_nodes = self._grid.node_ids + self._missing
+        self._note_nodes()
         if epochs := self.log.record.local_epochs:
             self.progress = self.progress.timed(traffic.seconds, epochs)
         self._note_adherence(traffic.durations)
@@ -616,7 +630,31 @@ class Averaging(FedAvg, Managed[RoundLog]):
         absent = {event.participant for event in traffic.events if event.kind == "absence"}
         self.log.record.participants = sorted(set(traffic.names.values()) - absent)
         self._note_adherence(traffic.durations)
-        self.last_nodes = self._grid.node_ids + self._missing
+        self._note_nodes()
+
+    def _say_who_trains(self, connected: int) -> None:
+        """Log, when the number changes, that more participants are connected than train."""
+        if connected > self.num_participants and connected != self._connected:
+            log(
+                WARNING,
+                "%s: %s of %s connected sites train%s",
+                type(self).__name__,
+                self.num_participants,
+                connected,
+                ", in turn"
+                if self.rotate
+                else f", the same in every round; num_participants={connected} trains all, "
+                "rotate=True lets them take turns",
+            )
+        self._connected = connected
+
+    def _note_nodes(self) -> None:
+        """Remember the nodes of the round, after any replacement."""
+        assert self._grid is not None
+        nodes = self._grid.node_ids
+        # Missing nodes too, so that their participants take part again when they reconnect.
+        others = [node for node in self._waiting if node not in nodes]
+        self.last_nodes = others + nodes if self.rotate else nodes + self._missing
 
     def _check_plan(self, reply: Message) -> None:
         """Raise a ColearnError for a reply of other epochs than the plan's, if this is strict."""
@@ -648,6 +686,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         """Reset the state of an earlier run."""
         self.progress, self._mean, self._guarded, self._told = Progress(), None, None, {}
         self.last_nodes, self._missing, self._absent = [], [], 0
+        self._waiting, self._connected = [], 0
         self._shared.clear()
         self._adherence.clear()
         self.log.clear()

@@ -9,7 +9,7 @@ from ..checkpoint import CheckpointFolder
 from ..compression import Compression
 from ..history import History
 from ..normalization import Normalization, Pooled
-from ..policy import Guard, Recovery
+from ..policy import DEFAULT_RECOVERY, Guard, Recovery
 from ..roles import Roles
 from ..schedules import EpochRule, LearningRate, RateFunction
 from .algorithm import algorithm_of
@@ -61,7 +61,7 @@ class CoLearn(Averaging):
         "uniform" for 1/K each as in eq. 2, "weighted" for FedAvg's `weighted_by_key` (number of
         examples).
     roles, history, wait_for_participants, recovery, checkpoints, compression, normalization, \
-participants, guard, strict
+participants, guard, rotate, strict
         See `Averaging`.
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
@@ -96,12 +96,13 @@ participants, guard, strict
         roles: Roles = None,
         history: str | Path | History | None = None,
         wait_for_participants: float | None = None,
-        recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
+        recovery: Recovery | None = DEFAULT_RECOVERY,
         checkpoints: str | Path | CheckpointFolder | None = None,
-        compression: Compression = Compression(),  # noqa: B008
+        compression: Compression = Compression(),  # noqa: B008  (an immutable value)
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
         guard: Guard | None = Guard(),  # noqa: B008
+        rotate: bool = False,
         strict: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -117,6 +118,7 @@ participants, guard, strict
             normalization=normalization,
             participants=participants,
             guard=guard,
+            rotate=rotate,
             strict=strict,
             algorithm=algorithm_of(local_epochs, learning_rate, total_epochs),
             **kwargs,

@@ -74,9 +74,9 @@ class Participant(NumPyClient):
         return parameters, 1, {"is_straggler": step > 50}
 
 
-def run_legacy(strategy, steps, num_rounds=1):
+def run_legacy(strategy, steps, num_rounds=1, called=None):
     """Run Flower's legacy server; return the participants that were called, in order."""
-    called = []
+    called = [] if called is None else called
 
     def client_fn(context):
         return Participant(context.node_config["partition-id"], steps, called).to_client()

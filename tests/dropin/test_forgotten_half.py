@@ -198,9 +198,7 @@ def warnings_by_round(strategy):
 
 
 @pytest.mark.parametrize("recovery", [Recovery(), None], ids=["recovery", "none"])
-def test_without_the_mod_unchanged_seconds_are_warned_of_when_they_grow(
-    recovery, constant, flower_log
-):
+def test_without_the_mod_unchanged_seconds_are_warned_of(recovery, constant, flower_log):
     quiet = start([read_only], 5, constant, mods=(), rules=DOUBLING, recovery=recovery, guard=None)
     assert quiet.history.epochs_path == [1, 1, 2, 4, 8]  # from a model of zeros
     assert warnings_by_round(quiet) == [0, 0, 1, 1, 1]
