@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.common import (
+    Code,
     EvaluateIns,
     EvaluateRes,
     FitIns,
@@ -292,6 +293,8 @@ class CoLearn(FedAvg):
         results: list[tuple[ClientProxy, EvaluateRes]],
         failures: list[EvaluateFailure],
     ) -> tuple[float | None, dict[str, Scalar]]:
+        if not results and failures and all(map(_cannot_evaluate, failures)) and server_round == 1:
+            log(WARNING, "CoLearn: no client has `evaluate`; fraction_evaluate=0 asks nobody")
         # FedAvg divides by the sum of the examples, which is zero without this.
         counted = [item for item in results if item[1].num_examples > 0]
         if not counted or (failures and not self.accept_failures):
@@ -476,6 +479,13 @@ def _called(aggregate: MetricsAggregationFn, metrics: Metrics) -> dict[str, Scal
 def _named(parameters: Parameters) -> Arrays:
     """Return legacy parameters under the names that ``ArrayRecord(list)`` gives: '0', '1', ..."""
     return {str(i): view_bytes(str(i), tensor) for i, tensor in enumerate(parameters.tensors)}
+
+
+def _cannot_evaluate(failure: EvaluateFailure) -> bool:
+    """Return whether a failure is that of a client without a function for evaluation."""
+    if isinstance(failure, BaseException):
+        return False
+    return failure[1].status.code is Code.EVALUATE_NOT_IMPLEMENTED
 
 
 def _describe(failure: FitFailure) -> str:

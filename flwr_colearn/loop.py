@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from ._flwr import config_to_str, copied, is_private
-from .aggregation import check_initial, check_private_weighting
+from .aggregation import cannot_evaluate, check_initial, check_private_weighting
 from .checkpoint import (
     Checkpoint,
     CheckpointFolder,
@@ -199,6 +199,7 @@ class _Run:
         self._types = types_of(self.result.arrays)
         # The last round whose average is in the result.
         self._averaged = 0
+        self._cannot_evaluate: set[int] = set()
         self._unsaved = ForgottenAttributes(self.strategy)
         self._cleanup = ExitStack()
 
@@ -387,7 +388,9 @@ class _Run:
         messages = list(
             self.strategy.configure_evaluate(server_round, self.result.arrays, config, self.grid)
         )
+        messages = [m for m in messages if m.metadata.dst_node_id not in self._cannot_evaluate]
         replies = list(self.grid.send_and_receive(messages, timeout=reply_within(limit)))
+        self._note_who_cannot_evaluate(replies)
         sites = self._metrics_by_site(replies)
         self.manager.log.note(site_metrics=sites, site_means=plain_means(sites.values()))
         metrics = self._aggregated_metrics(server_round, replies)
@@ -396,6 +399,18 @@ class _Run:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             self.manager.log.note(evaluate_metrics=metrics)
             self.result.evaluate_metrics_clientapp[server_round] = metrics
+
+    def _note_who_cannot_evaluate(self, replies: Iterable[Message]) -> None:
+        """Log which participants have no function for evaluation; they are not asked again."""
+        nodes = {reply.metadata.src_node_id for reply in replies if cannot_evaluate(reply)}
+        if nodes and not self._cannot_evaluate:
+            log(
+                WARNING,
+                "Run: participants %s have no @app.evaluate, and are not asked to evaluate again; "
+                "fraction_evaluate=0 of the strategy asks nobody",
+                ", ".join(sorted(map(self.grid.name_of, nodes))),
+            )
+        self._cannot_evaluate |= nodes
 
     def _aggregated_metrics(self, server_round: int, replies: list[Message]) -> MetricRecord | None:
         if not isinstance(self.manager, Stock):

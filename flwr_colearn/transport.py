@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from ._flwr import copied
 from ._version import __version__
-from .aggregation import check_train_reply
+from .aggregation import ADD_THE_MOD, check_train_reply
 from .compression import Compression, CompressionGrid, Uncompressed, as_compression
 from .errors import ColearnError, expected
 from .grids import BoundingGrid, MeteringGrid, SelectingGrid, WrappingGrid
@@ -232,6 +232,11 @@ class ConnectedGrid(WrappingGrid):
             recovery = recovery_on(self.bottom, transport.recovery)
             top = self._recovering = RecoveringGrid(top, recovery, check)
             self._directory = self._recovering.directory
+            if not transport.compression.is_plain:
+                self._recovering.needs_mod = (
+                    "expected flwr_colearn.participant_mod to decode the model, which travels as "
+                    f"{transport.compression}, found a ClientApp without it; {ADD_THE_MOD}"
+                )
         return top
 
     def send_and_receive(

@@ -5,8 +5,10 @@ from .examples import ToldExamples
 from .mean import Empty, RunningMean, empty_array
 from .metrics import Named, aggregated, average_metrics, evaluations_of
 from .replies import (
+    ADD_THE_MOD,
     ECHO,
     arrays_of,
+    cannot_evaluate,
     check_echo,
     check_train_reply,
     echo_of,
@@ -23,6 +25,7 @@ from .updates import Update, Updates, contributions
 from .validation import check_initial, check_model, check_weights
 
 __all__ = [
+    "ADD_THE_MOD",
     "ECHO",
     "SGD",
     "Empty",
@@ -38,6 +41,7 @@ __all__ = [
     "as_weighting",
     "average_metrics",
     "bounded_weights",
+    "cannot_evaluate",
     "check_echo",
     "check_initial",
     "check_model",

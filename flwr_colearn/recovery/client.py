@@ -64,10 +64,15 @@ def echoed(message: Message, context: Context, call_next: Next) -> Message:
             "version": __version__,
             "mod": MOD_VERSION,
             **({"model": describe(models[0])} if len(models) == 1 else {}),
-            **(use.statement() if message.metadata.message_type == MessageType.TRAIN else {}),
+            **(use.statement() if _has_plan(message, config) else {}),
         }
     )
     return reply
+
+
+def _has_plan(message: Message, config: ConfigRecord) -> bool:
+    """Return whether a message asks for a training by a plan."""
+    return message.metadata.message_type == MessageType.TRAIN and "learning-rates" in config
 
 
 def name_of(context: Context) -> dict[str, str]:

@@ -73,6 +73,9 @@ class RecoveringGrid(WrappingGrid):
     elsewhere : int
         The number of the round's participants that are present and to which the next messages are
         not addressed. A `Quorum` counts them too; 0 by default.
+    needs_mod : str
+        Why participants without `participant_mod` are refused before they receive the model; empty,
+        by default, if they are not.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class RecoveringGrid(WrappingGrid):
         self.sent = 0
         self.directory = Directory()
         self.elsewhere = 0
+        self.needs_mod = ""
         # Kept across rounds: the reply to an abandoned attempt may arrive in a later round.
         self._abandoned: set[str] = set()
         self._events: list[Event] = []
@@ -159,6 +163,7 @@ class RecoveringGrid(WrappingGrid):
             self.check,
             self._abandoned,
             self.elsewhere,
+            self.needs_mod,
         )
         try:
             attempts.begin()
