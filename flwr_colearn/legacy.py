@@ -1,6 +1,7 @@
 """CoLearn for projects on Flower's legacy API: ``ServerAppComponents`` and ``NumPyClient``."""
 
 import math
+from collections.abc import Sequence
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from .legacy_fits import Fits, size_of
 from .policy import DEFAULT_RECOVERY, Guard, Recovery
 from .records import Outgoing, to_record, view_bytes
 from .recovery import recovery_on
-from .roles import Arrays, Role, Roles, assign_roles
+from .roles import Arrays, Role, Roles, assign_roles, named_roles
 from .schedules import EpochRule, LearningRate, RateFunction
 from .strategies import Progress, algorithm_of, participant_arguments
 from .traffic import Directions, Event, RoundTraffic
@@ -59,16 +60,16 @@ class CoLearn(FedAvg):
             for epoch in LocalPlan.from_config(config):
                 train_one_epoch(self.model, self.data, lr=epoch.learning_rate)
 
-    The arrays of legacy parameters have no names, so batch-norm statistics are pooled only if
-    `roles` lists a role for every array. Flower's legacy server always runs
-    ``ServerConfig.num_rounds`` rounds: once `total_epochs` is spent, the remaining rounds send
-    nothing and change nothing.
+    The arrays of legacy parameters have no names, so batch-norm statistics are pooled only with
+    ``names=list(net.state_dict())``, or if `roles` lists a role for every array. Flower's legacy
+    server always runs ``ServerConfig.num_rounds`` rounds: once `total_epochs` is spent, the
+    remaining rounds send nothing and change nothing.
 
     Parameters
     ----------
     num_participants : int, optional
         K; by default `min_fit_clients`.
-    local_epochs, learning_rate, total_epochs, weighting, roles, history
+    local_epochs, learning_rate, total_epochs, weighting, roles, names, history
         As for `flwr_colearn.CoLearn`.
     recovery : Recovery, optional
         As for `flwr_colearn.CoLearn`, within the limits of the legacy API: a participant that
@@ -104,6 +105,7 @@ class CoLearn(FedAvg):
         total_epochs: int | None = None,
         weighting: Weighting = "uniform",
         roles: Roles = None,
+        names: Sequence[str] | None = None,
         history: str | Path | History | None = None,
         recovery: Recovery | None = DEFAULT_RECOVERY,
         guard: Guard | None = Guard(),  # noqa: B008
@@ -126,7 +128,7 @@ class CoLearn(FedAvg):
         self._outgoing = Outgoing()
         self._algorithm = algorithm_of(local_epochs, learning_rate, total_epochs)
         self._weighting = as_weighting(weighting)
-        self._given_roles = roles
+        self._given_roles = named_roles(names, roles)
         self._log = RoundLog(history)
         self._adherence = Adherence()
         self._progress = Progress()
@@ -366,7 +368,7 @@ class CoLearn(FedAvg):
         averaged = self._round_mean.count > 0 or any(
             array.base is not self._sent[name].base for name, array in arrays.items()
         )
-        self._change = relative_change(new, old) if averaged else None
+        self._change = relative_change(new, old) if averaged and new else None
         self._log.close(self._change)
 
     def _count(self, down: int = 0, up: int = 0) -> None:

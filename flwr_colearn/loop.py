@@ -565,7 +565,7 @@ class _Run:
 
     def _described_roles(self, arrays: Arrays) -> str:
         try:
-            return describe_roles(assign_roles(arrays, self.grid.transport.roles))
+            return describe_roles(assign_roles(arrays, self.grid.transport.roles, quiet=True))
         # Roles of another model: that difference is named, and the first round names the role.
         except ColearnError:
             return "not those of this model"

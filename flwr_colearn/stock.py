@@ -339,7 +339,8 @@ class Stock(Managed[RoundLog]):
         if arrays is self._record:
             return
         new, old = trainable(view(arrays), self._roles), trainable(self._sent, self._roles)
-        self.log.record.relative_change = relative_change(new, old)
+        if new:  # a model of integers only has no weights
+            self.log.record.relative_change = relative_change(new, old)
 
     def note_contributions(self, replies: list[Message], name_of: Callable[[int], str]) -> None:
         """Record the weights by number of examples, and norms and cosines of the updates."""

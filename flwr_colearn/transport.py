@@ -3,7 +3,7 @@
 import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import InitVar, dataclass, field, fields, replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common import DEFAULT_TTL
@@ -19,7 +19,7 @@ from .normalization import Normalization, NormalizationGrid, Pooled, as_normaliz
 from .policy import DEFAULT_RECOVERY, Guard, Quorum, Recovery, time_to_live, timed
 from .records import SentTypes, config_of, kind_of, records_of
 from .recovery import Directory, RecoveringGrid, recovery_on
-from .roles import Arrays, Roles
+from .roles import Arrays, Roles, named_roles
 from .traffic import Directions, Event, RoundTraffic, Transfers
 
 Check = Callable[[Message, Message], None]
@@ -60,6 +60,9 @@ class Transport:
         The bounds of one participant's update; with ``None`` there are none, and norms are not
         recorded. `flwr_colearn.run` and the strategies of this package apply it. It is off under
         secure aggregation and, except for the record, under differential privacy.
+    names : sequence of str, optional
+        The names of the arrays in order, ``list(net.state_dict())``, for a model that is sent
+        without names; their roles follow from them.
 
     Raises
     ------
@@ -80,8 +83,10 @@ class Transport:
     roles: Roles = None
     participants: Sequence[str] | None = None
     guard: Guard | None = field(default_factory=Guard)
+    names: InitVar[Sequence[str] | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, names: Sequence[str] | None) -> None:
+        object.__setattr__(self, "roles", named_roles(names, self.roles))
         if self.recovery is not None and not isinstance(self.recovery, Recovery):
             raise expected("recovery", "a Recovery, or None", self.recovery)
         if self.guard is not None and not isinstance(self.guard, Guard):

@@ -35,7 +35,7 @@ from ..normalization import PARTIAL, Normalization, Pooled
 from ..policy import DEFAULT_RECOVERY, Guard, Recovery, guard_under
 from ..records import Outgoing, number_in
 from ..recovery import choose_members
-from ..roles import Role, Roles
+from ..roles import Role, Roles, named_roles
 from ..stock import warn_of_private_statistics
 from ..traffic import Event
 from ..transport import ConnectedGrid, Transport
@@ -80,6 +80,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
     roles : mapping or sequence, optional
         The arrays that are weights, batch-norm means and variances, counters; see
         `flwr_colearn.Role`. The default depends on their names.
+    names : sequence of str, optional
+        The names of the arrays in order, ``list(net.state_dict())``, for a model that is sent
+        without names; their roles follow from them.
     history : str, Path or History, optional
         A file for JSON lines, or a `History`. By default the history is in memory only.
     wait_for_participants : float, optional
@@ -150,6 +153,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         *,
         weighting: Weighting = "weighted",
         roles: Roles = None,
+        names: Sequence[str] | None = None,
         history: str | Path | History | None = None,
         wait_for_participants: float | None = None,
         recovery: Recovery | None = DEFAULT_RECOVERY,
@@ -163,7 +167,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
         algorithm: Algorithm | None = None,
         **kwargs: Any,
     ) -> None:
-        self.transport = Transport(recovery, normalization, compression, roles, participants, guard)
+        self.transport = Transport(
+            recovery, normalization, compression, named_roles(names, roles), participants, guard
+        )
         # K as the user gave it; without it, K follows the names of a connected grid.
         given = number_of(participants, num_participants)
         self._given = kwargs.get(LEAST[0]) if given is None else given

@@ -60,8 +60,8 @@ class CoLearn(Averaging):
     weighting : {"uniform", "weighted"}, default "uniform"
         "uniform" for 1/K each as in eq. 2, "weighted" for FedAvg's `weighted_by_key` (number of
         examples).
-    roles, history, wait_for_participants, recovery, checkpoints, compression, normalization, \
-participants, guard, rotate, strict
+    roles, names, history, wait_for_participants, recovery, checkpoints, compression, \
+normalization, participants, guard, rotate, strict
         See `Averaging`.
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
@@ -94,6 +94,7 @@ participants, guard, rotate, strict
         total_epochs: int | None = None,
         weighting: Weighting = "uniform",
         roles: Roles = None,
+        names: Sequence[str] | None = None,
         history: str | Path | History | None = None,
         wait_for_participants: float | None = None,
         recovery: Recovery | None = DEFAULT_RECOVERY,
@@ -110,6 +111,7 @@ participants, guard, rotate, strict
             num_participants,
             weighting=weighting,
             roles=roles,
+            names=names,
             history=history,
             wait_for_participants=wait_for_participants,
             recovery=recovery,

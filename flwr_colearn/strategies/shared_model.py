@@ -87,7 +87,8 @@ class SharedModel:
         if self._measured and (self._known is None or is_unchanged(record, self._known)):
             return self._change
         new, old = trainable(view(record), self.roles), trainable(self.arrays, self.roles)
-        self._change = relative_change(new, old) if averaged else None
+        # A model of integers only has no weights whose change could be measured.
+        self._change = relative_change(new, old) if averaged and new else None
         self._known, self._measured = fingerprint(record), True
         return self._change
 
