@@ -323,6 +323,11 @@ class ConnectedGrid(WrappingGrid):
         if self._compressing is not None:
             self._compressing.reference = model
 
+    def check_by(self, check: Check) -> None:
+        """Set the check of train replies, for a strategy that runs in another loop."""
+        if self._recovering is not None and self._recovering.check is check_train_reply:
+            self._recovering.check = check
+
     def note_elsewhere(self, participants: int) -> None:
         """Set how many present participants of the round the next messages do not address.
 

@@ -268,13 +268,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
             spent.
         """
         self._connect(grid)
+        private = self._timeout is None and called_privately()
         if self._timeout is None:
-            total = None if self.algorithm is None else self.algorithm.total_epochs
-            refuse_in_foreign_loop(self.transport, total, self.checkpoints)
-            if called_privately():
-                check_private_weighting(self.weighting)
-            if self._grid is not None:
-                self._grid.transport.check_privacy()
+            self._check_foreign_loop(server_round, private)
         # Under a wrapper Flower's own loop runs, which has no hook for the start of a run: a round
         # number that does not grow is that of another run.
         if server_round <= self.progress.round:
@@ -285,7 +281,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             return []
         entries, record = self._begin_round(server_round, arrays, config)
         self._shared.send(arrays, self._features)
-        if self._timeout is None and server_round == 1 and self._shared.untrained:
+        if private and server_round == 1 and self._shared.untrained:
             warn_of_private_statistics(self._shared.untrained)
         self._renew_mean(server_round, record.local_epochs)
         members = choose_members(
@@ -522,6 +518,31 @@ class Averaging(FedAvg, Managed[RoundLog]):
             k = number_of(names, self._given)
             for name, value in participant_arguments(k, self._arguments, FRACTION, LEAST).items():
                 setattr(self, name, value)
+
+    def _check_foreign_loop(self, server_round: int, private: bool) -> None:
+        """Check what a loop outside `flwr_colearn.run`, a wrapper's or a subclass's, must not have.
+
+        Raises
+        ------
+        ColearnError
+            If the strategy has a feature that such a loop does not use.
+        """
+        total = None if self.algorithm is None else self.algorithm.total_epochs
+        connected = None if self._grid is None else self._grid.transport
+        refuse_in_foreign_loop(self.transport, connected, total, self.checkpoints, private)
+        if private:
+            check_private_weighting(self.weighting)
+            if connected is not None:
+                connected.check_privacy()
+        if self._grid is not None:
+            self._grid.check_by(self.check_reply)
+        elif server_round == 1 and self.transport.recovery is not None:
+            log(
+                WARNING,
+                "%s: this loop's grid has no restarts: grid = strategy.transport.connect(grid) "
+                "before the first round",
+                type(self).__name__,
+            )
 
     def _begin_round(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord
