@@ -1,7 +1,9 @@
 """More sites than participants, fewer, and a project that is debugged in this process."""
 
 import random
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from flwr.clientapp import ClientApp
@@ -23,6 +25,7 @@ from flwr_colearn.recovery import choose_members, wait_for_nodes
 from tests.dropin.shapes import INITIAL, answer, app_of, filled, record_of, run_legacy
 from tests.faults import MODEL, FaultyGrid
 
+README = Path(__file__).parents[2] / "README.md"
 RULES = {"local_epochs": 1, "learning_rate": 0.1}
 
 
@@ -241,3 +244,30 @@ def test_an_evaluation_that_raises_everywhere_has_one_traceback(flower_log):
     strategy.start(InProcessGrid(app, 4), record_of(INITIAL), num_rounds=2)
     assert len([r for r in flower_log.records if r.exc_info]) == 1
     assert flower_log.text.count("raised ValueError: no test data") == 8
+
+
+# The documents
+
+
+def test_the_line_of_the_readme_debugs_an_app_that_reads_its_run_config():
+    text = README.read_text()
+    [line] = re.findall(r"`(strategy\.start\(InProcessGrid\(.*?initial_arrays\))`", text)
+    seen, app = [], ClientApp()
+
+    @app.train()
+    def train(message, context):
+        if "arrays" in message.content:
+            seen.append(context.run_config["batch-size"])
+        return answer(message, filled(1))
+
+    strategy = CoLearn(5, fraction_evaluate=0.0, **RULES)
+    names = {"InProcessGrid": InProcessGrid, "client_app": app, "strategy": strategy}
+    exec(line, {**names, "initial_arrays": record_of(INITIAL)})
+    assert seen == [32] * 15
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/drop-in.md"])
+def test_both_drop_in_texts_have_the_command_for_five_participants(page):
+    text = (README.parent / page).read_text()
+    assert '--federation-config "num-supernodes=5"' in text
+    assert "rotate=True" in text
