@@ -11,7 +11,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 
 from .._flwr import node_names
-from ..errors import ColearnError, expected
+from ..errors import ColearnError
 from ..grids import is_closed
 from ..policy import Quorum, Recovery
 
@@ -134,11 +134,10 @@ def wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:
 
 def too_few_in_process(wanted: int, found: int) -> ColearnError:
     """Return the error for too few participants on a grid that no node can join."""
-    return expected(
-        "participants",
-        f"{wanted} in this process, where no further ones can connect; make the grid with "
-        f"InProcessGrid(client_app, num_supernodes={wanted}), or lower the strategy's number",
-        found,
+    return ColearnError(
+        f"participants: expected {wanted}, found {found} in this process, where no further ones can "
+        f"connect: InProcessGrid(client_app, num_supernodes={wanted}), or a lower number in the "
+        f"strategy. {_how_to_connect(wanted)}"
     )
 
 

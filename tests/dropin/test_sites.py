@@ -166,9 +166,7 @@ def test_the_server_says_once_how_to_connect_and_then_ever_more_rarely(clock, fl
     ids=["CoLearn", "Averaging", "FedAvg", "DynamicAveraging"],
 )
 def test_in_this_process_too_few_participants_are_an_error_at_once(start, kind):
-    with pytest.raises(
-        ColearnError, match=r"expected 5 in this process.*num_supernodes=5.*found 2"
-    ):
+    with pytest.raises(ColearnError, match=r"expected 5, found 2 in this process"):
         start(kind(app_of([1, 1]), 2))
 
 

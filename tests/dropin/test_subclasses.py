@@ -416,6 +416,20 @@ def test_a_single_changed_reply_is_averaged_as_changed(clip, generator):
     assert first_number(start(strategy, [4, 4, 300]).arrays) == 3.0
 
 
+@pytest.mark.parametrize("generator", [False, True])
+def test_a_reply_that_a_subclass_spoils_is_refused(generator):
+    def spoils(reply):
+        reply.content["arrays"] = record_of(filled(np.nan))
+        return reply
+
+    recovery = Recovery(policy=Quorum(1))
+    strategy = changes(spoils, "last", generator)(
+        3, fraction_evaluate=0.0, recovery=recovery, **RULES
+    )
+    assert first_number(start(strategy, [4, 4, 300]).arrays) == 4.0
+    assert "NaN" in strategy.history.records[0].refusals[0]["reason"]
+
+
 def test_the_number_of_examples_that_a_subclass_sets_is_the_weight():
     class Weighs(Averaging):
         def aggregate_train(self, server_round, replies):
