@@ -135,7 +135,7 @@ def wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:
 def too_few_in_process(wanted: int, found: int) -> ColearnError:
     """Return the error for too few participants on a grid that no node can join."""
     return ColearnError(
-        f"participants: expected {wanted}, found {found} in this process, where no further ones can "
+        f"participants: expected {wanted}, found {found} in this process, where no others can "
         f"connect: InProcessGrid(client_app, num_supernodes={wanted}), or a lower number in the "
         f"strategy. {_how_to_connect(wanted)}"
     )
