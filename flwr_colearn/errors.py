@@ -20,13 +20,20 @@ class ColearnError(Exception):
     result : flwr.serverapp.strategy.Result or None
         The result up to the last completed round of the run that ended with this error, with its
         model; ``None`` where no run was under way.
+    remedy : str
+        What to do about it, as the end of the message; empty for nothing that is known.
+    logged : bool
+        Whether the log has its traceback already.
     """
 
     result: Any = None
+    remedy: str = ""
+    logged: bool = False
 
     def __str__(self) -> str:
         """Return the message, which may quote what a participant sent, as text for a log."""
-        return printable(super().__str__(), _LONGEST)
+        message = printable(super().__str__(), _LONGEST)
+        return f"{message}. {self.remedy}" if self.remedy else message
 
 
 class MissingExtraError(ColearnError, ModuleNotFoundError):

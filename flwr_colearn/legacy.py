@@ -1,12 +1,13 @@
 """CoLearn for projects on Flower's legacy API: ``ServerAppComponents`` and ``NumPyClient``."""
 
 import math
-import time
+from collections.abc import Sequence
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
 from flwr.common import (
+    Code,
     EvaluateIns,
     EvaluateRes,
     FitIns,
@@ -18,10 +19,13 @@ from flwr.common import (
 )
 from flwr.server import ClientManager
 from flwr.server.strategy import FedAvg
+from flwr.serverapp.strategy import Result
 
-from ._flwr import ClientProxy, fit_clients
+from ._flwr import ClientProxy
+from .adherence import Adherence
 from .aggregation import (
     RoundMean,
+    Update,
     Weighting,
     as_weighting,
     check_initial,
@@ -32,9 +36,11 @@ from .aggregation import (
 from .epoch_rules import EpochRule
 from .errors import ColearnError, expected
 from .history import History, RoundLog
-from .policy import Guard, Recovery
-from .records import Outgoing, view_bytes
-from .roles import Arrays, Role, Roles, assign_roles
+from .legacy_fits import Fits, size_of
+from .policy import DEFAULT_RECOVERY, Guard, Recovery
+from .records import Outgoing, to_record, view_bytes
+from .recovery import recovery_on
+from .roles import Arrays, Role, Roles, assign_roles, named_roles
 from .schedules import LearningRate, RateFunction
 from .strategies import Progress, algorithm_of, participant_arguments, plan_record
 from .traffic import Directions, Event, RoundTraffic
@@ -56,22 +62,25 @@ class CoLearn(FedAvg):
             for epoch in LocalPlan.from_config(config):
                 train_one_epoch(self.model, self.data, lr=epoch.learning_rate)
 
-    The arrays of legacy parameters have no names, so batch-norm statistics are pooled only if
-    `roles` lists a role for every array. Flower's legacy server always runs
-    ``ServerConfig.num_rounds`` rounds: once `total_epochs` is spent, the remaining rounds send
-    nothing and change nothing.
+    The arrays of legacy parameters have no names, so batch-norm statistics are pooled only with
+    ``names=list(net.state_dict())``, or if `roles` lists a role for every array. Flower's legacy
+    server always runs ``ServerConfig.num_rounds`` rounds: once `total_epochs` is spent, the
+    remaining rounds send nothing and change nothing.
 
     Parameters
     ----------
     num_participants : int, optional
         K; by default `min_fit_clients`.
-    local_epochs, learning_rate, total_epochs, local_steps, weighting, roles, history
+    local_epochs, learning_rate, total_epochs, local_steps, weighting, roles, names, history
         As for `flwr_colearn.CoLearn`.
     recovery : Recovery, optional
-        As for `flwr_colearn.CoLearn`, within the limits of the legacy API: participants that failed
-        are asked again through the same ``ClientProxy``, all of them at once. A participant whose
-        SuperNode reconnects with another node id is not recognised, `patience` is not used, and
-        there are no deadlines, checkpoints or resume, and no compression. For SecAgg+ there is
+        As for `flwr_colearn.CoLearn`, within the limits of the legacy API: a participant that
+        failed is asked again through the same ``ClientProxy``, before `aggregate_fit` is called. A
+        subclass whose `aggregate_fit` drops or changes results therefore gets all of them, and
+        those that it drops are not asked for again. Under Flower's workflows, which send messages
+        past the proxies, there are no restarts. A participant whose SuperNode reconnects with
+        another node id is not recognised, `patience` is not used, and there are no deadlines,
+        checkpoints or resume, and no compression. For SecAgg+ there is
         `flwr_colearn.secagg.CoLearn`.
     guard : Guard, optional
         The bounds of one participant's update, see `flwr_colearn.Guard`; ``None`` for none.
@@ -99,8 +108,9 @@ class CoLearn(FedAvg):
         local_steps: int | None = None,
         weighting: Weighting = "uniform",
         roles: Roles = None,
+        names: Sequence[str] | None = None,
         history: str | Path | History | None = None,
-        recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
+        recovery: Recovery | None = DEFAULT_RECOVERY,
         guard: Guard | None = Guard(),  # noqa: B008
         **kwargs: Any,
     ) -> None:
@@ -121,8 +131,9 @@ class CoLearn(FedAvg):
         self._outgoing = Outgoing()
         self._algorithm = algorithm_of(local_epochs, learning_rate, total_epochs, local_steps)
         self._weighting = as_weighting(weighting)
-        self._given_roles = roles
+        self._given_roles = named_roles(names, roles)
         self._log = RoundLog(history)
+        self._adherence = Adherence()
         self._progress = Progress()
         self._roles: dict[str, Role] = {}
         self._mean: RoundMean | None = None
@@ -131,7 +142,11 @@ class CoLearn(FedAvg):
         self.recovery = recovery
         self.guard = guard
         self._shared: Parameters | None = None
-        self._asked: dict[str, tuple[ClientProxy, FitIns]] = {}
+        self._asked: list[str] = []
+        self._fits: Fits | None = None
+        self._aggregated, self._connected = False, 0
+        # The updates of the results that `check_result` has accepted.
+        self._updates: dict[str, Update | None] = {}
         self._algorithm.log_summary(lambda line: log(INFO, line))
 
     def __repr__(self) -> str:
@@ -158,6 +173,7 @@ class CoLearn(FedAvg):
         if self._algorithm.spent(self._progress):
             return []
         plan, self._progress = self._algorithm.next_plan(server_round, self._progress, self._change)
+        self._adherence.renew(plan)
         self._begin_mean(server_round, arrays)
         config: dict[str, Scalar] = {}
         if self.on_fit_config_fn is not None:
@@ -166,10 +182,17 @@ class CoLearn(FedAvg):
         clients = client_manager.sample(
             num_clients=self.min_fit_clients, min_num_clients=self.min_available_clients
         )
+        self._say_who_trains(client_manager.num_available())
         self._log.open(plan_record(plan, self._progress))
-        self._count(down=_size(parameters) * len(clients))
-        self._asked = {client.cid: (client, FitIns(parameters, config)) for client in clients}
-        return list(self._asked.values())
+        self._count(down=size_of(parameters) * len(clients))
+        self._asked = [client.cid for client in clients]
+        self._fits, self._updates, self._aggregated = None, {}, False
+        # With `accept_failures=False` the first failure ends the run.
+        if self.recovery is not None and self.accept_failures:
+            grid = getattr(next(iter(clients), None), "grid", None)
+            self._fits = Fits(recovery_on(grid, self.recovery), self._check_result)
+            clients = [self._fits.around(client) for client in clients]
+        return [(client, FitIns(parameters, config)) for client in clients]
 
     def aggregate_fit(
         self,
@@ -183,8 +206,21 @@ class CoLearn(FedAvg):
         ------
         ColearnError
             If no model arrived at all, a participant is lost (see `recovery`), or one failed and
-            `accept_failures` is False.
+            `accept_failures` is False. ``error.result`` holds the model of the last completed
+            round.
         """
+        try:
+            return self._average_of(server_round, results, failures)
+        except ColearnError as error:
+            self._keep_model(error)
+            raise
+
+    def _average_of(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, FitRes]],
+        failures: list[FitFailure],
+    ) -> tuple[Parameters | None, dict[str, Scalar]]:
         # SecAgg+'s workflow gives every result one and the same Parameters object, the average.
         if len({id(result.parameters) for _, result in results}) < len(results):
             raise ColearnError(
@@ -196,12 +232,18 @@ class CoLearn(FedAvg):
                 f"round {server_round}: expected no failures (accept_failures=False), "
                 f"found {len(failures)}"
             )
-        mean = self._round_mean
+        mean, self._aggregated = self._round_mean, True
         metrics = self._fold_all(results)
-        metrics += self._restart_missing(server_round, failures)
         self._progress = self._progress.told(mean_loss(each for _, each in metrics))
+        self._note_absences(failures)
         self._log.note_events(mean.events)
         self._log.record.participants = mean.participants
+        self._note_adherence()
+        self._require(failures)
+        if not (mean.count or failures or self._lost):
+            # As FedAvg without results: the round has no average, and the model stays.
+            log(WARNING, "%s left out the results of all participants", type(self).__name__)
+            return None, {}
         # The mean was computed in the bytes of these records, so nothing is copied here.
         record = self._outgoing.record(mean.mean())
         self._log.record.contributions = mean.contributions
@@ -256,6 +298,8 @@ class CoLearn(FedAvg):
         results: list[tuple[ClientProxy, EvaluateRes]],
         failures: list[EvaluateFailure],
     ) -> tuple[float | None, dict[str, Scalar]]:
+        if not results and failures and all(map(_cannot_evaluate, failures)) and server_round == 1:
+            log(WARNING, "CoLearn: no client has `evaluate`; fraction_evaluate=0 asks nobody")
         # FedAvg divides by the sum of the examples, which is zero without this.
         counted = [item for item in results if item[1].num_examples > 0]
         if not counted or (failures and not self.accept_failures):
@@ -273,6 +317,19 @@ class CoLearn(FedAvg):
                 log(WARNING, "No evaluate_metrics_aggregation_fn provided")
             return loss, {}
         return loss, _called(function, [(res.num_examples, res.metrics) for _, res in counted])
+
+    def _say_who_trains(self, connected: int) -> None:
+        """Log, when the number changes, that more participants are connected than train."""
+        if connected > self.min_fit_clients and connected != self._connected:
+            log(
+                WARNING,
+                "CoLearn: %s of %s connected sites train, others in every round; "
+                "num_participants=%s trains all",
+                self.min_fit_clients,
+                connected,
+                connected,
+            )
+        self._connected = connected
 
     @property
     def _round_mean(self) -> RoundMean:
@@ -300,71 +357,109 @@ class CoLearn(FedAvg):
         """Reset the strategy to its state before an earlier run."""
         self._progress, self._mean, self._change = Progress(), None, None
         self._log.clear()
+        self._adherence.clear()
 
     def _close(self, arrays: Arrays) -> None:
         """Complete the record of the round under way, if any; `arrays` is the shared model."""
         if not self._log.is_open:
             return
+        if not self._aggregated:
+            self._account_for_own()
         new, old = trainable(arrays, self._roles), trainable(self._sent, self._roles)
         # Without an average the model is unchanged, which is no plateau in the sense of eq. 4.
-        averaged = self._round_mean.count > 0
-        self._change = relative_change(new, old) if averaged else None
+        # A subclass with an aggregation of its own adds nothing to the mean, and changes the model.
+        averaged = self._round_mean.count > 0 or any(
+            array.base is not self._sent[name].base for name, array in arrays.items()
+        )
+        self._change = relative_change(new, old) if averaged and new else None
         self._log.close(self._change)
 
     def _count(self, down: int = 0, up: int = 0) -> None:
         """Count bytes of tensors; the legacy API has no Grid, and so no `MeteringGrid`."""
         self._log.note_traffic(RoundTraffic(bytes=Directions(down, up)))
 
-    def _restart_missing(self, server_round: int, failures: list[FitFailure]) -> Metrics:
-        """Ask participants without a usable result again, within the limits of the recovery."""
-        metrics: Metrics = []
-        recovery, mean, restarts = self.recovery, self._round_mean, 0
-        while missing := sorted(set(self._asked) - set(mean.participants)):
-            reason = "; ".join(map(_describe, failures)) or "its result was refused"
-            if recovery is None or (
-                restarts >= recovery.max_restarts and not recovery.restarts_for_ever
-            ):
-                self._give_up(server_round, missing, reason)
-                break
-            time.sleep(recovery.pause_before(restarts))
-            restarts += 1
-            mean.note(Event("restart", cid, reason) for cid in missing)
-            # Not by `failures`: an exception in them does not state its participant.
-            again = [self._asked[cid] for cid in missing]
-            self._count(down=sum(_size(instructions.parameters) for _, instructions in again))
-            results, failures = fit_clients(again, None, None, server_round)
-            metrics += self._fold_all(results)
-        return metrics
+    def _keep_model(self, error: ColearnError) -> None:
+        """Give an error the model of the last completed round, and say where it is."""
+        error.result = Result(arrays=to_record(dict(self._sent)))
+        done = self._progress.round - 1
+        if done:
+            error.remedy = (
+                f"The model of round {done} is not lost: evaluate_fn has received it, and it is "
+                "error.result.arrays"
+            )
 
-    def _give_up(self, server_round: int, missing: list[str], reason: str) -> None:
-        self._round_mean.note(Event("absence", cid, reason) for cid in missing)
-        log(WARNING, "Round %s: participants %s are absent: %s", server_round, missing, reason)
-        # Without recovery the failures are handled as FedAvg does: the others' average counts.
+    def _check_result(self, participant: str, result: FitRes) -> None:
+        """Raise a ColearnError unless a result can be added to the mean."""
+        model = _named(result.parameters)
+        self._updates[participant] = self._round_mean.measured(model, result.num_examples)
+
+    def _note_absences(self, failures: list[FitFailure]) -> None:
+        """Record the restarts, and the participants whose models are not in the mean."""
+        mean = self._round_mean
+        if self._fits is not None:
+            self._log.note_traffic(RoundTraffic(bytes=self._fits.bytes))
+            mean.note(self._fits.events)
+        known = {event.participant for event in mean.events if event.kind != "restart"}
+        missing = sorted(set(self._asked) - set(mean.participants) - known)
+        # Not by `failures` alone: an exception in them does not state its participant.
+        reason = "; ".join(map(_describe, failures)) or "its result was not given to CoLearn"
+        mean.note(Event("absence", participant, reason) for participant in missing)
+
+    def _require(self, failures: list[FitFailure]) -> None:
+        """Raise a ColearnError if more participants are lost than the policy allows.
+
+        Results that a subclass or a wrapper left out are not lost. Without recovery the failures
+        are handled as FedAvg does: the others' average counts.
+        """
         if self.recovery is None:
             return
-        replied = len(self._round_mean.participants)
+        mean, lost = self._round_mean, self._lost
+        # Under Flower's workflows no `fit` is called, so only the number of failures is known.
+        seen = self._fits is not None and self._fits.began
+        replied = len(self._asked) - len(lost) - (0 if seen else len(failures))
         least = self.recovery.required(len(self._asked))
         if replied < least:
+            reasons = [f"{name}: {why}" for name, why in sorted(lost.items())]
             raise ColearnError(
-                f"round {server_round}: expected results from at least {least} participants, found "
-                f"{replied}; lost {missing}: {reason}"
+                f"round {mean.round}: expected results from at least {least} participants, found "
+                f"{replied}; lost {sorted(lost)}: {'; '.join(reasons or map(_describe, failures))}"
             )
+
+    def _note_adherence(self) -> None:
+        """Record a warning for participants whose time shows that they do not follow the plan."""
+        for participant in self._round_mean.participants:
+            self._adherence.check(participant, {})  # the legacy API has no mod that states epochs
+        seconds = {} if self._fits is None else self._fits.seconds
+        events = self._adherence.events(self._round_mean.participants, seconds)
+        self._log.note_events(events)
+
+    @property
+    def _lost(self) -> dict[str, str]:
+        """The participants that are known to be lost in this round, with the reasons."""
+        mean = self._round_mean
+        lost = {event.participant: event.reason for event in mean.events if event.kind == "refusal"}
+        lost.update({} if self._fits is None else self._fits.lost)
+        return {name: why for name, why in lost.items() if name not in mean.participants}
+
+    def _account_for_own(self) -> None:
+        """Record the trainings of a round whose aggregation calls no `super`."""
+        if self._fits is not None:
+            self._log.note_traffic(RoundTraffic(bytes=self._fits.bytes))
+            self._log.note_events(self._fits.events)
+            self._log.record.participants = sorted(self._fits.began - self._fits.lost.keys())
 
     def _fold_all(self, results: list[tuple[ClientProxy, FitRes]]) -> Metrics:
         """Add results to the mean; return the metrics of the accepted ones."""
         # Sorted, since the last bits of a float64 sum depend on its order.
         ordered = sorted(results, key=lambda item: item[0].cid)
-        self._count(up=sum(_size(result.parameters) for _, result in ordered))
+        self._count(up=sum(size_of(result.parameters) for _, result in ordered))
         read = [
             (result, (client.cid, arrays, result.num_examples))
             for client, result in ordered
             if (arrays := self._read(client.cid, result)) is not None
         ]
-        models = [model for _, model in read]
-        if len(models) == len(self._asked):  # unless one is refused, none is added later
-            fits = self._round_mean.add_all(models)
-        else:
-            fits = [self._round_mean.add(*model) for model in models]
+        updates = [self._updates.get(name) for _, (name, *_) in read]
+        fits = self._round_mean.add_all([model for _, model in read], updates)
         pairs = zip(read, fits, strict=True)
         return [(result.num_examples, result.metrics) for (result, _), fit in pairs if fit]
 
@@ -391,8 +486,11 @@ def _named(parameters: Parameters) -> Arrays:
     return {str(i): view_bytes(str(i), tensor) for i, tensor in enumerate(parameters.tensors)}
 
 
-def _size(parameters: Parameters) -> int:
-    return sum(len(tensor) for tensor in parameters.tensors)
+def _cannot_evaluate(failure: EvaluateFailure) -> bool:
+    """Return whether a failure is that of a client without a function for evaluation."""
+    if isinstance(failure, BaseException):
+        return False
+    return failure[1].status.code is Code.EVALUATE_NOT_IMPLEMENTED
 
 
 def _describe(failure: FitFailure) -> str:

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from ._flwr import config_to_str, copied, is_private
-from .aggregation import check_initial, check_private_weighting
+from .aggregation import cannot_evaluate, check_initial, check_private_weighting
 from .best import Best, BestSoFar, RunResult
 from .checkpoint import (
     Checkpoint,
@@ -108,9 +108,9 @@ def run(
     ColearnError
         If a participant is lost, a round produces no model, the checkpoints are damaged or of
         another configuration, or there are some although `resume` is "never". ``error.result``
-        holds the result up to then, also that of an exception of the strategy or `evaluate_fn`. A
-        round's average is saved before its evaluation, so that a resumed run evaluates it and
-        does not train it again.
+        holds the result up to then, and the error's text says so; that is true of an exception of
+        the strategy or `evaluate_fn` too. A round's average is saved before its evaluation, so
+        that a resumed run evaluates it and does not train it again.
 
     Examples
     --------
@@ -207,6 +207,9 @@ class _Run:
 
     def __post_init__(self) -> None:
         self._types = types_of(self.result.arrays)
+        # The last round whose average is in the result.
+        self._averaged = 0
+        self._cannot_evaluate: set[int] = set()
         self._unsaved = ForgottenAttributes(self.strategy)
         self._cleanup = ExitStack()
 
@@ -216,9 +219,7 @@ class _Run:
         try:
             self._rounds(self._begin(resume))
         except Exception as error:
-            # Not of our errors only: an `evaluate_fn` may raise any, and the model is there.
-            with suppress(AttributeError):
-                error.result = self.result  # type: ignore[attr-defined]
+            self._keep_result(error)
             raise
         finally:
             # The events are most useful after an error, so they are logged then too.
@@ -229,6 +230,24 @@ class _Run:
         log(INFO, "")
         log(INFO, "Strategy execution finished in %.2fs", time.time() - started)
         return self.result
+
+    def _keep_result(self, error: Exception) -> None:
+        """Give an error the result up to the last completed round, and say where it is."""
+        # Not of our errors only: an `evaluate_fn` may raise any, and the model is there.
+        with suppress(AttributeError):
+            error.result = self.result  # type: ignore[attr-defined]
+        if not self._averaged:
+            return
+        where = (
+            f"The model of round {self._averaged} is not lost: it is error.result.arrays in "
+            "`except ColearnError as error:` around the call"
+        )
+        if self.checkpoints is not None:
+            where += f", and in {self.checkpoints.path.absolute()}, where resume='auto' goes on"
+        if isinstance(error, ColearnError):
+            error.remedy = where
+        else:
+            error.add_note(where.replace("ColearnError", type(error).__name__))
 
     def _rounds(self, done: int) -> None:
         while self._goes_on(done):
@@ -256,6 +275,7 @@ class _Run:
         )
         if arrays is not None:
             self.result.arrays = cast_record(arrays, self._types)
+            self._averaged = server_round
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             self.result.train_metrics_clientapp[server_round] = metrics
@@ -316,7 +336,7 @@ class _Run:
         self.manager.fix_examples(good, self.grid.name_of)
         self.manager.bound_shares(good, self.grid.name_of)
         self.manager.note_contributions(good, self.grid.name_of)
-        statistics = self.manager.statistics_of(good)
+        arrived = self.manager.arrived(good)
         self.manager.give_floats(good)
         treatment = self.manager.metrics("train", self.grid.name_of)
         average, own = self.strategy.aggregate_train(server_round, treatment.given(replies))
@@ -324,6 +344,7 @@ class _Run:
         self.manager.log.note_traffic(self.grid.take())
         self.manager.note_training(names, metrics)
         if average is not None:
+            statistics = self.manager.statistics_of(arrived)
             average = self.manager.with_statistics(average, statistics)
         return average, metrics
 
@@ -385,7 +406,9 @@ class _Run:
         messages = list(
             self.strategy.configure_evaluate(server_round, self.result.arrays, config, self.grid)
         )
+        messages = [m for m in messages if m.metadata.dst_node_id not in self._cannot_evaluate]
         replies = list(self.grid.send_and_receive(messages, timeout=reply_within(limit)))
+        self._note_who_cannot_evaluate(replies)
         sites = self._metrics_by_site(replies)
         self.manager.log.note(site_metrics=sites, site_means=plain_means(sites.values()))
         metrics = self._aggregated_metrics(server_round, replies)
@@ -394,6 +417,18 @@ class _Run:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
             self.manager.log.note(evaluate_metrics=metrics)
             self.result.evaluate_metrics_clientapp[server_round] = metrics
+
+    def _note_who_cannot_evaluate(self, replies: Iterable[Message]) -> None:
+        """Log which participants have no function for evaluation; they are not asked again."""
+        nodes = {reply.metadata.src_node_id for reply in replies if cannot_evaluate(reply)}
+        if nodes and not self._cannot_evaluate:
+            log(
+                WARNING,
+                "Run: participants %s have no @app.evaluate, and are not asked to evaluate again; "
+                "fraction_evaluate=0 of the strategy asks nobody",
+                ", ".join(sorted(map(self.grid.name_of, nodes))),
+            )
+        self._cannot_evaluate |= nodes
 
     def _aggregated_metrics(self, server_round: int, replies: list[Message]) -> MetricRecord | None:
         if not isinstance(self.manager, Stock):
@@ -519,6 +554,8 @@ class _Run:
         self.grid.session = str(state["session"])
         self.grid.restore_names(state.get("participants", {}))
         self.result.arrays = to_record(dict(saved.arrays))
+        whole = state["complete"] or state["averaged"] is not None
+        self._averaged = saved.round if whole else saved.round - 1
         assert self.checkpoints is not None
         copies = [history.path] if history.path is not None else []
         history.restore(self.checkpoints.records(saved, copies))
@@ -576,7 +613,7 @@ class _Run:
 
     def _described_roles(self, arrays: Arrays) -> str:
         try:
-            return describe_roles(assign_roles(arrays, self.grid.transport.roles))
+            return describe_roles(assign_roles(arrays, self.grid.transport.roles, quiet=True))
         # Roles of another model: that difference is named, and the first round names the role.
         except ColearnError:
             return "not those of this model"

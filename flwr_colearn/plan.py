@@ -3,6 +3,8 @@
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,49 @@ from .epoch_file import EpochFile, Load, Save
 from .errors import ColearnError, expected, real_number, whole_number
 from .schedules import LearningRate, rate_before, rates_of
 from .site_files import state_path
+
+EPOCHS, RATES, READ = "epochs-iterated", "rates-iterated", "plan-read"
+"""The entries by which a participant states what it did with the plan."""
+
+
+@dataclass
+class PlanUse:
+    """What a ClientApp did with the plan of one message.
+
+    Attributes
+    ----------
+    read : bool
+        Whether a plan was read from the config.
+    iterations : list of list of float
+        The learning rates of the epochs that each iteration of a plan has begun.
+    """
+
+    read: bool = False
+    iterations: list[list[float]] = dataclasses.field(default_factory=list)
+
+    def statement(self) -> dict[str, Any]:
+        """Return the entries of the reply.
+
+        They are those of the longest iteration: a ClientApp may iterate the plan once to list the
+        rates, and once to train.
+        """
+        rates = max(self.iterations, key=len, default=[])
+        # Flower's ConfigRecord cannot tell the type of an empty list.
+        return {EPOCHS: len(rates), READ: self.read, **({RATES: list(rates)} if rates else {})}
+
+
+_USE: ContextVar[PlanUse | None] = ContextVar("flwr_colearn_plan_use", default=None)
+
+
+@contextmanager
+def watched_plan() -> Iterator[PlanUse]:
+    """Observe the plans that this thread reads within, and their iterations in any thread."""
+    use = PlanUse()
+    token = _USE.set(use)
+    try:
+        yield use
+    finally:
+        _USE.reset(token)
 
 
 @dataclass(frozen=True)
@@ -136,7 +181,13 @@ class LocalPlan:
                 "epochs; iterate plan.over(len(batches)), and train epoch.steps batches of each"
             )
         assert self.learning_rates is not None
+        begun: list[float] = []
+        # A plan that was read in the ClientApp's thread may be iterated in another one.
+        use = getattr(self, "_use", None) or _USE.get()
+        if use is not None:
+            use.iterations.append(begun)
         for index, rate in enumerate(self.learning_rates, 1):
+            begun.append(rate)
             yield Epoch(index, rate, self.last_steps if index == self.local_epochs else None)
 
     def over(self, batches: int) -> "LocalPlan":
@@ -164,13 +215,19 @@ class LocalPlan:
         whole_number("mini-batches of a pass over the data", batches, least=1)
         whole, rest = divmod(self.local_steps, batches)
         passes = whole + bool(rest)
-        return dataclasses.replace(
+        own = dataclasses.replace(
             self,
             local_epochs=passes,
             learning_rates=tuple(self._rate_at(j, passes) for j in range(1, passes + 1)),
             local_steps=None,
             last_steps=rest or None,
         )
+        own._watch(getattr(self, "_use", None))
+        return own
+
+    def _watch(self, use: PlanUse | None) -> None:
+        """Have iterations of the plan, in any thread, noted in `use`."""
+        object.__setattr__(self, "_use", use)  # no field, since plans of the same epochs are equal
 
     def _rate_at(self, epoch: int, passes: int) -> float:
         """Return the rate after epoch / passes of the round."""
@@ -312,7 +369,11 @@ class LocalPlan:
         values = {field: config[key] for field, key in _KEYS.items() if key in config}
         if isinstance(values.get("learning_rates"), str):
             values["learning_rates"] = _listed(values["learning_rates"])
-        return cls(**values)
+        plan, use = cls(**values), _USE.get()
+        if use is not None:
+            use.read = True
+            plan._watch(use)
+        return plan
 
 
 _KEYS = {

@@ -109,6 +109,10 @@ class Recovery:
         return SCARCE * pause if scarce else pause
 
 
+DEFAULT_RECOVERY = Recovery()
+"""The recovery of a user who gave none, recognised by identity."""
+
+
 @dataclass(frozen=True)
 class Guard:
     """The bounds of the norm of one participant's update, which is its model minus the one sent.

@@ -1,6 +1,7 @@
 """Roles of a model's arrays: trainable weights, statistics, counters and buffers."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from enum import StrEnum
 from logging import WARNING
 from typing import Any
@@ -62,8 +63,56 @@ RULED = frozenset((Role.UNIT, Role.MAXIMUM, Role.MINIMUM, Role.KEEP))
 UNTRAINED = frozenset((Role.MEAN, Role.VARIANCE, Role.COUNTER)) | RULED
 """The roles whose average is not a plain mean of floats."""
 
-Roles = Mapping[str, Role | str] | Sequence[Role | str] | None
+
+@dataclass(frozen=True)
+class Names:
+    """Names of a model's arrays, in order, for a model that is sent without names.
+
+    Parameters
+    ----------
+    names : sequence of str
+        The names, such as ``list(net.state_dict())``, from which the roles follow.
+    roles : mapping or sequence, optional
+        Roles by these names, as in `assign_roles`; the others get their default.
+    """
+
+    names: tuple[str, ...]
+    roles: "Mapping[str, Role | str] | Sequence[Role | str] | None" = None
+
+    def assign(self, arrays: Arrays) -> dict[str, Role]:
+        """Return the role of every array of a model without names.
+
+        Raises
+        ------
+        ColearnError
+            If there is not one name for every array, or as in `assign_roles`.
+        """
+        if len(self.names) != len(arrays):
+            raise expected("names", f"one for each of the {len(arrays)} arrays", len(self.names))
+        named = dict(zip(self.names, arrays.values(), strict=True))
+        roles = assign_roles(named, self.roles)
+        return {own: roles[name] for own, name in zip(arrays, self.names, strict=True)}
+
+
+Roles = Mapping[str, Role | str] | Sequence[Role | str] | Names | None
 """Roles as an argument: by array name, one for every array in order, or None for the default."""
+
+
+def named_roles(names: Sequence[str] | None, roles: Roles) -> Roles:
+    """Return the roles of a model with these names; `roles` itself without names.
+
+    Raises
+    ------
+    ColearnError
+        If `names` is not a sequence of different names.
+    """
+    if names is None:
+        return roles
+    given = () if isinstance(names, str) else tuple(names)
+    if not given or len(set(given)) < len(given) or isinstance(roles, Names):
+        raise expected("names", "different names, such as list(net.state_dict())", names)
+    return Names(given, roles)
+
 
 # The last part of an array's name: torch's state_dict, Keras's and TF-slim's variables.
 _BY_NAME = {
@@ -75,7 +124,7 @@ _BY_NAME = {
 }
 
 
-def assign_roles(arrays: Arrays, given: Roles = None) -> dict[str, Role]:
+def assign_roles(arrays: Arrays, given: Roles = None, quiet: bool = False) -> dict[str, Role]:
     """Return the role of every array of a model.
 
     Parameters
@@ -89,6 +138,8 @@ def assign_roles(arrays: Arrays, given: Roles = None) -> dict[str, Role]:
         of torch; ``moving_mean``, ``moving_variance`` of Keras and TF-slim; the vectors of
         spectral normalization; ``min_val`` and ``max_val`` of observers), then on the type: floats
         are trainable, or buffers if they have infinity; integers and booleans are counters.
+    quiet : bool, default False
+        Whether to log no warning about a model without names, or of integers only.
 
     Raises
     ------
@@ -96,6 +147,8 @@ def assign_roles(arrays: Arrays, given: Roles = None) -> dict[str, Role]:
         If a given role is unknown, belongs to no array, contradicts an array's type, or if a list
         has another length than the model.
     """
+    if isinstance(given, Names):
+        return given.assign(arrays)
     roles = {name: _default_role(name, array) for name, array in arrays.items()}
     roles.update(_roles_by_partner(arrays))
     # A role for a name that is not in the model is a spelling mistake, not a role to ignore.
@@ -108,14 +161,8 @@ def assign_roles(arrays: Arrays, given: Roles = None) -> dict[str, Role]:
         if isinstance(given, str) or len(given) != len(arrays):
             raise expected("roles", f"one role for each of the {len(arrays)} arrays", given)
         roles = {name: _as_role(role) for name, role in zip(arrays, given, strict=True)}
-    elif all(name.isdigit() for name in arrays):
-        log(
-            WARNING,
-            "The model's arrays have no names, so batch-norm statistics cannot be told from "
-            "weights: floats are averaged as weights and nothing is pooled. Name them "
-            "(ArrayRecord(model.state_dict()) or ArrayRecord of a dict), or give roles=[...], one "
-            "of 'trainable', 'mean', 'variance', 'counter', 'buffer' for each array.",
-        )
+    elif not quiet:
+        _warn_of(arrays)
     # A mean of integers is no integer unless it is rounded, which only counters are.
     for name, role in roles.items():
         if role in (Role.MAXIMUM, Role.MINIMUM, Role.KEEP):
@@ -125,6 +172,41 @@ def assign_roles(arrays: Arrays, given: Roles = None) -> dict[str, Role]:
             wanted = "a float type" if role is not Role.COUNTER else "an integer type"
             raise expected(f"array '{name}' with role '{role}'", wanted, str(arrays[name].dtype))
     return roles
+
+
+def _warn_of(arrays: Arrays) -> None:
+    """Log a warning about a model whose statistics are not known, or which has no weights."""
+    if arrays and all(array.dtype.kind in "iub" for array in arrays.values()):
+        log(
+            WARNING,
+            "The model's arrays are all integers, which count as counters: their averages are "
+            "rounded, and there is no relative change, so the local epochs do not grow (eq. 4). "
+            "Send weights as floats. The bytes of a serialised model, such as trees of XGBoost, "
+            "have no average.",
+        )
+    elif all(name.isdigit() for name in arrays) and _may_hold_statistics(arrays):
+        log(
+            WARNING,
+            "The model's arrays have no names, so batch-norm statistics cannot be told from "
+            "weights: floats are averaged as weights and nothing is pooled. Pass "
+            "names=list(net.state_dict()), or send the arrays with names "
+            "(ArrayRecord(model.state_dict()) or ArrayRecord of a dict).",
+        )
+
+
+def _may_hold_statistics(arrays: Arrays) -> bool:
+    """Return whether an array of a model may be a mean or variance of a normalization layer.
+
+    They are float arrays of one dimension. One that follows a matrix or kernel of as many outputs
+    is the bias of that layer.
+    """
+    before: tuple[int, ...] = ()
+    for array in arrays.values():
+        is_bias = len(before) > 1 and array.size in (before[0], before[-1])
+        if array.ndim == 1 and array.dtype.kind == "f" and not is_bias:
+            return True
+        before = array.shape
+    return False
 
 
 def pair_statistics(arrays: Arrays, roles: Mapping[str, Role]) -> list[tuple[str, str]]:

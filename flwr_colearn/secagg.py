@@ -90,6 +90,12 @@ class CoLearn(legacy.CoLearn):
                 kwargs["guard"],
             )
         log(INFO, "Guard: off under SecAgg+, where the server receives no participant's update")
+        if kwargs.get("names") is not None:
+            raise expected(
+                "names under SecAgg+",
+                "None, since every array counts as a weight; statistics stay local",
+                kwargs["names"],
+            )
         roles = kwargs.get("roles") or ()
         for role in roles.values() if isinstance(roles, Mapping) else roles:
             if role in UNTRAINED:

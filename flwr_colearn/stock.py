@@ -3,11 +3,12 @@
 import random
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from logging import WARNING
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common import log as write
 from flwr.serverapp.strategy import Strategy
 
@@ -29,11 +30,13 @@ from .aggregation import (
     trainable,
 )
 from .errors import ColearnError
+from .grids import is_closed
 from .history import RoundLog, RoundRecord
 from .managed import Managed
 from .normalization import Average
 from .policy import attempt_limit, guard_under, timed
-from .records import cast_record, kind_of, number_in, records_of, to_record, view
+from .records import cast_record, kind_of, number_in, records_of, to_record, types_of, view
+from .recovery import too_few_in_process
 from .roles import UNTRAINED, Arrays, NDArray, Role, assign_roles
 from .stock_metrics import Kind, StockMetrics
 from .strategy_state import chain_of
@@ -96,6 +99,10 @@ class Stock(Managed[RoundLog]):
     ) -> None:
         """Begin a run, and reset the state of an earlier one."""
         self.transport = grid.transport
+        wanted, found = getattr(self._strategy, "min_available_nodes", 0), list(grid.get_node_ids())
+        # Flower's strategies would wait for ever.
+        if is_closed(grid) and len(found) < wanted:
+            raise too_few_in_process(wanted, len(found))
         self._timeout, self._roles, self._epochs_done = timeout, {}, 0
         self._weights_differ, self._updates, self._guarded = False, None, None
         self._told = ToldExamples()
@@ -212,17 +219,35 @@ class Stock(Managed[RoundLog]):
         """Whether the model has weights; one of integers only, such as trees, is not changed."""
         return Role.TRAINABLE in self._roles.values()
 
-    def statistics_of(self, replies: list[Message]) -> dict[str, NDArray]:
+    def arrived(self, replies: list[Message]) -> list["Arrived"]:
+        """Return the statistics in replies, before the strategy's aggregation."""
+        if self._private:
+            self._warn_of_weights(replies)
+            return []
+        names, found = self._pooled_names(), []
+        for reply in replies if names else []:
+            try:
+                model, examples = arrays_of(reply), examples_of(reply, self._key)
+                given = self.floats_of(model)
+                sent = {name: model[name] for name in names if name in model}
+                found.append(Arrived(reply, sent, {n: given[n] for n in sent}, examples))
+            # The strategy itself decides what it does with this reply; only the pool is without it.
+            except ColearnError as error:
+                write(WARNING, "Run: statistics of node %s left out: %s", _node(reply), error)
+        return found
+
+    def statistics_of(self, arrived: list["Arrived"]) -> dict[str, NDArray]:
         """Return the arrays that replace the strategy's own averages, computed from the replies.
+
+        They are computed after the strategy's aggregation, so that an array that the strategy
+        changed in a reply counts as changed.
 
         Statistics and counters are pooled. Arrays that stay with the participants, or that
         participants do not return, keep the values that were sent.
         """
         scheme, sent = self.transport.normalization, self._sent
-        if self._private:
-            self._warn_of_weights(replies)
         names = [] if self._private else self._pooled_names()
-        pooled = self._pooled(names, replies) if names else {}
+        pooled = self._pooled(names, arrived) if names else {}
         local = scheme.local(sent, self._roles) if scheme.is_local else []
         unreturned = scheme.not_returned(self.log.record.round, sent, self._roles)
         return {**pooled, **{name: sent[name] for name in (*local, *unreturned)}}
@@ -249,7 +274,7 @@ class Stock(Managed[RoundLog]):
             return []
         return [name for name, role in self._roles.items() if role in UNTRAINED]
 
-    def _pooled(self, names: list[str], replies: list[Message]) -> dict[str, NDArray]:
+    def _pooled(self, names: list[str], arrived: list["Arrived"]) -> dict[str, NDArray]:
         """Return these arrays, pooled over all replies."""
         like = {name: self._sent[name] for name in names}
         mean = RunningMean(
@@ -257,13 +282,12 @@ class Stock(Managed[RoundLog]):
             {name: self._roles[name] for name in names},
             rounded=not self.transport.compression.keeps_signs,
         )
-        for reply in replies:
+        for each in arrived:
             try:
-                model, examples = read_reply(reply, self._key)
-                mean.add({name: model[name] for name in names if name in model}, examples)
-            # The strategy itself decides what it does with this reply; only the pool is without it.
+                mean.add(each.passed_on(types_of(self._record)), each.examples)
             except ColearnError as error:
-                write(WARNING, "Run: statistics of node %s left out: %s", _node(reply), error)
+                node = _node(each.reply)
+                write(WARNING, "Run: statistics of node %s left out: %s", node, error)
         return mean.mean() if mean.count else {}
 
     def fix_examples(self, replies: list[Message], name_of: Callable[[int], str]) -> None:
@@ -315,7 +339,8 @@ class Stock(Managed[RoundLog]):
         if arrays is self._record:
             return
         new, old = trainable(view(arrays), self._roles), trainable(self._sent, self._roles)
-        self.log.record.relative_change = relative_change(new, old)
+        if new:  # a model of integers only has no weights
+            self.log.record.relative_change = relative_change(new, old)
 
     def note_contributions(self, replies: list[Message], name_of: Callable[[int], str]) -> None:
         """Record the weights by number of examples, and norms and cosines of the updates."""
@@ -385,6 +410,37 @@ class Stock(Managed[RoundLog]):
         untrained = [name for name, role in self._roles.items() if role in UNTRAINED]
         if self._private and untrained:
             warn_of_private_statistics(untrained)
+
+
+@dataclass
+class Arrived:
+    """The statistics and counters of a reply, as they arrived and as the strategy was given them.
+
+    Attributes
+    ----------
+    reply : Message
+        The reply, which the strategy may change.
+    sent, given : dict of str to flwr.app.Array
+        The arrays that the participant sent, and the same as the strategy was given them.
+    examples : float
+        The number of examples.
+    """
+
+    reply: Message
+    sent: dict[str, Array]
+    given: dict[str, Array]
+    examples: float
+
+    def passed_on(self, types: Mapping[str, str]) -> dict[str, NDArray]:
+        """Return the arrays, in these types, with the strategy's changes to them.
+
+        Arrays that a strategy has removed, as FedMedian does to save memory, are those that
+        arrived.
+        """
+        records = records_of(self.reply.content, ArrayRecord).values()
+        now = {name: array for record in records for name, array in record.items()}
+        changed = {n: now[n] for n, g in self.given.items() if n in now and now[n].data != g.data}
+        return view(ArrayRecord({**self.sent, **cast_record(ArrayRecord(changed), types)}))
 
 
 def warn_of_private_statistics(untrained: list[str]) -> None:

@@ -91,6 +91,8 @@ class RoundTraffic:
         Restarts, refusals, absences and reinitialised participants, in order.
     seconds : float
         The duration of the longest successful attempt in the last train round.
+    durations : dict
+        The duration of each successful attempt in it, by participant.
     names : dict
         The names of participants by node id; node ids where the name is unknown.
     models : Directions
@@ -103,6 +105,7 @@ class RoundTraffic:
     control: Directions = field(default_factory=Directions)
     events: list[Event] = field(default_factory=list)
     seconds: float = 0.0
+    durations: dict[str, float] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     models: Directions = field(default_factory=Directions)
     gone: int = 0

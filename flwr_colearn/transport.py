@@ -3,7 +3,7 @@
 import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import InitVar, dataclass, field, fields, replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common import DEFAULT_TTL
@@ -11,15 +11,15 @@ from flwr.serverapp import Grid
 
 from ._flwr import copied
 from ._version import __version__
-from .aggregation import check_train_reply
+from .aggregation import ADD_THE_MOD, check_train_reply
 from .compression import Compression, CompressionGrid, Uncompressed, as_compression
 from .errors import ColearnError, expected
 from .grids import BoundingGrid, MeteringGrid, SelectingGrid, WrappingGrid
 from .normalization import Normalization, NormalizationGrid, Pooled, as_normalization
-from .policy import Guard, Quorum, Recovery, time_to_live, timed
+from .policy import DEFAULT_RECOVERY, Guard, Quorum, Recovery, time_to_live, timed
 from .records import SentTypes, config_of, kind_of, records_of
-from .recovery import Directory, RecoveringGrid
-from .roles import Arrays, Roles
+from .recovery import Directory, RecoveringGrid, recovery_on
+from .roles import Arrays, Roles, named_roles
 from .traffic import Directions, Event, RoundTraffic, Transfers
 
 Check = Callable[[Message, Message], None]
@@ -44,7 +44,8 @@ class Transport:
     Parameters
     ----------
     recovery : Recovery, optional
-        The restarts of participants that fail; with ``None`` they are left out, as in Flower.
+        The restarts of participants that fail; with ``None`` they are left out, as in Flower. The
+        default has three restarts, and none on an `InProcessGrid`, where failures repeat.
     normalization : Normalization, default Pooled()
         The scheme for normalization layers where participants' data differ.
     compression : Compression, default Compression()
@@ -59,6 +60,9 @@ class Transport:
         The bounds of one participant's update; with ``None`` there are none, and norms are not
         recorded. `flwr_colearn.run` and the strategies of this package apply it. It is off under
         secure aggregation and, except for the record, under differential privacy.
+    names : sequence of str, optional
+        The names of the arrays in order, ``list(net.state_dict())``, for a model that is sent
+        without names; their roles follow from them.
 
     Raises
     ------
@@ -73,14 +77,16 @@ class Transport:
     ... )
     """
 
-    recovery: Recovery | None = field(default_factory=Recovery)
+    recovery: Recovery | None = DEFAULT_RECOVERY
     normalization: Normalization = field(default_factory=Pooled)
     compression: Compression = field(default_factory=Compression)
     roles: Roles = None
     participants: Sequence[str] | None = None
     guard: Guard | None = field(default_factory=Guard)
+    names: InitVar[Sequence[str] | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, names: Sequence[str] | None) -> None:
+        object.__setattr__(self, "roles", named_roles(names, self.roles))
         if self.recovery is not None and not isinstance(self.recovery, Recovery):
             raise expected("recovery", "a Recovery, or None", self.recovery)
         if self.guard is not None and not isinstance(self.guard, Guard):
@@ -228,8 +234,14 @@ class ConnectedGrid(WrappingGrid):
             scheme, roles = transport.normalization, transport.roles
             top = self._normalizing = NormalizationGrid(top, scheme, roles)
         if transport.recovery is not None:
-            top = self._recovering = RecoveringGrid(top, transport.recovery, check)
+            recovery = recovery_on(self.bottom, transport.recovery)
+            top = self._recovering = RecoveringGrid(top, recovery, check)
             self._directory = self._recovering.directory
+            if not transport.compression.is_plain:
+                self._recovering.needs_mod = (
+                    "expected flwr_colearn.participant_mod to decode the model, which travels as "
+                    f"{transport.compression}, found a ClientApp without it; {ADD_THE_MOD}"
+                )
         return top
 
     def send_and_receive(
@@ -270,10 +282,15 @@ class ConnectedGrid(WrappingGrid):
             control=Directions(moved.control_down, moved.control_up),
             events=_named(events, names),
             seconds=0.0 if self._recovering is None else self._recovering.seconds,
+            durations=self._durations(),
             names=names,
             models=Directions(moved.models_down, moved.models_up),
             gone=0 if self._recovering is None else self._recovering.take_gone(),
         )
+
+    def _durations(self) -> dict[str, float]:
+        by_node = {} if self._recovering is None else self._recovering.durations
+        return {self.name_of(node): seconds for node, seconds in by_node.items()}
 
     def name_of(self, node_id: int) -> str:
         """Return a participant's name where known, else its node id."""
@@ -305,6 +322,11 @@ class ConnectedGrid(WrappingGrid):
         """Set the reference model of differences where participants keep their own models."""
         if self._compressing is not None:
             self._compressing.reference = model
+
+    def check_by(self, check: Check) -> None:
+        """Set the check of train replies, for a strategy that runs in another loop."""
+        if self._recovering is not None and self._recovering.check is check_train_reply:
+            self._recovering.check = check
 
     def note_elsewhere(self, participants: int) -> None:
         """Set how many present participants of the round the next messages do not address.

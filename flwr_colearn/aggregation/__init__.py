@@ -13,8 +13,10 @@ from .metrics import (
 )
 from .outer import Nesterov, OuterOptimizer, ServerRate, as_outer_optimizer, outer_step
 from .replies import (
+    ADD_THE_MOD,
     ECHO,
     arrays_of,
+    cannot_evaluate,
     check_echo,
     check_train_reply,
     echo_of,
@@ -31,6 +33,7 @@ from .updates import Update, Updates, contributions
 from .validation import check_initial, check_model, check_weights
 
 __all__ = [
+    "ADD_THE_MOD",
     "ECHO",
     "SGD",
     "Empty",
@@ -50,6 +53,7 @@ __all__ = [
     "as_weighting",
     "average_metrics",
     "bounded_weights",
+    "cannot_evaluate",
     "check_echo",
     "check_initial",
     "check_model",

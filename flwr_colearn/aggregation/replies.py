@@ -23,6 +23,16 @@ _ADD_RECALIBRATION = (
     "flwr_colearn.torch.recalibrate(app) or flwr_colearn.keras.recalibrate(app)"
 )
 
+ADD_THE_MOD = "add participant_mod to the ClientApp's mods: ClientApp(mods=[participant_mod])"
+
+# Flower's error where a ClientApp without the mod reads an array that a codec has encoded.
+_NOT_DECODED = re.compile(r"Unsupported serialization type[^']*'colearn\.")
+
+# Flower's errors where a ClientApp, or a NumPyClient, has no function for evaluation.
+_NO_EVALUATION = re.compile(
+    r"No evaluate function registered with name 'default'|Client does not implement `evaluate`"
+)
+
 ECHO = "colearn"
 """The key of the ConfigRecord in which a participant echoes its name, the round and versions."""
 
@@ -34,12 +44,22 @@ def failure_of(reply: Message) -> str | None:
     reason = (reply.error.reason or "").strip() or "no reason"
     if reply.error.code == REFUSED:
         return reason
+    if _NOT_DECODED.search(reason):
+        return (
+            "the participant failed: expected flwr_colearn.participant_mod to decode the "
+            f"compressed model, found a ClientApp without it; {ADD_THE_MOD}"
+        )
     lines = reason.splitlines()
     # Only the exception and its message, which may have several lines, from the end of a traceback.
     last = max((i for i, line in enumerate(lines) if _EXCEPTION.match(line)), default=-1)
     shown = " ".join(line.strip() for line in lines[last:] if line.strip())
     remedy = _ADD_RECALIBRATION if _NO_RECALIBRATION in shown else ""
     return f"the participant failed (code {reply.error.code}): {shown[:_LONGEST_REASON]}{remedy}"
+
+
+def cannot_evaluate(reply: Message) -> bool:
+    """Return whether an error reply says that the ClientApp has no function for evaluation."""
+    return reply.has_error() and bool(_NO_EVALUATION.search(reply.error.reason or ""))
 
 
 def examples_of(reply: Message, weighted_by_key: str) -> float:

@@ -49,6 +49,8 @@ class RoundMean:
         The bounds of updates' norms; without it norms are not computed.
     gradients, refuses
         See `Updates`.
+    admits : callable, optional
+        ``(reply) -> None``: a further check of a train reply; raises `ColearnError` to refuse it.
 
     Attributes
     ----------
@@ -83,9 +85,11 @@ class RoundMean:
         guard: Guard | None = None,
         gradients: bool = False,
         refuses: bool = True,
+        admits: Callable[[Message], None] = lambda reply: None,
     ) -> None:
         self.weighting = as_weighting(weighting)
         self.weighted_by_key = weighted_by_key
+        self._admits = admits
         self._mean = RunningMean(like, roles, empty, participants, variances, rounded)
         self.examples = ToldExamples()
         self._largest_share = 1.0 if guard is None else guard.largest_share
@@ -106,8 +110,11 @@ class RoundMean:
         self._weights: dict[str, float] = {}
         # The weights of those that `largest_share` lowers.
         self._lowered: dict[str, float] = {}
-        # The updates of the replies that `check` has accepted, by node.
+        # Of the replies that `check` has accepted, by node: the updates, the numbers of examples.
         self._measured: dict[int, Update] = {}
+        self._stated: dict[int, float] = {}
+        # The same numbers by participant, of the replies that the strategy passed on.
+        self._told: dict[str, float] = {}
         self.participants: list[str] = []
         self.events: list[Event] = []
         self._checked: list[bytes] = []
@@ -138,12 +145,24 @@ class RoundMean:
             check_train_reply(sent, reply, self.weighted_by_key)
             return
         check_echo(sent, reply)
+        self._admits(reply)
         model, examples = read_reply(reply, self.weighted_by_key)
         update = self._check(model, examples)
+        self._stated[reply.metadata.src_node_id] = examples
         if update is not None:
             self._measured[reply.metadata.src_node_id] = update
         # `fold` compares this: a wrapper or subclass may change the reply after the check.
         self._checked = fingerprint(arrays_of(reply))
+
+    def measured(self, model: Arrays, examples: float) -> Update | None:
+        """Return the update of a model, for `add_all`; None without a guard.
+
+        Raises
+        ------
+        ColearnError
+            If the model cannot be added to the mean.
+        """
+        return self._check(model, examples)
 
     def _check(self, model: Arrays, examples: float, update: Update | None = None) -> Update | None:
         """Raise a ColearnError unless a model can be added; return its update, if not given."""
@@ -212,10 +231,14 @@ class RoundMean:
         name = name_of(reply.metadata.src_node_id)
         try:
             arrays, examples = read_reply(reply, self.weighted_by_key)
+            self._admits(reply)
         except ColearnError as error:
             self.refuse(name, str(error))
             return None
-        if self.weighting == "weighted" and self.fixes_examples:
+        # Another number than that of the arriving reply is the strategy's own, which decides.
+        stated = self._stated.get(reply.metadata.src_node_id, examples)
+        self._told[name] = stated
+        if self.weighting == "weighted" and self.fixes_examples and stated == examples:
             examples, warnings = self.examples.fixed(name, examples)
             self.events.extend(warnings)
         return name, arrays, examples
@@ -266,7 +289,7 @@ class RoundMean:
     def _accept(self, participant: str, examples: float, update: Update | None) -> None:
         self.participants.append(participant)
         self._weights[participant] = self._weight_of(participant, examples)
-        self.examples.remember(participant, examples)
+        self.examples.remember(participant, self._told.get(participant, examples))
         if self.updates is not None and update is not None:
             self.updates.accept(participant, update)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord
 
+from ..aggregation import ADD_THE_MOD
 from ..errors import ColearnError, expected
 from ..records import to_record
 from ..roles import Arrays
@@ -25,8 +26,6 @@ LOCAL_REFERENCE = "local-reference"
 
 AVERAGE_OF = "average-of"
 """Entry of the agreement: the model in the message is the average of this round's replies."""
-
-ADD_THE_MOD = "add participant_mod to the ClientApp's mods: ClientApp(mods=[participant_mod])"
 
 
 @dataclass(frozen=True)

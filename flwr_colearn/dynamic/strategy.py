@@ -17,7 +17,7 @@ from ..compression import Compression
 from ..errors import ColearnError, expected, real_number, whole_number
 from ..loop import EvaluateFn, Resume, run
 from ..managed import Managed
-from ..policy import Guard, Recovery, attempt_limit
+from ..policy import DEFAULT_RECOVERY, Guard, Recovery, attempt_limit
 from ..records import to_record, view
 from ..recovery import choose_members
 from ..roles import NDArray, Role, Roles, assign_roles
@@ -103,9 +103,9 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         history: str | Path | DynamicHistory | None = None,
         evaluate_mean_every: int | None = None,
         wait_for_participants: float | None = None,
-        recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
+        recovery: Recovery | None = DEFAULT_RECOVERY,
         checkpoints: str | Path | CheckpointFolder | None = None,
-        compression: Compression = Compression(),  # noqa: B008
+        compression: Compression = Compression(),  # noqa: B008  (an immutable value)
         participants: Sequence[str] | None = None,
         guard: Guard | None = Guard(),  # noqa: B008
         seed: int | None = None,

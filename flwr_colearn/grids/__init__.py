@@ -7,7 +7,7 @@ from .metering import MeteringGrid, control_bytes
 from .rewriting import RewritingGrid
 from .selecting import SelectingGrid
 from .threaded import ThreadedGrid
-from .wrapping import WrappingGrid
+from .wrapping import WrappingGrid, is_closed
 
 __all__ = [
     "GROUP",
@@ -23,5 +23,6 @@ __all__ = [
     "bounded_metrics",
     "control_bytes",
     "group_of",
+    "is_closed",
     "new_group",
 ]

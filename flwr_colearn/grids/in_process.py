@@ -18,6 +18,7 @@ from .._flwr import (
     empty_run,
     set_message_id,
 )
+from ..aggregation import ECHO
 from ..errors import ColearnError, expected, whole_number
 
 
@@ -40,6 +41,18 @@ class InProcessGrid(Grid):
     node_configs : sequence of mappings, optional
         Further entries of each participant's node config.
 
+    Since nobody can join, a strategy that wants more participants than there are ends with an error
+    at once. A ClientApp that fails here fails again, so that participants are restarted only where
+    a `Recovery` was given to the strategy or the transport. The traceback of an exception is logged
+    once, and for further participants with the same exception one line.
+
+    Attributes
+    ----------
+    closed : bool
+        Whether nobody can join or leave, and a failure repeats itself. It is True for this class
+        and `ThreadedGrid`. A subclass may deliver messages in another way, so that it is not closed
+        unless it says so.
+
     Raises
     ------
     ColearnError
@@ -58,6 +71,13 @@ class InProcessGrid(Grid):
     next participant needs as much again.
     """
 
+    closed = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "closed" not in vars(cls):
+            cls.closed = False
+
     def __init__(
         self,
         client_app: ClientApp,
@@ -73,6 +93,7 @@ class InProcessGrid(Grid):
         self.client_app = client_app
         self._run: Any = empty_run(1)
         self._pushed: dict[str, Message] = {}
+        self._raised: set[str] = set()
         self.contexts = {
             index + 1: Context(
                 run_id=1,
@@ -152,11 +173,20 @@ class InProcessGrid(Grid):
         # server and all participants. KeyboardInterrupt is the user's, who wants that.
         except (Exception, SystemExit) as error:
             # Flower also makes an error reply of every exception in a ClientApp.
-            log(ERROR, "The ClientApp of node %s raised", node_id, exc_info=True)
             reason = f"{type(error).__name__}: {error}"
+            self._log(node_id, message, error, reason)
             reply = Message(Error(CLIENT_RAISED, reason), reply_to=received)
         set_message_id(reply, str(uuid.uuid4()))
         return reply
+
+    def _log(self, node_id: int, message: Message, error: BaseException, reason: str) -> None:
+        """Log an exception, with its traceback unless that is in the log already."""
+        # A ClientApp without participant_mod fails on the query for the name, which is expected.
+        if ECHO in message.content:
+            return
+        known = reason in self._raised or (isinstance(error, ColearnError) and error.logged)
+        self._raised.add(reason)
+        log(ERROR, "The ClientApp of node %s raised %s", node_id, reason, exc_info=not known)
 
 
 def _keep_freed_memory() -> None:

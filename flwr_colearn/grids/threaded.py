@@ -25,6 +25,8 @@ class ThreadedGrid(InProcessGrid):
         The bytes that participants exchanged in groups.
     """
 
+    closed = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.exchanged = 0

@@ -61,3 +61,10 @@ class WrappingGrid(Grid):
         # Flower's own grids, at the end of the layers, have no such method.
         if isinstance(self.grid, WrappingGrid):
             self.grid.forget(message_ids)
+
+
+def is_closed(grid: Grid) -> bool:
+    """Return whether nobody can join, and failures repeat themselves; see `InProcessGrid`."""
+    while isinstance(grid, WrappingGrid):
+        grid = grid.grid
+    return bool(getattr(grid, "closed", False))

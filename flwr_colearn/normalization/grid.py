@@ -164,7 +164,7 @@ class NormalizationGrid(RewritingGrid):
         # Other names are another model, for example of a second run.
         if self._model is None or set(self._model.roles) != set(names):
             model = view(arrays)
-            roles = assign_roles(model, self._given_roles)
+            roles = assign_roles(model, self._given_roles, quiet=True)
             self.scheme.check(model, roles)
             local = self.scheme.local(model, roles)
             self._model = _Model(roles, {name: names.index(name) for name in local})

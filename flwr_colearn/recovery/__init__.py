@@ -2,9 +2,9 @@
 
 from .client import echoed, name_of, supervised
 from .exceptions import discreet
-from .grid import RecoveringGrid
+from .grid import RecoveringGrid, recovery_on
 from .identity import Directory
-from .membership import Members, choose_members, wait_for_nodes
+from .membership import Members, choose_members, too_few_in_process, wait_for_nodes
 
 __all__ = [
     "Directory",
@@ -14,6 +14,8 @@ __all__ = [
     "discreet",
     "echoed",
     "name_of",
+    "recovery_on",
     "supervised",
+    "too_few_in_process",
     "wait_for_nodes",
 ]

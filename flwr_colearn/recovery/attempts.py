@@ -79,6 +79,10 @@ class Attempts:
         The ids of messages of earlier attempts. Replies to them are pulled, so that the SuperLink
         deletes them, and are not used.
 
+    needs_mod : str
+        Why participants without `participant_mod` are refused before they receive the model; empty
+        if they are not.
+
     Attributes
     ----------
     events : list of Event
@@ -99,6 +103,7 @@ class Attempts:
         check: Check,
         abandoned: set[str],
         elsewhere: int = 0,
+        needs_mod: str = "",
     ) -> None:
         self.grid = grid
         self.timeout = timeout
@@ -107,6 +112,7 @@ class Attempts:
         self.check = check
         self.abandoned = abandoned
         self.elsewhere = elsewhere
+        self.needs_mod = needs_mod
         self.participants = [Participant(m.metadata.dst_node_id, m) for m in messages]
         self.events: list[Event] = []
         self.sent = 0
@@ -123,11 +129,13 @@ class Attempts:
         Raises
         ------
         ColearnError
-            If two participants have one name, and the policy requires the replies of both.
+            If two participants have one name, or one has no mod and needs it, and the policy
+            requires their replies.
         """
         self.directory.refresh(self.grid)
         self.directory.introduce(self.grid, self.node_ids)
         self._refuse_copies()
+        self._refuse_without_mod()
         self._push([participant for participant in self.participants if not participant.done])
 
     def replies(self) -> Iterator[Message]:
@@ -171,6 +179,11 @@ class Attempts:
     def seconds(self) -> float:
         """The duration of the longest successful attempt."""
         return max((p.seconds for p in self.participants if p.replied), default=0.0)
+
+    @property
+    def durations(self) -> dict[int, float]:
+        """The duration of each successful attempt, by node."""
+        return {p.node_id: p.seconds for p in self.participants if p.replied}
 
     # Replies ------------------------------------------------------------------------------------
 
@@ -220,6 +233,13 @@ class Attempts:
             error = str(_shared_name(participant, owners[shared[0]], shared[0]))
             self._note("refusal", participant, error)
             self._give_up(participant, error)
+
+    def _refuse_without_mod(self) -> None:
+        """Refuse the participants that could not read the model."""
+        for participant in self.participants if self.needs_mod else []:
+            if participant.node_id in self.directory.without_mod and not participant.done:
+                self._note("refusal", participant, self.needs_mod)
+                self._give_up(participant, self.needs_mod)
 
     def _check_identity(self, participant: Participant, reply: Message) -> None:
         """Raise a ColearnError if the name that a reply reports is not the participant's own."""

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from logging import ERROR
 from pathlib import Path
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.common import log
 
 from .._version import MOD_VERSION, __version__
 from ..aggregation import ECHO
 from ..errors import ColearnError
+from ..plan import watched_plan
 from ..records import config_of, describe, records_of
 from .identity import ASK, checked_name
 
@@ -47,10 +48,12 @@ def echoed(message: Message, context: Context, call_next: Next) -> Message:
     """Add the participant's name and the round to a reply.
 
     The ConfigRecord `ECHO` has the participant's name, the round, the versions of the plugin and of
-    the protocol, and a short digest of the array names, types and shapes of the model.
+    the protocol, and a short digest of the array names, types and shapes of the model. In the reply
+    to a training it also states for how many epochs, and at which rates, the plan was iterated.
     """
     config = config_of(message.content)
-    reply = call_next(message, context)
+    with watched_plan() as use:
+        reply = call_next(message, context)
     if not reply.has_content() or "server-round" not in config:
         return reply
     models = list(records_of(reply.content, ArrayRecord).values())
@@ -61,9 +64,15 @@ def echoed(message: Message, context: Context, call_next: Next) -> Message:
             "version": __version__,
             "mod": MOD_VERSION,
             **({"model": describe(models[0])} if len(models) == 1 else {}),
+            **(use.statement() if _has_plan(message, config) else {}),
         }
     )
     return reply
+
+
+def _has_plan(message: Message, config: ConfigRecord) -> bool:
+    """Return whether a message asks for a training by a plan."""
+    return message.metadata.message_type == MessageType.TRAIN and "learning-rates" in config
 
 
 def name_of(context: Context) -> dict[str, str]:

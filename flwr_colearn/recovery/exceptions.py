@@ -46,6 +46,7 @@ def discreet(message: Message, context: Context, call_next: Next) -> Message:
     except (Exception, SystemExit) as error:
         log(ERROR, "Participant: the ClientApp raised", exc_info=True)
         reported = ParticipantError(_described(error))
+    reported.logged = True
     # Outside of the except block, so that the traceback that Flower makes does not show the first.
     raise reported
 

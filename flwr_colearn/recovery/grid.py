@@ -5,13 +5,14 @@ global server will restart the local training process of participant k" (Mi et a
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from flwr.app import ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from ..aggregation import ECHO, check_train_reply
-from ..grids import WrappingGrid
-from ..policy import Recovery
+from ..grids import WrappingGrid, is_closed
+from ..policy import DEFAULT_RECOVERY, Recovery
 from ..records import SentTypes, kind_of, records_of
 from ..traffic import Event
 from .attempts import Attempts, Check
@@ -63,6 +64,8 @@ class RecoveringGrid(WrappingGrid):
         the messages.
     seconds : float
         The duration of the longest successful attempt in the last train round.
+    durations : dict
+        The duration of each successful attempt in the last train round, by node.
     sent : int
         The number of messages sent in the last train round, including restarts.
     directory : Directory
@@ -70,6 +73,9 @@ class RecoveringGrid(WrappingGrid):
     elsewhere : int
         The number of the round's participants that are present and to which the next messages are
         not addressed. A `Quorum` counts them too; 0 by default.
+    needs_mod : str
+        Why participants without `participant_mod` are refused before they receive the model; empty,
+        by default, if they are not.
     """
 
     def __init__(
@@ -80,9 +86,11 @@ class RecoveringGrid(WrappingGrid):
         self.check = check
         self.node_ids: list[int] = []
         self.seconds = 0.0
+        self.durations: dict[int, float] = {}
         self.sent = 0
         self.directory = Directory()
         self.elsewhere = 0
+        self.needs_mod = ""
         # Kept across rounds: the reply to an abandoned attempt may arrive in a later round.
         self._abandoned: set[str] = set()
         self._events: list[Event] = []
@@ -155,6 +163,7 @@ class RecoveringGrid(WrappingGrid):
             self.check,
             self._abandoned,
             self.elsewhere,
+            self.needs_mod,
         )
         try:
             attempts.begin()
@@ -175,7 +184,14 @@ class RecoveringGrid(WrappingGrid):
         self._events += attempts.events
         self._gone += attempts.gone
         self.node_ids, self.seconds = attempts.node_ids, attempts.seconds
-        self.sent = attempts.sent
+        self.sent, self.durations = attempts.sent, attempts.durations
+
+
+def recovery_on(grid: Grid | None, recovery: Recovery) -> Recovery:
+    """Return the recovery on a grid: the default one is without restarts where failures repeat."""
+    if recovery is DEFAULT_RECOVERY and grid is not None and is_closed(grid):
+        return replace(recovery, max_restarts=0)
+    return recovery
 
 
 def _is_training(message: Message) -> bool:

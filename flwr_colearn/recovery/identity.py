@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from .._flwr import node_names
+from .._flwr import RAISING_CODES, node_names
 from ..aggregation import ECHO, echo_of
 from ..errors import ColearnError
 
@@ -66,6 +66,8 @@ class Directory:
         The registered and the reported names, by node id.
     nameless : set of int
         The nodes that were queried for a name and reported none.
+    without_mod : set of int
+        The nodes of which the answer to the query shows that they have no `participant_mod`.
     seen : set of int
         The nodes that were ever connected.
     accepted : set of int
@@ -75,6 +77,7 @@ class Directory:
     registered: dict[int, str] = field(default_factory=dict)
     answered: dict[int, str] = field(default_factory=dict)
     nameless: set[int] = field(default_factory=set)
+    without_mod: set[int] = field(default_factory=set)
     seen: set[int] = field(default_factory=set)
     accepted: set[int] = field(default_factory=set)
     _compared: set[tuple[int, int]] = field(default_factory=set)
@@ -131,6 +134,8 @@ class Directory:
         replies = grid.send_and_receive([_question(n) for n in unknown], timeout=ANSWER_WITHIN)
         for reply in replies:
             node_id, reported = reply.metadata.src_node_id, echo_of(reply).get("participant")
+            if _lacks_mod(reply):
+                self.without_mod.add(node_id)
             if reported is None or node_id not in unknown:
                 continue
             try:
@@ -223,6 +228,15 @@ class Directory:
         """
         if self.answered:
             self.introduce(grid, [node_id])
+
+
+def _lacks_mod(reply: Message) -> bool:
+    """Return whether the answer to the query is one that no ClientApp with the mod gives."""
+    if reply.has_content():
+        return ECHO not in reply.content
+    # The mod's own exceptions, such as that of an invalid name, leave the site with their types.
+    ours = re.search(r"\b(ColearnError|ParticipantError)\b", reply.error.reason or "")
+    return reply.error.code in RAISING_CODES and not ours
 
 
 def _question(node_id: int) -> Message:

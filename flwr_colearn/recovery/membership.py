@@ -12,10 +12,12 @@ from flwr.serverapp import Grid
 
 from .._flwr import node_names
 from ..errors import ColearnError
+from ..grids import is_closed
 from ..policy import Quorum, Recovery
 
 LOG_EVERY = 60.0
-"""The seconds between two lines in the log while the server waits for participants."""
+"""The seconds between two lines in the log while the server waits for participants; after ten times
+as long, a tenth of the time that it has waited."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,13 @@ class Members:
         The chosen nodes; those of the last round come first, in their order.
     missing : list of int
         The nodes of the last round that are not connected and have no replacement.
+    connected : int
+        The number of all connected nodes.
     """
 
     nodes: list[int]
     missing: list[int]
+    connected: int
 
 
 def choose_members(
@@ -43,6 +48,7 @@ def choose_members(
     patience: float = float("inf"),
     available: int = 0,
     absent: int = 0,
+    rotate: bool = False,
 ) -> Members:
     """Return the nodes of the next round's participants.
 
@@ -53,7 +59,8 @@ def choose_members(
     wanted : int
         K.
     before : sequence of int
-        The last round's nodes. They are chosen again if they are connected.
+        The last round's nodes. They are chosen again if they are connected. With `rotate` all nodes
+        that have trained, the one that waits for longest first.
     random : random.Random
         The random generator for the choice among spare nodes.
     recovery : Recovery, optional
@@ -65,6 +72,8 @@ def choose_members(
     absent : int, default 0
         The number of participants that have been waited for until the patience was spent, and are
         not back. With a `Quorum` the round does not wait for so many again.
+    rotate : bool, default False
+        Whether the nodes take turns: those that have not trained for longest come first.
 
     Raises
     ------
@@ -82,14 +91,15 @@ def choose_members(
         if not isinstance(policy, Quorum) or len(nodes) < policy.least:
             raise
         log(WARNING, "Quorum: %s of %s participants are connected", len(nodes), wanted)
-    # The last round's nodes first: their participants have client state of this run.
     stayed = [node for node in before if node in nodes]
     spare = sorted(set(nodes) - set(stayed))
-    free = wanted - len(stayed)
-    chosen = stayed + (spare if len(spare) <= free else random.sample(spare, free))
+    # Otherwise the last round's nodes come first: they have client state of this run.
+    free = wanted if rotate else wanted - len(stayed)
+    drawn = spare if len(spare) <= free else random.sample(spare, free)
+    chosen = ([*drawn, *stayed] if rotate else [*stayed, *drawn])[:wanted]
     left = [node for node in before if node not in nodes]
     # A spare node takes the place of one that left, which then is not missing.
-    return Members(chosen, left[: wanted - len(chosen)])
+    return Members(chosen, left[: wanted - len(chosen)], len(nodes))
 
 
 def wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:
@@ -98,27 +108,45 @@ def wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:
     Raises
     ------
     ColearnError
-        If fewer nodes are connected after `seconds`.
+        If fewer nodes are connected after `seconds`, or at once on a grid that no node can join.
     """
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
     logged_at, logged = -math.inf, -1
     while len(nodes := sorted(set(grid.get_node_ids()))) < wanted:
         now = time.monotonic()
-        if now >= deadline:
+        found = _named(grid, nodes)
+        if is_closed(grid):
+            raise too_few_in_process(wanted, len(nodes))
+        if now - began >= seconds:
             raise ColearnError(
                 f"participants: expected {wanted}, found {len(nodes)} connected after "
-                f"{seconds:g} s{_named(grid, nodes)}. In a deployment start the missing "
-                "SuperNodes; a simulation has as many as its federation config says: flwr run . "
-                f'--stream --federation-config "num-supernodes={wanted} '
-                'client-resources-num-cpus=1"'
+                f"{seconds:g} s{found}. {_how_to_connect(wanted)}"
             )
         # The wait for a site may take days, so a line a second would fill the disk.
-        if len(nodes) != logged or now - logged_at >= LOG_EVERY:
-            logged_at, logged = now, len(nodes)
-            found = _named(grid, nodes)
+        if len(nodes) != logged or now - logged_at >= max(LOG_EVERY, 0.1 * (now - began)):
             log(INFO, "Waiting for participants: %s of %s connected%s", len(nodes), wanted, found)
-        time.sleep(min(1.0, max(0.0, deadline - now)))
+            if logged < 0:
+                log(WARNING, "Too few participants are connected. %s", _how_to_connect(wanted))
+            logged_at, logged = now, len(nodes)
+        time.sleep(min(1.0, max(0.0, began + seconds - now)))
     return nodes
+
+
+def too_few_in_process(wanted: int, found: int) -> ColearnError:
+    """Return the error for too few participants on a grid that no node can join."""
+    return ColearnError(
+        f"participants: expected {wanted}, found {found} in this process, where no others can "
+        f"connect: InProcessGrid(client_app, num_supernodes={wanted}), or a lower number in the "
+        f"strategy. {_how_to_connect(wanted)}"
+    )
+
+
+def _how_to_connect(wanted: int) -> str:
+    return (
+        "In a deployment start the missing SuperNodes; a simulation has as many as its federation "
+        f'config says: flwr run . --stream --federation-config "num-supernodes={wanted} '
+        'client-resources-num-cpus=1"'
+    )
 
 
 def _named(grid: Grid, nodes: Sequence[int]) -> str:

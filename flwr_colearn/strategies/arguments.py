@@ -36,6 +36,9 @@ def participant_arguments(
     for name in least[:2]:
         if num_participants is not None and kwargs.get(name, k) != k:
             raise expected(name, f"num_participants={k}, or nothing", kwargs[name])
+    # A fraction of the nodes to evaluate is the user's; FedAvg's own least number is 2.
+    if kwargs.get("fraction_evaluate", 1.0) < 1.0:
+        kwargs.setdefault(least[2], min(k, 2))
     return {name: kwargs.get(name, k) if name != least[0] else k for name in least}
 
 

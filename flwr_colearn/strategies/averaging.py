@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from logging import INFO
+from logging import INFO, WARNING
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from .._flwr import called_privately
+from ..adherence import Adherence
 from ..aggregation import (
     OuterOptimizer,
     RoundMean,
@@ -21,6 +22,7 @@ from ..aggregation import (
     as_weighting,
     average_metrics,
     check_private_weighting,
+    echo_of,
     evaluations_of,
     mean_train_loss,
 )
@@ -32,10 +34,10 @@ from ..history import History, RoundLog, RoundRecord
 from ..loop import EvaluateFn, Resume, run
 from ..managed import Managed
 from ..normalization import PARTIAL, Normalization, Pooled
-from ..policy import Guard, Recovery, guard_under
+from ..policy import DEFAULT_RECOVERY, Guard, Recovery, guard_under
 from ..records import Outgoing, number_in
 from ..recovery import choose_members
-from ..roles import Role, Roles
+from ..roles import Role, Roles, named_roles
 from ..stock import warn_of_private_statistics
 from ..traffic import Event
 from ..transport import ConnectedGrid, Transport
@@ -55,9 +57,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 def folds(aggregate: F) -> F:
     """Mark an `aggregate_train` that iterates the replies only once, in any order.
 
-    A subclass with an `aggregate_train` of its own does not have the mark, and gets a list.
+    Any other `aggregate_train`, of a subclass, a mixin, a decorator or an instance, gets a list.
     """
-    aggregate.folds_replies = True  # type: ignore[attr-defined]
+    # The function itself, since functools.wraps copies attributes to the function that wraps it.
+    aggregate.folds_replies = aggregate  # type: ignore[attr-defined]
     return aggregate
 
 
@@ -80,6 +83,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
     roles : mapping or sequence, optional
         The arrays that are weights, batch-norm means and variances, counters; see
         `flwr_colearn.Role`. The default depends on their names.
+    names : sequence of str, optional
+        The names of the arrays in order, ``list(net.state_dict())``, for a model that is sent
+        without names; their roles follow from them.
     history : str, Path or History, optional
         A file for JSON lines, or a `History`. By default the history is in memory only.
     wait_for_participants : float, optional
@@ -87,8 +93,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
         there is no limit, as in FedAvg.
     recovery : Recovery, optional
         The limits of restarts and the policy for lost participants. By default a participant has
-        three restarts, and the run then ends with the model of the last completed round. With
-        ``None`` failed participants are left out, as in Flower.
+        three restarts (none on an `InProcessGrid`), and the run then ends with an error whose
+        attribute `result` has the model of the last completed round. With ``None`` failed
+        participants are left out, as in Flower.
     checkpoints : str, Path or CheckpointFolder, optional
         The folder in which `start` saves the run after every round. By default there is none.
     compression : Compression, optional
@@ -106,6 +113,13 @@ class Averaging(FedAvg, Managed[RoundLog]):
         The step from the shared model to, or beyond, the mean: `flwr_colearn.Nesterov` or
         `flwr_colearn.ServerRate`. Trainable arrays take it; statistics are the pooled ones. By
         default the mean is the new shared model.
+    rotate : bool, default False
+        Whether the participants of a round are those that have not trained for longest, where more
+        than K are connected. By default the same K train in every round, since participants have
+        client state.
+    strict : bool, default False
+        Whether a reply is refused whose participant states, by its mod, that it trained other local
+        epochs than the plan's. By default a warning is logged and recorded.
     algorithm : Algorithm, optional
         The rules for T and the learning rate of every round; by default the train config has them.
     **kwargs
@@ -119,7 +133,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
     progress : Progress
         The progress of the run.
     last_nodes : list of int
-        The nodes of the last round's participants, which come first in the next.
+        The nodes of the last round's participants, which come first in the next. With `rotate` all
+        nodes that have trained, those of the last round at the end.
     random : random.Random
         The random generator for the choice among spare nodes.
 
@@ -145,19 +160,24 @@ class Averaging(FedAvg, Managed[RoundLog]):
         *,
         weighting: Weighting = "weighted",
         roles: Roles = None,
+        names: Sequence[str] | None = None,
         history: str | Path | History | None = None,
         wait_for_participants: float | None = None,
-        recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
+        recovery: Recovery | None = DEFAULT_RECOVERY,
         checkpoints: str | Path | CheckpointFolder | None = None,
-        compression: Compression = Compression(),  # noqa: B008
+        compression: Compression = Compression(),  # noqa: B008  (an immutable value)
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
         guard: Guard | None = Guard(),  # noqa: B008
         outer: OuterOptimizer | None = None,
+        rotate: bool = False,
+        strict: bool = False,
         algorithm: Algorithm | None = None,
         **kwargs: Any,
     ) -> None:
-        self.transport = Transport(recovery, normalization, compression, roles, participants, guard)
+        self.transport = Transport(
+            recovery, normalization, compression, named_roles(names, roles), participants, guard
+        )
         # K as the user gave it; without it, K follows the names of a connected grid.
         given = number_of(participants, num_participants)
         self._given = kwargs.get(LEAST[0]) if given is None else given
@@ -185,6 +205,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.checkpoints = as_folder(checkpoints)
         self.algorithm = algorithm
         self.log = RoundLog(history)
+        self.rotate = rotate
+        self._adherence = Adherence(strict)
         self.progress = Progress()
         self.random = random.Random()
         self.last_nodes: list[int] = []
@@ -197,6 +219,10 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self._timeout: float | None = None
         self._grid: ConnectedGrid | None = None
         self._missing: list[int] = []
+        # With `rotate`, the nodes that have trained and do not in this round.
+        self._waiting: list[int] = []
+        self._connected = 0
+        self._accounted = False
         # The participants that a quorum has waited for in vain, and that are not back.
         self._absent = 0
         self._evaluated: ArrayRecord | None = None
@@ -228,8 +254,10 @@ class Averaging(FedAvg, Managed[RoundLog]):
 
     @property
     def streams(self) -> bool:  # type: ignore[override]
-        """Whether `aggregate_train` takes an iterator: not if a subclass overrides it."""
-        return getattr(type(self).aggregate_train, "folds_replies", False)
+        """Whether `aggregate_train` takes an iterator: not if anything overrides it."""
+        # Of the instance, which may have one of its own.
+        function = getattr(self.aggregate_train, "__func__", None)
+        return function is not None and getattr(function, "folds_replies", None) is function
 
     def summary(self) -> None:
         """Log the settings of the strategy."""
@@ -257,14 +285,9 @@ class Averaging(FedAvg, Managed[RoundLog]):
             spent.
         """
         self._connect(grid)
+        private = self._timeout is None and called_privately()
         if self._timeout is None:
-            total = None if self.algorithm is None else self.algorithm.total_epochs
-            refuse_in_foreign_loop(self.transport, total, self.checkpoints)
-            if called_privately():
-                check_private_weighting(self.weighting)
-                self._outer.check_private()
-            if self._grid is not None:
-                self._grid.transport.check_privacy()
+            self._check_foreign_loop(server_round, private)
         # Under a wrapper Flower's own loop runs, which has no hook for the start of a run: a round
         # number that does not grow is that of another run.
         if server_round <= self.progress.round:
@@ -275,7 +298,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             return []
         entries, record = self._begin_round(server_round, arrays, config)
         self._shared.send(arrays, self._features)
-        if self._timeout is None and server_round == 1 and self._shared.untrained:
+        if private and server_round == 1 and self._shared.untrained:
             warn_of_private_statistics(self._shared.untrained)
         self._renew_mean(server_round, record.local_epochs)
         members = choose_members(
@@ -287,8 +310,13 @@ class Averaging(FedAvg, Managed[RoundLog]):
             self.wait_for_participants,
             self.min_available_nodes,
             self._absent,
+            self.rotate,
         )
-        self.last_nodes, self._missing = members.nodes, members.missing
+        self._missing = members.missing
+        self._waiting = [n for n in self.last_nodes if n not in members.nodes and self.rotate]
+        self.last_nodes = self._waiting + members.nodes
+        self._say_who_trains(members.connected)
+        self._accounted = False
         self._absent = self.num_participants - len(members.nodes)
         self.log.open(record)
         reason = "it was not connected when the round began"
@@ -305,6 +333,15 @@ class Averaging(FedAvg, Managed[RoundLog]):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add the replies' models to the mean (eq. 2); invalid replies are refused.
 
+        A subclass may leave replies out or change them; the round then is what it passes on.
+
+        Returns
+        -------
+        ArrayRecord or None
+            The average; None if the budget is spent, or a subclass left out all replies.
+        MetricRecord or None
+            The aggregated metrics.
+
         Raises
         ------
         ColearnError
@@ -317,7 +354,11 @@ class Averaging(FedAvg, Managed[RoundLog]):
         accepted = self._mean.fold(self._in_order(replies), self._name_of)
         self.log.note_events(self._mean.events)
         record.participants = self._mean.participants
-        self._account()
+        left_out = self._account()
+        if left_out and not self._mean.count:
+            # As FedAvg without replies: the round has no average, and the model stays.
+            log(WARNING, "%s left out the replies of all participants", type(self).__name__)
+            return None, None
         average = self._outgoing.record(self._mean.mean())
         # Flower's own loop has no later hook for it.
         if self._timeout is None:
@@ -462,6 +503,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
     def measure(self, arrays: ArrayRecord) -> None:
         """Measure the relative change of the shared model."""
         if self.log.is_open:
+            self._account_for_own()
             self._change(arrays)
 
     def close(self, arrays: ArrayRecord) -> None:
@@ -514,6 +556,32 @@ class Averaging(FedAvg, Managed[RoundLog]):
             for name, value in participant_arguments(k, self._arguments, FRACTION, LEAST).items():
                 setattr(self, name, value)
 
+    def _check_foreign_loop(self, server_round: int, private: bool) -> None:
+        """Check what a loop outside `flwr_colearn.run`, a wrapper's or a subclass's, must not have.
+
+        Raises
+        ------
+        ColearnError
+            If the strategy has a feature that such a loop does not use.
+        """
+        total = None if self.algorithm is None else self.algorithm.total_epochs
+        connected = None if self._grid is None else self._grid.transport
+        refuse_in_foreign_loop(self.transport, connected, total, self.checkpoints, private)
+        if private:
+            check_private_weighting(self.weighting)
+            self._outer.check_private()
+            if connected is not None:
+                connected.check_privacy()
+        if self._grid is not None:
+            self._grid.check_by(self.check_reply)
+        elif server_round == 1 and self.transport.recovery is not None:
+            log(
+                WARNING,
+                "%s: this loop's grid has no restarts: grid = strategy.transport.connect(grid) "
+                "before the first round",
+                type(self).__name__,
+            )
+
     def _begin_round(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord
     ) -> tuple[dict[str, Any], RoundRecord]:
@@ -531,6 +599,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
             change = self._change(arrays) if self.progress.round else None
             plan, self.progress = self.algorithm.next_plan(server_round, self.progress, change)
             entries, record = plan.to_config(), plan_record(plan, self.progress)
+            # A step of an exchange of gradients is no training of its own.
+            self._adherence.renew(None if self.exchanges_steps else plan)
         self.time_limit = self.progress.time_limit(self._timeout, record.local_epochs)
         if self.time_limit is not None:
             entries["time-limit"] = self.time_limit
@@ -551,7 +621,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
     def _change(self, arrays: ArrayRecord) -> float | None:
         """Return the relative change of the last round, or of the one under way."""
         # Without a mean the run was resumed after the aggregation, and the change was restored.
-        averaged = self._mean is None or self._mean.count > 0
+        # A subclass with an aggregation of its own adds nothing to the mean.
+        averaged = self._mean is None or self._mean.count > 0 or self._shared.differs(arrays)
         return self._shared.change(arrays, averaged)
 
     def _renew_mean(self, server_round: int, epochs: int) -> None:
@@ -570,28 +641,91 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 gradients=self.exchanges_steps,
                 # Its noise is calibrated for K participants, of which none may be left out.
                 refuses=not private,
+                admits=self._check_plan,
             )
             self._mean.examples.restore(self._told)
             if self._mean.updates is not None and self._guarded is not None:
                 self._mean.updates.restore(self._guarded)
         self._mean.renew(server_round, self._shared.arrays, epochs)
 
-    def _account(self) -> None:
-        """Record the round's traffic and events, and check that enough participants replied."""
+    def _account(self) -> list[str]:
+        """Record the round's traffic and events, and check that enough participants replied.
+
+        Returns
+        -------
+        list of str
+            The participants whose replies a subclass left out, which are not lost.
+        """
         if self._grid is None:
-            return
+            self._note_adherence({})
+        if self._grid is None or self._accounted:
+            return []
         assert self._mean is not None
+        self._accounted = True
         traffic = self._grid.take()
         self._absent += traffic.gone
         self.log.note_traffic(traffic)
         self._mean.note(traffic.events)
-        # Missing nodes too, so that their participants take part again when they reconnect.
-        self.last_nodes = self._grid.node_ids + self._missing
+        self._note_nodes()
         if epochs := self.log.record.local_epochs:
             self.progress = self.progress.timed(traffic.seconds, epochs)
+        self._note_adherence(traffic.durations)
+        lost = {e.participant for e in self._mean.events if e.kind in ("refusal", "absence")}
+        left_out = set(traffic.names.values()) - lost - set(self._mean.participants)
         recovery = self._grid.transport.recovery
+        # Without an override every reply that arrived is in the mean or refused.
+        if self.streams:
+            left_out = set()
         if recovery is not None:
-            self._mean.require(recovery.required(self.num_participants))
+            self._mean.require(recovery.required(self.num_participants) - len(left_out))
+        reason = f"aggregate_train of {type(self).__name__} passed no reply of it on"
+        self.log.note_events(Event("absence", name, reason) for name in sorted(left_out))
+        return sorted(left_out)
+
+    def _account_for_own(self) -> None:
+        """Record the traffic of a round whose aggregation is a subclass's own, without `super`."""
+        if self._grid is None or self._accounted or self._mean is None:
+            return
+        self._accounted = True
+        traffic = self._grid.take()
+        self.log.note_traffic(traffic)
+        absent = {event.participant for event in traffic.events if event.kind == "absence"}
+        self.log.record.participants = sorted(set(traffic.names.values()) - absent)
+        self._note_adherence(traffic.durations)
+        self._note_nodes()
+
+    def _say_who_trains(self, connected: int) -> None:
+        """Log, when the number changes, that more participants are connected than train."""
+        if connected > self.num_participants and connected != self._connected:
+            log(
+                WARNING,
+                "%s: %s of %s connected sites train%s",
+                type(self).__name__,
+                self.num_participants,
+                connected,
+                ", in turn"
+                if self.rotate
+                else f", the same in every round; num_participants={connected} trains all, "
+                "rotate=True lets them take turns",
+            )
+        self._connected = connected
+
+    def _note_nodes(self) -> None:
+        """Remember the nodes of the round, after any replacement."""
+        assert self._grid is not None
+        nodes = self._grid.node_ids
+        # Missing nodes too, so that their participants take part again when they reconnect.
+        others = [node for node in self._waiting if node not in nodes]
+        self.last_nodes = others + nodes if self.rotate else nodes + self._missing
+
+    def _check_plan(self, reply: Message) -> None:
+        """Raise a ColearnError for a reply of other epochs than the plan's, if this is strict."""
+        self._adherence.check(self._name_of(reply.metadata.src_node_id), echo_of(reply))
+
+    def _note_adherence(self, seconds: Mapping[str, float]) -> None:
+        """Record a warning for the participants that do not follow the plan."""
+        participants = self.log.record.participants
+        self.log.note_events(self._adherence.events(participants, seconds))
 
     def _in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
         """Return replies sorted by participant if a sum's last bit depends on it (float64)."""
@@ -614,6 +748,8 @@ class Averaging(FedAvg, Managed[RoundLog]):
         """Reset the state of an earlier run."""
         self.progress, self._mean, self._guarded, self._told = Progress(), None, None, {}
         self.last_nodes, self._missing, self._absent = [], [], 0
+        self._waiting, self._connected = [], 0
         self._shared.clear()
         self._outer.clear()
+        self._adherence.clear()
         self.log.clear()

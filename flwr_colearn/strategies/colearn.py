@@ -10,7 +10,7 @@ from ..compression import Compression
 from ..epoch_rules import EpochRule
 from ..history import History
 from ..normalization import Normalization, Pooled
-from ..policy import Guard, Recovery
+from ..policy import DEFAULT_RECOVERY, Guard, Recovery
 from ..roles import Roles
 from ..schedules import LearningRate, RateFunction
 from .algorithm import algorithm_of
@@ -76,8 +76,8 @@ class CoLearn(Averaging):
     weighting : {"uniform", "weighted"}, default "uniform"
         "uniform" for 1/K each as in eq. 2, "weighted" for FedAvg's `weighted_by_key` (number of
         examples).
-    roles, history, wait_for_participants, recovery, checkpoints, compression, normalization, \
-participants, guard
+    roles, names, history, wait_for_participants, recovery, checkpoints, compression, \
+normalization, participants, guard, rotate, strict
         See `Averaging`.
     outer : OuterOptimizer, optional
         `flwr_colearn.Nesterov` or `flwr_colearn.ServerRate`, which are not in the paper; see
@@ -115,21 +115,25 @@ participants, guard
         local_steps: int | None = None,
         weighting: Weighting = "uniform",
         roles: Roles = None,
+        names: Sequence[str] | None = None,
         history: str | Path | History | None = None,
         wait_for_participants: float | None = None,
-        recovery: Recovery | None = Recovery(),  # noqa: B008  (an immutable value)
+        recovery: Recovery | None = DEFAULT_RECOVERY,
         checkpoints: str | Path | CheckpointFolder | None = None,
-        compression: Compression = Compression(),  # noqa: B008
+        compression: Compression = Compression(),  # noqa: B008  (an immutable value)
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
         guard: Guard | None = Guard(),  # noqa: B008
         outer: OuterOptimizer | None = None,
+        rotate: bool = False,
+        strict: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
             num_participants,
             weighting=weighting,
             roles=roles,
+            names=names,
             history=history,
             wait_for_participants=wait_for_participants,
             recovery=recovery,
@@ -139,6 +143,8 @@ participants, guard
             participants=participants,
             guard=guard,
             outer=outer,
+            rotate=rotate,
+            strict=strict,
             algorithm=algorithm_of(local_epochs, learning_rate, total_epochs, local_steps),
             **kwargs,
         )

@@ -35,6 +35,7 @@ class SharedModel:
         self.trained: list[str] = []
         self.variances: list[str] = []
         self._known: list[bytes] | None = None
+        self._sent: list[bytes] = []
         self._change: float | None = None
         self._measured = False
 
@@ -56,6 +57,7 @@ class SharedModel:
         """
         # The relative change of the last round has been used for this round's plan by now.
         self.arrays, self._measured = view(record), False
+        self._sent = fingerprint(record)
         if not self.roles:
             check_initial(self.arrays)
             roles = assign_roles(self.arrays, transport.roles)
@@ -85,9 +87,14 @@ class SharedModel:
         if self._measured and (self._known is None or is_unchanged(record, self._known)):
             return self._change
         new, old = trainable(view(record), self.roles), trainable(self.arrays, self.roles)
-        self._change = relative_change(new, old) if averaged else None
+        # A model of integers only has no weights whose change could be measured.
+        self._change = relative_change(new, old) if averaged and new else None
         self._known, self._measured = fingerprint(record), True
         return self._change
+
+    def differs(self, record: ArrayRecord) -> bool:
+        """Return whether a record has other arrays than the model sent, by identity."""
+        return not is_unchanged(record, self._sent)
 
     def state(self) -> Mapping[str, str | None]:
         """Return the last relative change in types of JSON, without rounding."""
