@@ -19,6 +19,7 @@ from .compression import (
     register,
 )
 from .dynamic import (
+    Calibrated,
     DynamicAveraging,
     DynamicHistory,
     DynamicRecord,
@@ -72,6 +73,7 @@ __all__ = [
     "Averaging",
     "BFloat16",
     "BatchRenorm",
+    "Calibrated",
     "CheckpointFolder",
     "CoLearn",
     "ColearnError",
