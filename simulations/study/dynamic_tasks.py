@@ -1,6 +1,7 @@
 """The tasks of the study of dynamic averaging: what learners see, and with which network."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ def build_streams(setting: Setting, data_dir: str) -> list[Stream]:
         ]
     inputs, targets = _data(setting.task, data_dir, train=True)
     inputs, targets = inputs[: setting.examples or None], targets[: setting.examples or None]
-    streams = []
+    streams: list[Stream] = []
     for shard, seed in zip(_shards(setting, data_dir, len(targets)), seeds, strict=True):
         own = torch.from_numpy(shard)
         passes = Passes(inputs[own], targets[own], setting.batch_size, seed)
@@ -123,6 +124,7 @@ def _shards(setting: Setting, data_dir: str, examples: int) -> Shards:
     return group_shards(kept[:examples], setting.learners, setting.seed)
 
 
+@cache
 def _data(task: str, data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
     inputs, targets = _loaded(task, data_dir, train)
     if task == "cifar10":
