@@ -12,7 +12,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -226,8 +226,9 @@ def write_report(units: Sequence[DynamicUnit], setting: Setting, output: Path, t
     """Write table.md, tradeoff.png and over-time.png (of the first seed); return the table."""
     names = dict.fromkeys(unit.operator for unit in units)
     runs = [[unit for unit in units if unit.operator == name] for name in names]
+    alone = {unit.config["seed"]: unit.losses[-1] for unit in units if unit.operator == "none"}
     table: str = tabulate(
-        [_row(own) for own in runs], headers="keys", tablefmt="github", disable_numparse=True
+        [_row(own, alone) for own in runs], headers="keys", tablefmt="github", disable_numparse=True
     )
     (output / "table.md").write_text(table + "\n")
     save_tradeoff(
@@ -251,11 +252,14 @@ def write_report(units: Sequence[DynamicUnit], setting: Setting, output: Path, t
     return table
 
 
-def _row(runs: Sequence[DynamicUnit]) -> dict[str, object]:
+def _row(runs: Sequence[DynamicUnit], alone: Mapping[object, float]) -> dict[str, object]:
+    """Return a row of the table; `alone` is the loss without averaging, by seed."""
+    pairs = [(run.losses[-1], alone.get(run.config["seed"])) for run in runs]
     probed = [run.held_out for run in runs if run.held_out is not None]
     return {
         "operator": runs[0].operator,
         "cumulative loss": _spelled([run.losses[-1] for run in runs], ",.0f"),
+        "less than none": _spelled([none - own for own, none in pairs if none is not None], ",.0f"),
         "held-out loss": _spelled(probed, ".3f"),
         "MB up+down": f"{statistics.mean(run.bytes[-1] for run in runs) / 1e6:,.2f}",
         "of it control": f"{statistics.mean(run.control for run in runs) / 1e6:,.2f}",

@@ -181,6 +181,18 @@ def test_a_table_has_means_and_standard_errors(tmp_path):
     assert "| 20 ± 6 " in table  # 10 / sqrt(3)
 
 
+def test_differences_are_paired_by_seed(tmp_path):
+    """Losses that differ by 2 and 4 whatever the seed adds: 3 less, with a standard error of 1."""
+    units = []
+    for seed, base, gain in ((0, 10.0, 2.0), (1, 90.0, 4.0)):
+        for name, loss in (("none", base), ("periodic-8", base - gain)):
+            unit = run_unit("none", replace(QUICK, steps=8, seed=seed), "")
+            units.append(replace(unit, operator=name, losses=[loss], steps=[8], bytes=[1]))
+    table = write_report(units, QUICK, tmp_path, "t")
+    assert "| 3 ± 1 " in table
+    assert "| 0 ± 0 " in table
+
+
 @pytest.mark.skipif(not DATA, reason="set COLEARN_DATA to the folder with SpeechCommands")
 @pytest.mark.parametrize("by_speaker", [False, True])
 def test_learners_share_speakers_unless_dealt_by_speaker(by_speaker):
