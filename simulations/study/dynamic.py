@@ -62,7 +62,7 @@ STUDIES = {
     "mnist-once": Study(DIGITS, EVERY_TENTH),
     "mnist-repeated": Study(replace(DIGITS, examples=2350), EVERY_TENTH),
     "drift": Study(
-        Setting("drift", learners=10, steps=400, batch_size=10, learning_rate=0.1, drifts=1),
+        Setting("drift", learners=5, steps=400, batch_size=10, learning_rate=0.1, drifts=1),
         (
             "none", "periodic-8", "periodic-32", "dynamic-0.2@8", "dynamic-1@8", "dynamic-auto@8",
         ),
