@@ -149,7 +149,7 @@ def test_a_relative_threshold_is_that_of_the_protocol_too(m, seed, fraction):
 
 
 def test_the_runs_that_are_replayed_have_every_kind_of_round():
-    run = replay(12, 1, 3, 0.2, lambda r: 0.2)
+    run = replay(16, 1, 3, 0.2, lambda r: 0.2)
     assert min(run.kinds.count(kind) for kind in ("none", "partial", "full")) >= 20
     assert [1, 2, 4] in run.all_groups
 
