@@ -1,8 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from clients.torch.models.small import densenet40, resnet8, small_cnn
+from clients.torch.models.small import densenet40, resnet8, small_cnn, speech_cnn
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
@@ -17,6 +19,8 @@ def count(model, kind):
         (densenet40, 1_019_722, (3, 32, 32)),  # the number that the paper's authors' net has
         (resnet8, 78_042, (3, 32, 32)),
         (small_cnn, 9_978, (1, 8, 8)),
+        (speech_cnn, 12_538, (1, 98, 40)),
+        (partial(speech_cnn, norm=False), 12_426, (1, 98, 40)),
     ],
 )
 def test_parameters_and_output_shape(build, parameters, image):
