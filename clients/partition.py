@@ -113,6 +113,34 @@ def class_shards(labels: Labels, num_partitions: int, classes_each: int, seed: i
     return _checked([np.sort(np.concatenate(shard)) for shard in shards])
 
 
+def group_shards(groups: npt.ArrayLike, num_partitions: int, seed: int) -> Shards:
+    """Return shards of about equal size that split no group, for instance no speaker's clips.
+
+    Parameters
+    ----------
+    groups : array, [N]
+        The group of every example.
+    num_partitions : int
+        K, the number of participants.
+    seed : int
+        The seed of the order in which groups are assigned, each to the smallest shard so far.
+
+    Returns
+    -------
+    list of arrays
+        The indices of each participant's examples, ascending.
+    """
+    names, members = np.unique(np.asarray(groups), return_inverse=True)
+    shards: list[list[npt.NDArray[np.int64]]] = [[] for _ in range(num_partitions)]
+    sizes = [0] * num_partitions
+    for group in np.random.default_rng(seed).permutation(len(names)):
+        smallest = int(np.argmin(sizes))
+        shards[smallest].append(np.flatnonzero(members == group))
+        sizes[smallest] += len(shards[smallest][-1])
+    empty = [np.empty(0, np.int64)]
+    return _checked([np.sort(np.concatenate(empty + shard)) for shard in shards])
+
+
 def _checked(shards: Shards) -> Shards:
     # An empty shard would fail only later, in that participant's trainer.
     empty = [index for index, shard in enumerate(shards) if len(shard) == 0]

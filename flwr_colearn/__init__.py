@@ -20,6 +20,7 @@ from .compression import (
     register,
 )
 from .dynamic import (
+    Calibrated,
     DynamicAveraging,
     DynamicHistory,
     DynamicRecord,
@@ -81,6 +82,7 @@ __all__ = [
     "BatchRenorm",
     "Best",
     "BestModel",
+    "Calibrated",
     "CheckpointFolder",
     "CoLearn",
     "ColearnError",

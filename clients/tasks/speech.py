@@ -69,7 +69,7 @@ def load(data_dir: str, split: str, classes: tuple[str, ...] = ()) -> Task:
     words = classes or tuple(sorted({_word(name) for name in names}))
     clips, kept = _clips(folder, names, words)
     places = _parts(kept, split, folder)
-    order = np.random.default_rng(0).permutation(places["training"])
+    order = _training_order(places)
     held_out = np.concatenate([places["validation"], places["testing"]])
     metrics = partial(
         validation_and_test, validation=len(places["validation"]), test=len(places["testing"])
@@ -81,6 +81,25 @@ def load(data_dir: str, split: str, classes: tuple[str, ...] = ()) -> Task:
         {"num_classes": len(words)},
         own_objective=CLASSES,
     )
+
+
+@cache
+def training_speakers(data_dir: str, split: str) -> tuple[str, ...]:
+    """Return the speaker of every clip of the training set, in the order of `load`.
+
+    Raises
+    ------
+    ColearnError
+        As `load`.
+    """
+    folder, names = _listing(data_dir)
+    kept = _prepared(folder, names)["names"].tolist()
+    order = _training_order(_parts(kept, split, folder))
+    return tuple(speaker(kept[index].partition("/")[2]) for index in order)
+
+
+def _training_order(places: dict[str, NDArray]) -> NDArray:
+    return np.random.default_rng(0).permutation(places["training"])
 
 
 def definition(settings: ParticipantSettings) -> Task:

@@ -133,6 +133,41 @@ class Drifting:
         return model.sample(self.batch_size, rng)
 
 
+@dataclass(frozen=True)
+class Relabelled:
+    """A stream whose classes are numbered anew at given times, the same way for all learners.
+
+    Attributes
+    ----------
+    stream : Stream
+        The stream.
+    drifts : tuple of int
+        The numbers of the mini-batches that are the first with another numbering, ascending.
+    classes : int
+        The number of classes.
+    seed : int
+        The seed of the numberings.
+    """
+
+    stream: Stream
+    drifts: tuple[int, ...]
+    classes: int
+    seed: int
+
+    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return mini-batch number `index`."""
+        inputs, targets = self.stream.batch(index)
+        concept = sum(index >= drift for drift in self.drifts)
+        return inputs, relabelled(targets, concept, self.classes, self.seed)
+
+
+def relabelled(targets: Tensor, concept: int, classes: int, seed: int) -> Tensor:
+    """Return classes [N] in the numbering of a concept; that of concept 0 is the original one."""
+    if not concept:
+        return targets
+    return torch.from_numpy(np.random.default_rng((seed, concept)).permutation(classes))[targets]
+
+
 def random_drifts(steps: int, drifts: int, seed: int) -> tuple[int, ...]:
     """Return the random times of a number of drifts, no two of them close together."""
     rng = np.random.default_rng(seed)

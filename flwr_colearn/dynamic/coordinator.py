@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from logging import WARNING
+from logging import INFO, WARNING
 from random import Random
 
 import numpy as np
@@ -124,6 +124,8 @@ class Coordinator:
         The number of learners that a quorum has waited for in vain, and that are not back.
     guard : Guard or None
         The bounds of a model's distance to the reference, in the place of an update's norm.
+    measured : list of float
+        The mean over the learners of |f_i - r|^2 at each of the operator's calibration checks.
     updates : Updates or None
         The distances of models that were received, with the guard's state.
     """
@@ -140,8 +142,10 @@ class Coordinator:
     pending: Pending | None = None
     absent: int = 0
     guard: Guard | None = None
+    measured: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._in_use = self.operator
         self._mean = self._new_mean()
         self.updates: Updates | None = None
         if self.guard is not None:
@@ -249,7 +253,8 @@ class Coordinator:
     def _open(self, server_round: int, nodes: Sequence[int], config: ConfigRecord) -> None:
         b = self.operator.check_every
         self.nodes, self.present, self._config = list(nodes), [], config
-        bounds = self.operator.bounds(len(nodes), self.reference.square, self.random)
+        self._in_use = self.operator.calibrated(self.measured)
+        bounds = self._in_use.bounds(len(nodes), self.reference.square, self.random)
         self._bounds = dict(zip(nodes, bounds, strict=True))
         self.log.open(DynamicRecord(server_round, server_round * b, delta=min(bounds)))
         self._mean = self._new_mean()
@@ -289,7 +294,9 @@ class Coordinator:
 
     def _note_training(self, answers: dict[int, _Answer]) -> None:
         record = self.record
-        record.largest_distance = max(answer.report.distance for answer in answers.values())
+        distances = [answer.report.distance for answer in answers.values()]
+        record.largest_distance = max(distances)
+        self._calibrate(distances)
         losses: list[tuple[float, float]] = []
         for node, answer in answers.items():
             examples, loss = answer.metrics.get("num-examples", 0), answer.metrics.get("loss")
@@ -300,6 +307,17 @@ class Coordinator:
                 name = self.grid.name_of(node)
                 log(WARNING, "Averaging: loss of learner %s left out: found %s", name, loss)
         record.loss = self._whole_loss(losses, len(answers))
+
+    def _calibrate(self, distances: list[float]) -> None:
+        """Keep the mean distance of a calibration check, and log the operator after the last."""
+        checks = self.operator.calibration_checks
+        if len(self.measured) == checks:
+            return
+        # Summed exactly, so that the order of replies does not matter.
+        self.measured.append(math.fsum(distances) / len(distances))
+        if len(self.measured) == checks:
+            calibrated = self.operator.calibrated(self.measured)
+            log(INFO, "Averaging: calibrated in %s checks: %s", checks, calibrated)
 
     def _whole_loss(self, losses: list[tuple[float, float]], learners: int) -> float | None:
         """Return the sum of the loss over all examples, from (examples, loss) of each learner.
@@ -343,7 +361,7 @@ class Coordinator:
             random=self.random,
         )
         came: list[int] = []
-        for group in self.operator.further(balance):
+        for group in self._in_use.further(balance):
             answers = self._ask([self._question("fetch", self.present[index]) for index in group])
             came += [node for node, answer in answers.items() if answer.has_model]
             self.record.groups.append(len(group))

@@ -6,61 +6,19 @@ operator is an immutable value, independent of Flower.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from random import Random
+from typing import Literal
 
 from ..errors import expected, real_number, whole_number
 from .balancing import Balance, augment
+from .thresholds import Absolute, Calibrated, Relative
 
 ALWAYS = -1.0
 """A bound that every squared distance exceeds, so that the learner always sends its model."""
 
 NEVER = math.inf
-
-
-@dataclass(frozen=True)
-class Relative:
-    """A threshold as a fraction of |r|^2, since Delta scales with the model.
-
-    Delta = fraction * |r|^2, computed for every reference. With ``Relative(0.01)`` a model may move
-    by a tenth of the reference's norm.
-
-    Raises
-    ------
-    ColearnError
-        If the fraction is negative or not finite.
-    """
-
-    fraction: float
-
-    def __post_init__(self) -> None:
-        real_number("fraction of Relative", self.fraction, least=0.0)
-
-    def delta(self, reference_square: float) -> float:
-        """Return Delta for a reference with that squared norm."""
-        return self.fraction * reference_square
-
-
-@dataclass(frozen=True)
-class Absolute:
-    """A threshold Delta, a squared distance; with ``math.inf`` no model is ever sent.
-
-    Raises
-    ------
-    ColearnError
-        If Delta is negative or NaN.
-    """
-
-    value: float
-
-    def __post_init__(self) -> None:
-        if self.value != math.inf:
-            real_number("threshold", self.value, least=0.0)
-
-    def delta(self, reference_square: float) -> float:
-        """Return Delta, the same for every reference."""
-        return float(self.value)
 
 
 class Operator(ABC):
@@ -73,6 +31,22 @@ class Operator(ABC):
     """
 
     check_every: int
+
+    @property
+    def calibration_checks(self) -> int:
+        """The number of checks at the beginning of a run whose distances the operator needs."""
+        return 0
+
+    def calibrated(self, measured: Sequence[float]) -> "Operator":
+        """Return the operator to use at the next check.
+
+        Parameters
+        ----------
+        measured : sequence of float
+            The mean over the learners of |f_i - r|^2 at each check so far, up to
+            `calibration_checks` of them.
+        """
+        return self
 
     @abstractmethod
     def bounds(self, learners: int, reference_square: float, random: Random) -> list[float]:
@@ -112,8 +86,9 @@ class Dynamic(Operator):
 
     Parameters
     ----------
-    threshold : float, Absolute or Relative
-        Delta, the squared distance; or a fraction of |r|^2.
+    threshold : float, Absolute, Relative, Calibrated or "auto"
+        Delta, the squared distance; a fraction of |r|^2; or a multiple of what learners move in the
+        first checks, with "auto" for ``Calibrated()``.
     check_every : int, default 1
         b, the number of mini-batches.
 
@@ -128,13 +103,26 @@ class Dynamic(Operator):
     [1.5, 1.5]
     """
 
-    threshold: float | Absolute | Relative
+    threshold: float | Absolute | Relative | Calibrated | Literal["auto"]
     check_every: int = 1
 
     def __post_init__(self) -> None:
         _check(self)
-        if not isinstance(self.threshold, Absolute | Relative):
-            object.__setattr__(self, "threshold", Absolute(self.threshold))
+        object.__setattr__(self, "threshold", _threshold(self.threshold))
+
+    @property
+    def calibration_checks(self) -> int:
+        """The number of checks that a `Calibrated` threshold measures."""
+        return self.threshold.checks if isinstance(self.threshold, Calibrated) else 0
+
+    def calibrated(self, measured: Sequence[float]) -> Operator:
+        """Return periodic averaging during the calibration, then dynamic averaging with Delta."""
+        if not isinstance(self.threshold, Calibrated):
+            return self
+        threshold = self.threshold.after(measured)
+        return (
+            Periodic(self.check_every) if threshold is None else replace(self, threshold=threshold)
+        )
 
     def bounds(self, learners: int, reference_square: float, random: Random) -> list[float]:
         """Return Delta for every learner."""
@@ -145,8 +133,19 @@ class Dynamic(Operator):
         return augment(balance, self._delta(balance.reference_square))
 
     def _delta(self, reference_square: float) -> float:
+        # A calibrated threshold is a number before it is used, see `calibrated`.
         assert isinstance(self.threshold, Absolute | Relative)
         return self.threshold.delta(reference_square)
+
+
+def _threshold(value: object) -> Absolute | Relative | Calibrated:
+    if isinstance(value, Absolute | Relative | Calibrated):
+        return value
+    if value == "auto":
+        return Calibrated()
+    if isinstance(value, str):
+        raise expected("threshold", 'a number, Relative, Calibrated or "auto"', value)
+    return Absolute(value)  # type: ignore[arg-type]  # which checks it
 
 
 @dataclass(frozen=True)

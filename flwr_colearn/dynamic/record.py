@@ -32,7 +32,8 @@ class DynamicRecord:
     cumulative_loss : float or None
         The sum of the loss over all rounds.
     delta : float
-        The bound on |f_i - r|^2 in this round: -1 for every model, infinity for none.
+        The bound on |f_i - r|^2 in this round: -1 for every model, as in the checks of a
+        calibration, infinity for none.
     largest_distance : float
         The largest |f_i - r|^2 of a learner.
     reporters : list of str

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common import log
@@ -24,8 +24,9 @@ from ..roles import NDArray, Role, Roles, assign_roles
 from ..traffic import Event
 from ..transport import ConnectedGrid, Transport
 from .coordinator import Coordinator, Pending, Reference
-from .operators import Absolute, Dynamic, Operator, Relative
+from .operators import Dynamic, Operator
 from .record import DynamicHistory, DynamicLog, DynamicRecord
+from .thresholds import Absolute, Calibrated, Relative
 
 MEAN = "mean of all learners"
 
@@ -77,10 +78,9 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         The bounds of the distance of one learner's model to the reference, see
         `flwr_colearn.Guard`: mini-batches since the reference take the place of local epochs.
         ``None`` for none.
-    seed : int, optional
-        The seed of the random choices among learners.
-    outer : None
-        Refused if given: there is no step of one shared model, since learners keep their own.
+    seed : int, default 0
+        The seed of the random choices among learners, so that a run can be repeated. With ``None``
+        every run chooses differently.
 
     Attributes
     ----------
@@ -108,16 +108,8 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         compression: Compression = Compression(),  # noqa: B008  (an immutable value)
         participants: Sequence[str] | None = None,
         guard: Guard | None = Guard(),  # noqa: B008
-        seed: int | None = None,
-        outer: None = None,
+        seed: int | None = 0,
     ) -> None:
-        if outer is not None:
-            raise expected(
-                f"outer of {type(self).__name__}",
-                "None, since learners keep models of their own, and a mean replaces those of its "
-                "group; use CoLearn or Averaging",
-                outer,
-            )
         if not isinstance(operator, Operator):
             raise expected("operator", "one of flwr_colearn.dynamic", operator)
         self.transport = Transport(
@@ -407,6 +399,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         state: dict[str, Any] = {
             "reference-round": reference.round,
             "violations": coordinator.violations,
+            "measured": coordinator.measured,
             "nodes": coordinator.nodes,
             "random": coordinator.random.getstate(),
         }
@@ -436,6 +429,8 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         roles: dict[str, Role] = assign_roles(view(reference), self._features.roles)
         coordinator = self._new_coordinator(Reference(reference, state["reference-round"], roles))
         coordinator.violations = state["violations"]
+        # A checkpoint of version 0.6 is of an operator that measures nothing.
+        coordinator.measured = list(state.get("measured", ()))
         coordinator.nodes = [int(node) for node in state["nodes"]]
         version, numbers, gauss = state["random"]
         coordinator.random.setstate((version, tuple(numbers), gauss))
@@ -462,9 +457,10 @@ class DynamicAveraging(ModelAveraging):
 
     Parameters
     ----------
-    threshold : float, Absolute or Relative
+    threshold : float, Absolute, Relative, Calibrated or "auto"
         Delta, a squared distance over the trainable arrays; ``Relative(0.01)`` is a fraction of
-        |r|^2. Choose it from ``largest_distance`` in the history of a short run.
+        |r|^2. "auto" is ``Calibrated()``: the first checks synchronise fully and measure how far
+        the learners move, and Delta is a multiple of that.
     check_every : int, default 1
         b, the number of mini-batches in a round.
     num_learners : int, optional
@@ -481,7 +477,7 @@ class DynamicAveraging(ModelAveraging):
 
     def __init__(
         self,
-        threshold: float | Absolute | Relative,
+        threshold: float | Absolute | Relative | Calibrated | Literal["auto"],
         check_every: int = 1,
         *,
         num_learners: int | None = None,

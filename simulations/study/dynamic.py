@@ -9,9 +9,10 @@ its result is written as it ends, and a re-run skips what is there.
 
 import argparse
 import logging
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,68 +23,16 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clients.partition import equal_shards
-from clients.tasks import cifar10, mnist
-from clients.torch.models.small import mnist_cnn, resnet8
 from clients.torch.online import dump, load, make_online_app
-from clients.torch.streams import Drifting, Interleaved, Passes, Stream, random_drifts
-from clients.torch.tasks import tensors_of
-from clients.torch.transforms import normalise
-from clients.trainer import derive_seed
-from flwr_colearn import ColearnError, InProcessGrid, ModelAveraging
-from flwr_colearn.dynamic import (
-    Dynamic,
-    FractionAveraging,
-    Never,
-    Operator,
-    Periodic,
-    Serial,
-)
+from clients.torch.streams import Interleaved, Stream
+from flwr_colearn import InProcessGrid, ModelAveraging
+from flwr_colearn.dynamic import Serial
 from simulations.study.dynamic_figures import save_over_time, save_tradeoff
+from simulations.study.dynamic_operators import operator_named
+from simulations.study.dynamic_tasks import Setting, build_model, build_streams, held_out
 from simulations.study.units import load_or_run
 
-FEATURES, HIDDEN = 100, 64
-TEST_EXAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all operators of a study have in common.
-
-    Attributes
-    ----------
-    task : str
-        "mnist", "drift" or "cifar10".
-    learners : int
-        m.
-    steps : int
-        Mini-batches of every learner.
-    batch_size : int
-        Examples in each.
-    learning_rate : float
-        Of plain SGD.
-    examples : int
-        Training examples used, all learners together; 0 for all. The graphical models of "drift"
-        never run out.
-    drifts : int
-        How often the data changes, in "drift".
-    seed : int
-        Of data, initial model and the operator's choices.
-    """
-
-    task: str
-    learners: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    examples: int = 0
-    drifts: int = 0
-    seed: int = 0
-
-    @property
-    def drift_times(self) -> tuple[int, ...]:
-        """Steps at which the data changes."""
-        return random_drifts(self.steps, self.drifts, self.seed)
+PROBE_EVERY, PROBE_EXAMPLES = 50, 500
 
 
 @dataclass(frozen=True)
@@ -94,42 +43,35 @@ class Study:
     operators: tuple[str, ...]
 
 
+SPEECH = Setting("speech", learners=5, steps=600, batch_size=10, learning_rate=0.1, drifts=1)
+DIGITS = Setting("mnist", learners=5, steps=400, batch_size=10, learning_rate=0.1, drifts=1)
+EVERY_TENTH = (
+    "none",
+    "periodic-10",
+    "periodic-30",
+    "dynamic-1%@10",
+    "dynamic-3%@10",
+    "dynamic-auto@10",
+)
+
 STUDIES = {
-    "mnist": Study(
-        Setting("mnist", learners=10, steps=400, batch_size=10, learning_rate=0.1),
-        (
-            "periodic-1", "periodic-2", "periodic-4", "periodic-8",
-            "fedavg-0.3", "fedavg-0.5",
-            "dynamic-0.1", "dynamic-0.3", "dynamic-1", "dynamic-3",
-            "none", "serial",
-        ),
-    ),
-    "mnist-long": Study(
-        Setting("mnist", learners=10, steps=2400, batch_size=10, learning_rate=0.1),
-        (
-            "periodic-8", "periodic-16", "periodic-32", "periodic-64",
-            "dynamic-0.3@8", "dynamic-1@8", "dynamic-3@8", "none",
-        ),
-    ),
-    "mnist-100": Study(
-        Setting("mnist", learners=100, steps=320, batch_size=10, learning_rate=0.1),
-        (
-            "periodic-8", "periodic-16", "periodic-32", "periodic-64",
-            "dynamic-0.3@8", "dynamic-1@8", "dynamic-3@8", "none",
-        ),
-    ),
+    "speech": Study(SPEECH, (*EVERY_TENTH, "full-1%@10")),
+    "speech-by-speaker": Study(replace(SPEECH, by_speaker=True), EVERY_TENTH),
+    "speech-without-norm": Study(replace(SPEECH, norm=False), EVERY_TENTH),
+    # 20,000 examples are trained: each once, or 2,350, as many as speech has, 8.5 times each.
+    "mnist-once": Study(DIGITS, EVERY_TENTH),
+    "mnist-repeated": Study(replace(DIGITS, examples=2350), EVERY_TENTH),
     "drift": Study(
-        Setting("drift", learners=10, steps=800, batch_size=10, learning_rate=0.1, drifts=3),
+        Setting("drift", learners=5, steps=400, batch_size=10, learning_rate=0.1, drifts=1),
         (
-            "periodic-1", "periodic-8", "dynamic-0.05", "dynamic-0.2", "dynamic-1", "none",
-            "serial",
+            "none", "periodic-8", "periodic-32", "dynamic-0.2@8", "dynamic-1@8", "dynamic-auto@8",
         ),
     ),
     "cifar10": Study(
         Setting(
             "cifar10", learners=5, steps=128, batch_size=10, learning_rate=0.05, examples=10_000
         ),
-        ("periodic-1", "periodic-8", "dynamic-0.3", "dynamic-1", "dynamic-3", "none", "serial"),
+        ("none", "periodic-1", "periodic-8", "dynamic-0.3", "dynamic-1", "serial"),
     ),
 }  # fmt: skip
 
@@ -153,6 +95,10 @@ class DynamicUnit:
         Transfers, both directions.
     control : int
         Bytes of configs and metrics among `bytes`.
+    held_out : float or None
+        The loss of the learners' own models on examples that no learner trains on: the mean over
+        learners, examples and the times of measurement, every `PROBE_EVERY` steps; None in a run
+        that is too short to have one.
     accuracy : float
         Of the mean of all models at the end, on test data.
     seconds : float
@@ -166,85 +112,55 @@ class DynamicUnit:
     bytes: list[int]
     models: int
     control: int
+    held_out: float | None
     accuracy: float
     seconds: float
 
 
-def operator_named(name: str, learners: int) -> Operator:
-    """Return the operator: "periodic-B", "fedavg-C@B", "dynamic-DELTA@B", "none" or "serial".
+@dataclass(frozen=True)
+class Probing:
+    """A stream that measures the learner's model on held-out examples as it goes.
 
-    B, the mini-batches between two opportunities, is 8 for FedAvg and 1 for dynamic averaging
-    unless it is given. Serial learning takes the mini-batches of all learners in turn.
+    The learner asks for a mini-batch when its model is the one that it has before the step, so
+    models of all operators are measured at the same steps.
 
-    Raises
-    ------
-    ColearnError
-        If there is no such operator.
+    Attributes
+    ----------
+    stream : Stream
+        The stream.
+    measure : callable
+        ``step -> loss`` of the model as it is.
+    losses : list of float
+        The results.
     """
-    kind, _, rest = name.partition("-")
-    value, _, every = rest.partition("@")
-    try:
-        if kind == "periodic":
-            return Periodic(int(value))
-        if kind == "fedavg":
-            return FractionAveraging(float(value), int(every or 8))
-        if kind == "dynamic":
-            return Dynamic(float(value), int(every or 1))
-        if name in ("none", "serial"):
-            return Never() if name == "none" else Serial(check_every=learners)
-    except ValueError:
-        pass
-    raise ColearnError(
-        "operator: expected periodic-B, fedavg-C@B, dynamic-DELTA@B, none or serial, found "
-        + repr(name)
-    )
 
+    stream: Stream
+    measure: Callable[[int], float]
+    losses: list[float]
 
-def build_model(task: str) -> nn.Module:
-    """Return the task's network."""
-    if task == "mnist":
-        return mnist_cnn()
-    if task == "cifar10":
-        return resnet8()
-    return nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2))
-
-
-def build_streams(setting: Setting, data_dir: str) -> list[Stream]:
-    """Return a stream for each learner."""
-    seeds = [derive_seed(setting.seed, 1 + index) for index in range(setting.learners)]
-    if setting.task == "drift":
-        return [
-            Drifting(setting.drift_times, FEATURES, setting.batch_size, setting.seed, seed)
-            for seed in seeds
-        ]
-    inputs, targets = _data(setting.task, data_dir, train=True)
-    inputs, targets = inputs[: setting.examples or None], targets[: setting.examples or None]
-    shards = equal_shards(len(targets), setting.learners, setting.seed)
-    return [
-        Passes(inputs[torch.from_numpy(shard)], targets[torch.from_numpy(shard)],
-               setting.batch_size, seed)
-        for shard, seed in zip(shards, seeds, strict=True)
-    ]  # fmt: skip
-
-
-def held_out(setting: Setting, data_dir: str) -> tuple[Tensor, Tensor]:
-    """Return test inputs and targets; of the last concept where the data drifts."""
-    if setting.task != "drift":
-        inputs, targets = _data(setting.task, data_dir, train=False)
-        return inputs[:TEST_EXAMPLES], targets[:TEST_EXAMPLES]
-    stream = Drifting(setting.drift_times, FEATURES, TEST_EXAMPLES, setting.seed, seed=2**32)
-    return stream.batch(setting.steps)
+    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return mini-batch number `index`."""
+        if index % PROBE_EVERY == PROBE_EVERY // 2:
+            self.losses.append(self.measure(index))
+        return self.stream.batch(index)
 
 
 def run_unit(name: str, setting: Setting, data_dir: str) -> DynamicUnit:
     """Train with one operator."""
-    operator, streams = operator_named(name, setting.learners), build_streams(setting, data_dir)
-    if isinstance(operator, Serial):
-        streams = [Interleaved(tuple(streams))]
+    operator = operator_named(name, setting.learners)
     torch.manual_seed(setting.seed)
-    model = build_model(setting.task)
-    inputs, targets = held_out(setting, data_dir)
+    model, probes = build_model(setting), list[float]()
+
+    def measure(step: int) -> float:
+        inputs, targets = held_out(setting, data_dir, step)
+        return _score(model, inputs[:PROBE_EXAMPLES], targets[:PROBE_EXAMPLES])[0]
+
+    streams: list[Stream] = [
+        Probing(stream, measure, probes) for stream in build_streams(setting, data_dir)
+    ]
     serial_steps = setting.learners if isinstance(operator, Serial) else 1
+    if serial_steps > 1:
+        streams = [Interleaved(tuple(streams))]
     rounds = setting.steps * serial_steps // operator.check_every
 
     def build(context: Context) -> tuple[nn.Module, Stream]:
@@ -254,29 +170,36 @@ def run_unit(name: str, setting: Setting, data_dir: str) -> DynamicUnit:
         if server_round < rounds:
             return None
         load(model, arrays)
-        model.eval()
-        with torch.no_grad():
-            right = model(inputs).argmax(1) == targets
-        return MetricRecord({"accuracy": float(right.float().mean())})
+        accuracy = _score(model, *held_out(setting, data_dir, setting.steps))[1]
+        return MetricRecord({"accuracy": accuracy})
 
     strategy = ModelAveraging(operator, len(streams), seed=setting.seed)
-    app = make_online_app(build, setting.learning_rate)
+    grid = InProcessGrid(make_online_app(build, setting.learning_rate), len(streams))
     started = time.perf_counter()
-    strategy.start(
-        InProcessGrid(app, len(streams)), dump(model), num_rounds=rounds, evaluate_fn=evaluate
-    )
+    strategy.start(grid, dump(model), num_rounds=rounds, evaluate_fn=evaluate)
     history, moved = strategy.history.records, strategy.history.transfers
     return DynamicUnit(
         name,
         asdict(setting),
         [record.mini_batches // serial_steps for record in history],
-        [round(record.cumulative_loss or 0.0, 3) for record in history],
+        [round(record.cumulative_loss or 0.0, 1) for record in history],
         [record.cumulative_bytes for record in history],
         moved.models_down + moved.models_up,
         moved.control_down + moved.control_up,
+        round(statistics.mean(probes), 4) if probes else None,
         float(history[-1].server_metrics["accuracy"]),
         round(time.perf_counter() - started, 1),
     )
+
+
+@torch.no_grad()
+def _score(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Return mean loss and accuracy of a model on examples; the model is in training mode after."""
+    model.eval()
+    outputs = model(inputs)
+    model.train()
+    right = (outputs.argmax(1) == targets).float().mean()
+    return float(nn.functional.cross_entropy(outputs, targets)), float(right)
 
 
 def run_study(
@@ -300,19 +223,28 @@ def run_study(
 
 
 def write_report(units: Sequence[DynamicUnit], setting: Setting, output: Path, title: str) -> str:
-    """Write table.md, tradeoff.png and over-time.png; return the table."""
-    rows = [_row([unit for unit in units if unit.operator == name]) for name in
-            dict.fromkeys(unit.operator for unit in units)]  # fmt: skip
-    table: str = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    """Write table.md, tradeoff.png and over-time.png (of the first seed); return the table."""
+    names = dict.fromkeys(unit.operator for unit in units)
+    runs = [[unit for unit in units if unit.operator == name] for name in names]
+    alone = {unit.config["seed"]: unit.losses[-1] for unit in units if unit.operator == "none"}
+    table: str = tabulate(
+        [_row(own, alone) for own in runs], headers="keys", tablefmt="github", disable_numparse=True
+    )
     (output / "table.md").write_text(table + "\n")
-    first = [unit for unit in units if unit.config["seed"] == units[0].config["seed"]]
     save_tradeoff(
-        [(unit.operator, unit.bytes[-1], unit.losses[-1]) for unit in first],
+        [
+            (
+                own[0].operator,
+                statistics.mean(unit.bytes[-1] for unit in own),
+                statistics.mean(unit.losses[-1] for unit in own),
+            )
+            for own in runs
+        ],
         output / "tradeoff.png",
         title,
     )
     save_over_time(
-        [(unit.operator, unit.steps, unit.losses, unit.bytes) for unit in first],
+        [(own[0].operator, own[0].steps, own[0].losses, own[0].bytes) for own in runs],
         setting.drift_times,
         output / "over-time.png",
         title,
@@ -320,26 +252,30 @@ def write_report(units: Sequence[DynamicUnit], setting: Setting, output: Path, t
     return table
 
 
-def _row(runs: Sequence[DynamicUnit]) -> dict[str, object]:
-    losses = [run.losses[-1] for run in runs]
-    row: dict[str, object] = {
+def _row(runs: Sequence[DynamicUnit], alone: Mapping[object, float]) -> dict[str, object]:
+    """Return a row of the table; `alone` is the loss without averaging, by seed."""
+    pairs = [(run.losses[-1], alone.get(run.config["seed"])) for run in runs]
+    probed = [run.held_out for run in runs if run.held_out is not None]
+    return {
         "operator": runs[0].operator,
-        "cumulative loss": f"{statistics.mean(losses):,.0f}",
+        "cumulative loss": _spelled([run.losses[-1] for run in runs], ",.0f"),
+        "less than none": _spelled([none - own for own, none in pairs if none is not None], ",.0f"),
+        "held-out loss": _spelled(probed, ".3f"),
         "MB up+down": f"{statistics.mean(run.bytes[-1] for run in runs) / 1e6:,.2f}",
         "of it control": f"{statistics.mean(run.control for run in runs) / 1e6:,.2f}",
         "models moved": f"{statistics.mean(run.models for run in runs):,.0f}",
-        "accuracy %": f"{100 * statistics.mean(run.accuracy for run in runs):.1f}",
-        "seconds": f"{statistics.mean(run.seconds for run in runs):.0f}",
+        "accuracy %": _spelled([100 * run.accuracy for run in runs], ".1f"),
     }
-    if len(runs) > 1:
-        row["loss spread"] = f"{statistics.stdev(losses):,.0f}"
-    return row
 
 
-def _data(task: str, data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
-    loaded = (mnist if task == "mnist" else cifar10).load(data_dir)
-    inputs, targets = tensors_of(loaded.train_set if train else loaded.test_set).tensors
-    return (inputs if task == "mnist" else normalise(inputs, False)), targets
+def _spelled(values: Sequence[float], form: str) -> str:
+    """Return the mean over seeds, with its standard error if there are several."""
+    if not values:
+        return ""
+    mean = format(statistics.mean(values), form)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {format(statistics.stdev(values) / math.sqrt(len(values)), form)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -352,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. N-1 (default 1)")
     parser.add_argument("--operators", nargs="+", metavar="OPERATOR", help="instead of the study's")
-    parser.add_argument("--data-dir", default="data", help="of MNIST and CIFAR-10 (default data)")
+    parser.add_argument("--data-dir", default="data", help="of all tasks but drift (default data)")
     parser.add_argument("--output", type=Path, help="default outputs/dynamic-STUDY")
     for name, kind in (("learners", int), ("steps", int), ("learning-rate", float)):
         parser.add_argument(f"--{name}", type=kind, help="instead of the study's")

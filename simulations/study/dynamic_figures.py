@@ -10,16 +10,17 @@ mpl.use("Agg")
 
 from matplotlib import pyplot as plt
 
-MARKERS = {"periodic": "o", "fedavg": "s", "dynamic": "^", "none": "x", "serial": "*"}
+MARKERS = {"periodic": "o", "fedavg": "s", "dynamic": "^", "full": "v", "none": "x", "serial": "*"}
 
 
-def save_tradeoff(points: Sequence[tuple[str, int, float]], path: Path, title: str) -> None:
+def save_tradeoff(points: Sequence[tuple[str, float, float]], path: Path, title: str) -> None:
     """Draw cumulative loss against bytes, one point an operator.
 
     Parameters
     ----------
     points : sequence of (operator, bytes, cumulative loss)
-        Operators that move no model (none, serial) are drawn as levels.
+        The means over seeds. Operators that move no model (none, serial) are drawn as
+        levels.
     path : Path
         Of the figure.
     title : str

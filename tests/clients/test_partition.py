@@ -3,7 +3,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from clients.partition import class_shards, dirichlet_shards, equal_shards, proportional_shards
+from clients.partition import (
+    class_shards,
+    dirichlet_shards,
+    equal_shards,
+    group_shards,
+    proportional_shards,
+)
 from flwr_colearn import ColearnError
 
 LABELS = np.tile(np.arange(10), 60)  # ten classes of 60 examples, mixed
@@ -150,3 +156,25 @@ def test_shards_have_the_sizes_of_the_shares():
 def test_impossible_shares_are_refused(shares):
     with pytest.raises(ColearnError, match="expected 3 numbers above 0"):
         proportional_shards(100, 3, shares, seed=0)
+
+
+@given(
+    st.lists(st.integers(0, 30), min_size=60, max_size=200), st.integers(1, 5), st.integers(0, 9)
+)
+def test_groups_are_whole_and_shards_differ_by_at_most_the_largest_group(groups, k, seed):
+    assume(len(set(groups)) >= k)
+    shards = group_shards([f"speaker {group}" for group in groups], k, seed)
+    assert sorted(np.concatenate(shards)) == list(range(len(groups)))
+    assert all(np.all(np.diff(shard) > 0) for shard in shards)
+    owners = [{groups[index] for index in shard} for shard in shards]
+    assert sum(map(len, owners)) == len(set(groups))
+    sizes = [len(shard) for shard in shards]
+    assert max(sizes) - min(sizes) <= np.bincount(groups).max()
+
+
+def test_groups_are_dealt_by_the_seed_and_too_few_are_refused():
+    groups = np.repeat(np.arange(12), 3)
+    dealt = {tuple(map(tuple, group_shards(groups, 3, seed))) for seed in range(5)}
+    assert len(dealt) == 5
+    with pytest.raises(ColearnError, match="expected examples for each of 13 participants"):
+        group_shards(groups, 13, 0)

@@ -1,4 +1,4 @@
-"""Small PyTorch networks for images, which torchvision does not have."""
+"""Small PyTorch networks for images and spectrograms, which torchvision does not have."""
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,27 @@ def mnist_cnn() -> nn.Module:
         nn.Linear(320, 50),
         nn.ReLU(),
         nn.Linear(50, 10),
+    )
+
+
+def speech_cnn(num_classes: int = 10, norm: bool = True) -> nn.Module:
+    """Return three strided convolutions and one linear layer for log-mel spectrograms.
+
+    The inputs are [N, 1, 98, 40]; there are 12,538 parameters with batch norm and 10 classes, and
+    12,426 without.
+    """
+
+    def block(inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
+        conv = nn.Conv2d(inputs, outputs, kernel, stride=2, padding=kernel // 2)
+        return [conv, *([nn.BatchNorm2d(outputs)] if norm else []), nn.ReLU()]
+
+    return nn.Sequential(
+        *block(1, 8, 5),
+        *block(8, 16, 3),
+        *block(16, 32, 3),
+        nn.AdaptiveAvgPool2d((4, 5)),
+        nn.Flatten(),
+        nn.Linear(640, num_classes),
     )
 
 

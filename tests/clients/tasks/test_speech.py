@@ -124,6 +124,20 @@ def test_the_task_as_the_trainers_see_it(data):
     pickle.dumps(task.objective)  # to the processes of several devices
 
 
+def test_the_speakers_are_those_of_the_training_clips_in_their_order(data):
+    task, names = load(data), speech.training_speakers(str(data), "speaker")
+    assert len(names) == len(task.train_set)
+    assert {speech.speaker_set(name) for name in names} == {"training"}
+    by_input = {}
+    for label, word in enumerate(WORDS):
+        for index, name in enumerate(SPEAKERS):
+            by_input[as_input(sound(2 * index + label)).tobytes()] = (name, label, word)
+    for name, inputs, label in zip(
+        names, task.train_set.inputs, task.train_set.labels, strict=True
+    ):
+        assert by_input[inputs[..., 0].astype(np.float32).tobytes()][:2] == (name, label)
+
+
 def test_the_data_folder_may_be_the_data_sets_own(data):
     inner = load(data / "SpeechCommands")
     np.testing.assert_array_equal(inner.train_set.inputs, load(data).train_set.inputs)

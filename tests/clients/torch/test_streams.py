@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from clients.torch.streams import Drifting, GraphicalModel, Interleaved, Passes, random_drifts
+from clients.torch.streams import (
+    Drifting,
+    GraphicalModel,
+    Interleaved,
+    Passes,
+    Relabelled,
+    random_drifts,
+    relabelled,
+)
 
 
 def passes(examples=10, batch_size=3, seed=0):
@@ -75,3 +83,22 @@ def test_drift_times_are_random_and_apart():
         assert len(times) == 3
         assert all(b - a >= 50 for a, b in zip((0, *times), (*times, 400), strict=True))
     assert len({random_drifts(400, 3, seed) for seed in range(20)}) > 15
+
+
+def test_classes_are_numbered_anew_from_the_drift_on_and_the_same_for_all_learners():
+    plain = passes(seed=3)
+    one = Relabelled(plain, (20, 40), classes=10, seed=7)
+    other = Relabelled(passes(seed=5), (20, 40), classes=10, seed=7)
+    numberings = [{}, {}, {}]
+    for stream in (one, other):
+        for index in range(60):
+            inputs, targets = stream.batch(index)
+            assert inputs.equal(stream.stream.batch(index)[0])
+            numbering = numberings[(index >= 20) + (index >= 40)]
+            for x, y in zip(inputs[:, 0].int().tolist(), targets.tolist(), strict=True):
+                assert numbering.setdefault(x, y) == y
+    assert all(sorted(numbering.values()) == list(range(10)) for numbering in numberings)
+    assert numberings[0] == {x: x for x in range(10)}
+    assert numberings[0] != numberings[1] != numberings[2] != numberings[0]
+    # Test data of a concept is numbered as the stream's.
+    assert relabelled(torch.arange(10), 2, 10, 7).tolist() == [numberings[2][x] for x in range(10)]

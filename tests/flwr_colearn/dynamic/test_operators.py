@@ -73,7 +73,7 @@ def test_dynamic_averaging_compares_the_mean_with_its_threshold():
     [
         (lambda: Dynamic(-1.0), "threshold: expected .* at least 0.0, found -1.0"),
         (lambda: Dynamic(math.nan), "threshold: expected a finite number, found nan"),
-        (lambda: Dynamic("1"), "threshold: expected a finite number, found '1'"),
+        (lambda: Dynamic("1"), "threshold: expected a number, .*, found '1'"),
         (lambda: Dynamic(1.0, check_every=0), "check_every: expected .* at least 1, found 0"),
         (lambda: Relative(-0.1), "fraction of Relative: expected .* at least 0.0, found -0.1"),
         (lambda: Relative(math.inf), "fraction of Relative: expected a finite .* found inf"),

@@ -1,8 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from clients.torch.models.small import densenet40, resnet8, resnet8_half, small_cnn
+from clients.torch.models.small import densenet40, resnet8, resnet8_half, small_cnn, speech_cnn
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
@@ -18,6 +20,8 @@ def count(model, kind):
         (resnet8, 78_042, (3, 32, 32)),
         (resnet8_half, 174_274, (3, 32, 32)),
         (small_cnn, 9_978, (1, 8, 8)),
+        (speech_cnn, 12_538, (1, 98, 40)),
+        (partial(speech_cnn, norm=False), 12_426, (1, 98, 40)),
     ],
 )
 def test_parameters_and_output_shape(build, parameters, image):

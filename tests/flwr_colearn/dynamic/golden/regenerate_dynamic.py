@@ -1,8 +1,8 @@
-"""Write dynamic.json anew, after a change that is meant to change what a run does.
+"""Write the golden traces of dynamic averaging anew, after a change that is meant to change them.
 
     PYTHONPATH=. python tests/flwr_colearn/dynamic/golden/regenerate_dynamic.py
 
-Look at the difference before committing it: the golden trace is there to catch changes that are
+Look at the difference before committing it: the golden traces are there to catch changes that are
 not meant.
 """
 
@@ -13,5 +13,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 if __name__ == "__main__":
-    trace = runpy.run_path(str(HERE.parent / "test_strategy.py"))["golden_trace"]
-    (HERE / "dynamic.json").write_text(json.dumps(trace(), indent=1) + "\n")
+    for test, name in (("test_strategy", "dynamic"), ("test_calibration", "calibrated")):
+        trace = runpy.run_path(str(HERE.parent / f"{test}.py"))["golden_trace"]
+        (HERE / f"{name}.json").write_text(json.dumps(trace(), indent=1) + "\n")
