@@ -1,8 +1,9 @@
-"""Settings for all tests: reproducible property tests, and Flower's log within reach of caplog."""
+"""Settings for all tests: their groups, reproducible property tests, Flower's log for caplog."""
 
 import logging
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -24,6 +25,53 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("tests")
+
+
+TESTS = Path(__file__).parent
+# Deployments, Flower's simulations and training runs; the files of TensorFlow, which takes seconds
+# to import.
+SLOW = ["e2e", "dropin", *(f"simulations/{part}" for part in ("launch", "study", "bench"))]
+TENSORFLOW = ["clients/keras", "clients/slim", "clients/tensorflow", "flwr_colearn/keras"]
+TENSORFLOW += ["clients/test_frameworks.py", "clients/tasks/test_spectrogram.py"]
+SLOW += [*TENSORFLOW, "clients/test_torch_after_tensorflow.py", "clients/torch/models"]
+# Groups of pytest-xdist begin in this order: those that take longest, and deployments, which
+# mostly wait, before all others.
+ORDER = ("e2e", "simulations/launch", "tensorflow", "dropin", "simulations", "clients")
+
+
+def is_in(path: Path, folders: list[str]) -> bool:
+    return any(path.is_relative_to(TESTS / folder) for folder in folders)
+
+
+def group_of(path: Path) -> str:
+    """The tests of a file are in one group, and so are all that build TensorFlow's graphs.
+
+    A file's fixtures are then made once, and the memory of TensorFlow is needed in one process.
+    """
+    if is_in(path, TENSORFLOW):
+        return "tensorflow"
+    return str(path.relative_to(TESTS if path.is_relative_to(TESTS) else TESTS.parent))
+
+
+def rank_of(item: pytest.Item) -> int:
+    group = item.get_closest_marker("xdist_group").args[0]
+    return next((i for i, start in enumerate(ORDER) if group.startswith(start)), len(ORDER))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where slow tests are left out their files need not be imported."""
+    left_out = config.option.markexpr == "not slow" and is_in(collection_path, SLOW)
+    return True if left_out else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_in(item.path, SLOW):
+            item.add_marker("slow")
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(group_of(item.path)))
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist, which deals groups in order
+        items.sort(key=rank_of)
 
 
 @pytest.fixture

@@ -228,7 +228,9 @@ def test_fail_ends_the_run_with_the_model_of_the_last_completed_round(kind, rest
 
 
 @pytest.mark.parametrize("kind", ["raises", "NaN", "lost", "not accepted"])
-def test_wait_outlasts_any_number_of_failures(kind, clock):
+def test_wait_outlasts_any_number_of_failures(kind, clock, monkeypatch):
+    # Nothing else happens in the hours until an attempt that is lost has reached its time limit.
+    monkeypatch.setattr("flwr_colearn.recovery.attempts.LONGEST_POLL", 1000.0)
     grid = FaultyGrid(clock, failing(k=2, attempts=range(1100), kind=kind))
     found, records = run(grid, rounds=2, recovery=Recovery(policy="wait"))
     assert found == clean(clock, rounds=2)
