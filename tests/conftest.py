@@ -1,5 +1,6 @@
 """Settings for all tests: their groups, reproducible property tests, Flower's log for caplog."""
 
+import gc
 import logging
 from contextlib import suppress
 from importlib.util import find_spec
@@ -72,6 +73,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(group_of(item.path)))
     if hasattr(config, "workerinput"):  # a process of pytest-xdist, which deals groups in order
         items.sort(key=rank_of)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_to_collect():
+    """Take all that is imported by now out of the garbage collector's way.
+
+    Flower calls ``gc.collect()`` for every model that it converts, which otherwise walks through
+    the objects of PyTorch, TensorFlow and of thousands of tests each time.
+    """
+    gc.collect()  # so that what is garbage by now is not kept
+    gc.freeze()
 
 
 @pytest.fixture
