@@ -375,6 +375,7 @@ def two(tmp_path_factory):
 FUZZ = {"suppress_health_check": list(HealthCheck), "phases": [Phase.explicit, Phase.generate]}
 
 
+@pytest.mark.slow
 @given(steps=STEPS)
 @settings(max_examples=800, **FUZZ)
 def test_damage_never_gives_a_wrong_array(two, steps):
@@ -383,6 +384,7 @@ def test_damage_never_gives_a_wrong_array(two, steps):
     check_is(folder.latest(), 2 if path.read_bytes() == data else 1)
 
 
+@pytest.mark.slow
 @given(steps=STEPS)
 @settings(max_examples=800, **FUZZ)
 def test_nothing_in_a_file_makes_the_reader_raise_anything_but_a_colearn_error(two, steps):

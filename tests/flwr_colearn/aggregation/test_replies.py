@@ -357,6 +357,7 @@ REPLIES = st.one_of(LIKELY, LIKELY, ECHOING, UNLIKELY, ERRORS)
 FUZZ = {"suppress_health_check": list(HealthCheck), "phases": [Phase.explicit, Phase.generate]}
 
 
+@pytest.mark.slow
 @given(
     answers=st.lists(REPLIES, min_size=10, max_size=10),
     weighting=st.sampled_from(["uniform", "weighted"]),
@@ -372,6 +373,7 @@ def test_no_reply_ends_a_run_in_which_it_may_be_left_out(answers, weighting, bad
         assert len(record.participants) + len(record.refusals) + len(record.absences) >= 2
 
 
+@pytest.mark.slow
 @given(answers=st.lists(REPLIES, min_size=3, max_size=3), bad=st.sampled_from([(1,), (2,)]))
 @settings(max_examples=150, **FUZZ)
 def test_no_reply_makes_anything_but_a_colearn_error(answers, bad):
@@ -383,6 +385,7 @@ def test_no_reply_makes_anything_but_a_colearn_error(answers, bad):
         assert all(len(record.participants) == 2 for record in strategy.history)
 
 
+@pytest.mark.slow
 @given(content=REPLIES)
 @settings(max_examples=120, **FUZZ)
 def test_no_reply_to_an_evaluation_ends_a_run(content):
@@ -390,6 +393,7 @@ def test_no_reply_to_an_evaluation_ends_a_run(content):
     assert len(strategy.history) == 1
 
 
+@pytest.mark.slow
 @given(data=npy_bytes(SMALL["w"]), stype=st.sampled_from(["numpy.ndarray"] * 9 + [""]))
 @settings(max_examples=1500, **FUZZ)
 def test_bytes_are_an_array_or_refused(data, stype):

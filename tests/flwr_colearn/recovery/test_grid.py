@@ -122,6 +122,7 @@ def test_all_participants_may_fail_at_once_and_again(kind, round_, clock):
     check_records(grid, records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_a_hundred_rounds_with_faults_of_every_kind_end_with_the_same_bits(seed, clock):
     grid = FaultyGrid(clock, random_faults(seed, rounds=100))
@@ -227,6 +228,7 @@ def test_fail_ends_the_run_with_the_model_of_the_last_completed_round(kind, rest
     assert Counter(each.k for each in grid.attempts if each.round == 3)[1] == restarts + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["raises", "NaN", "lost", "not accepted"])
 def test_wait_outlasts_any_number_of_failures(kind, clock, monkeypatch):
     # Nothing else happens in the hours until an attempt that is lost has reached its time limit.
@@ -294,6 +296,7 @@ def test_a_quorum_averages_exactly_those_that_replied(clock):
     assert third.absences == []
 
 
+@pytest.mark.slow
 @given(
     faults=st.dictionaries(
         st.tuples(st.integers(1, 3), st.integers(0, K - 1)),
