@@ -45,12 +45,15 @@ def is_in(path: Path, folders: list[str]) -> bool:
 
 
 def group_of(path: Path) -> str:
-    """The tests of a file are in one group, and so are all that build TensorFlow's graphs.
+    """The tests of a file are in one group, so that its fixtures are made once.
 
-    A file's fixtures are then made once, and the memory of TensorFlow is needed in one process.
+    So are all that build TensorFlow's graphs, whose memory is then needed in one process, and all
+    that start Ray, each of which takes all processors.
     """
     if is_in(path, TENSORFLOW):
         return "tensorflow"
+    if is_in(path, ["simulations/launch"]):
+        return "simulations/launch"
     return str(path.relative_to(TESTS if path.is_relative_to(TESTS) else TESTS.parent))
 
 
