@@ -169,4 +169,5 @@ def _origin(measured: dict[str, Any]) -> str:
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
     # As text, since tabulate writes 0.50 as 0.5 and None as nothing where columns are numbers.
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True) + "\n"
+    table: str = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    return table + "\n"
