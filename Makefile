@@ -1,6 +1,6 @@
 # make demo       co-learning on real images, five participants, through `flwr run`
 # make test       lint, types and all tests, in one process more than there are processors
-# make test-fast  the tests for daily work, in under two minutes
+# make test-fast  the tests for daily work, without those that take seconds or more
 # make versions   the plugin's tests against the oldest and the newest flwr
 # make mutants    60 random changes of the core, and those that no test notices: ten minutes
 # All set up .venv by themselves; PYTHON=python3.12 chooses another interpreter.

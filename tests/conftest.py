@@ -29,12 +29,14 @@ settings.load_profile("tests")
 
 
 TESTS = Path(__file__).parent
-# Deployments, Flower's simulations and training runs; the files of TensorFlow, which takes seconds
-# to import.
-SLOW = ["e2e", "dropin", *(f"simulations/{part}" for part in ("launch", "study", "bench"))]
 TENSORFLOW = ["clients/keras", "clients/slim", "clients/tensorflow", "flwr_colearn/keras"]
 TENSORFLOW += ["clients/test_frameworks.py", "clients/tasks/test_spectrogram.py"]
-SLOW += [*TENSORFLOW, "clients/test_torch_after_tensorflow.py", "clients/torch/models"]
+# Deployments, Flower's simulations, training runs, builds of packages, and TensorFlow, which takes
+# seconds to import. Single tests have the mark `slow` themselves.
+SLOW = ["e2e", "dropin", *(f"simulations/{part}" for part in ("launch", "study", "bench"))]
+SLOW += [f"simulations/test_{part}.py" for part in ("server_app", "golden", "export")]
+SLOW += [*TENSORFLOW, "clients/test_torch_after_tensorflow.py", "clients/torch"]
+SLOW += ["flwr_colearn/test_features.py", "test_packaging.py"]
 # Groups of pytest-xdist begin in this order: those that take longest, and deployments, which
 # mostly wait, before all others.
 ORDER = ("e2e", "simulations/launch", "tensorflow", "dropin", "simulations", "clients")
