@@ -1,19 +1,27 @@
 # make demo       co-learning on real images, five participants, through `flwr run`
-# make test       lint, types and all tests
+# make test       lint, types and all tests, in one process more than there are processors
+# make test-fast  the tests for daily work, without those that take seconds or more
 # make versions   the plugin's tests against the oldest and the newest flwr
 # make mutants    60 random changes of the core, and those that no test notices: ten minutes
 # All set up .venv by themselves; PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
+# Deployments mostly wait, so that one process more than processors keeps those busy.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+PYTEST = OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 .venv/bin/python -m pytest \
+	--numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint versions mutants clean
+.PHONY: demo test test-fast lint versions mutants clean
 
 demo: .venv/demo.stamp
 	.venv/bin/python -m simulations.demo
 
 test: lint
-	.venv/bin/python -m pytest
+	$(PYTEST)
+
+test-fast: .venv/dev.stamp
+	$(PYTEST) -m "not slow"
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff check .

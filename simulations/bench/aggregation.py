@@ -22,6 +22,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from flwr_colearn import CoLearn, InProcessGrid
 from flwr_colearn.records import Outgoing, data_bytes, to_record
+from simulations.bench.spread import ratios
 
 REPEATS = 5
 
@@ -145,12 +146,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for k in options.participants:
         seconds = time_rounds(k, model, models)
         median = {name: statistics.median(each) for name, each in seconds.items()}
+        at_hand, one_by_one = (
+            ratios(seconds["FedAvg"], seconds[name]) for name in ("CoLearn", "one by one")
+        )
         rows.append(
             {
                 "participants": k,
                 **{f"{name} s": round(value, 3) for name, value in median.items()},
-                "ratio": round(median["CoLearn"] / median["FedAvg"], 3),
-                "ratio one by one": round(median["one by one"] / median["FedAvg"], 3),
+                **at_hand,
+                **{f"{name} one by one": value for name, value in one_by_one.items()},
                 "floor s": round(k * 20 * parameters / bandwidth, 3),
             }
         )

@@ -29,6 +29,7 @@ from clients.trainer import derive_seed
 from flwr_colearn import CoLearn, ColearnError, CyclicalRate, InProcessGrid, LocalPlan
 from simulations.bench.app.noop.client_app import app as noop_app
 from simulations.bench.app.noop.rounds import random_model, seconds_per_round
+from simulations.bench.spread import ratios
 from simulations.launch.deployment import Deployment
 from simulations.launch.simulation import run_app
 from simulations.server_app import to_record
@@ -177,16 +178,12 @@ def read(path: Path, log: str) -> dict[str, list[float]]:
 
 def row(what: str, yardstick: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
     """Return the medians of both sides, and the median and range of their ratios."""
-    # Ratios of neighbouring measurements, in which slow changes of the machine's load cancel.
-    ratios = [b / a for a, b in zip(yardstick, ours, strict=True)]
     return {
         "what": what,
         "yardstick s": round(statistics.median(yardstick), 4),
         "co-learning s": round(statistics.median(ours), 4),
-        "ratio": round(statistics.median(ratios), 3),
-        "lowest": round(min(ratios), 3),
-        "highest": round(max(ratios), 3),
-        "pairs": len(ratios),
+        **ratios(yardstick, ours),
+        "pairs": len(ours),
     }
 
 

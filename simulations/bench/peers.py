@@ -169,6 +169,7 @@ def row_of(side: Side, work: Work, runs: list[dict[str, Any]]) -> dict[str, Any]
         # The fastest round is the least disturbed by other load: torch's threads wait for the
         # slowest of them.
         "fastest round, users/s": round(work.cohort / min(seconds), 2),
+        "slowest round, users/s": round(work.cohort / max(seconds), 2),
         # The CPU time is that of the server's process; Ray's participants run in others.
         "CPU ms a user": None if side.run is in_ray else round(1000 * cpu / work.cohort, 1),
         "start-up s": round(statistics.median(run["start-up"] for run in runs), 1),
@@ -183,7 +184,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for side in sides(options.pfl_python, options.cores)
         if side.run is not in_ray or RAY not in left_out(options)
     ]
-    load = os.getloadavg()[0]
     runs: list[list[dict[str, Any]]] = [[] for _ in chosen]
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(options.repeats):
@@ -195,7 +195,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         **work_config(work),
         "steps": work.steps,
         "repeats": options.repeats,
-        "load before": round(load, 1),
         "seconds": {
             f"{side.name}, {side.processes} x {side.threads}": [each["rounds"] for each in done]
             for side, done in zip(chosen, runs, strict=True)

@@ -22,6 +22,7 @@ from flwr.clientapp import ClientApp
 
 from flwr_colearn import InProcessGrid
 from simulations.bench.app.noop.rounds import STRATEGIES, random_model, timed
+from simulations.bench.spread import ratios
 
 MIB = 2**20
 
@@ -44,10 +45,12 @@ def measure(k: int, mebibytes: float, rounds: int) -> dict[str, Any]:
     """Return the seconds and MiB of a round with `k` participants and a model of that size."""
     row: dict[str, Any] = {"participants": k, "model MiB": mebibytes}
     model = random_model(mebibytes)
+    seconds: dict[str, list[float]] = {}
     for name, strategy in STRATEGIES.items():
         gc.collect()
-        seconds = timed(strategy(k), InProcessGrid(app, k), model, rounds)
-        row[f"{name} s"] = round(statistics.median(seconds), 4)
+        seconds[name] = timed(strategy(k), InProcessGrid(app, k), model, rounds)
+        row[f"{name} s"] = round(statistics.median(seconds[name]), 4)
+    row.update(ratios(seconds["FedAvg"], seconds["CoLearn"]))
     # A loop of its own, because tracemalloc slows every allocation down.
     for name, strategy in STRATEGIES.items():
         grid = InProcessGrid(app, k)  # outside: making it takes more memory than a small model

@@ -121,11 +121,19 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that no process listens on."""
-    # Port 0 makes the operating system choose a free port.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port of the loopback interface that no process listens on.
+
+    The operating system gives the port to nobody who asks for any port, and to no outgoing
+    connection, for a minute after; a server that asks for this port gets it.
+    """
+    # Port 0 makes the operating system choose. A connection that its server closes first leaves the
+    # port in the state TIME_WAIT, in which only SO_REUSEADDR, which servers set, opens it: two
+    # processes that ask one after the other never get the same port.
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        with socket.create_connection(address):
+            server.accept()[0].close()
+    return int(address[1])
 
 
 def flower(program: str) -> str:

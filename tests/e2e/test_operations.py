@@ -22,14 +22,25 @@ BACKUP = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def deployment(tmp_path):
-    deployed = Deployment(tmp_path)
+def started(folder):
+    """A deployment of its sites, for a fixture."""
+    deployed = Deployment(folder)
     try:
         deployed.start(sites=SITES)
         yield deployed
     finally:
         deployed.stop()
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory):
+    """Shared by the tests after which all its sites are online."""
+    yield from started(tmp_path_factory.mktemp("operations"))
+
+
+@pytest.fixture
+def own_deployment(tmp_path):
+    yield from started(tmp_path)
 
 
 def nodes(deployment):
@@ -59,7 +70,9 @@ def certificate_of(address):
         return ssl.DER_cert_to_PEM_cert(tls.getpeercert(binary_form=True))
 
 
-def test_a_site_is_revoked_and_another_gets_a_new_key(deployment):
+@pytest.mark.xdist_group("e2e/revoked")
+def test_a_site_is_revoked_and_another_gets_a_new_key(own_deployment):
+    deployment = own_deployment
     first, second = deployment.sites
     before = set(nodes(deployment))
     # Revoked: the operator unregisters the site's node.
@@ -103,7 +116,7 @@ def test_certificates_are_renewed_and_sites_change_nothing(deployment):
     )  # fmt: skip
     assert deployment.ca.read_bytes() == authority
     deployment.await_nodes(SITES)
-    (record,) = train(deployment, "renewed")
+    (record,) = train(deployment, "with-new-certificates")
     assert len(record.participants) == SITES
     assert [site.process for site in deployment.sites] == processes
 

@@ -375,16 +375,18 @@ def two(tmp_path_factory):
 FUZZ = {"suppress_health_check": list(HealthCheck), "phases": [Phase.explicit, Phase.generate]}
 
 
+@pytest.mark.slow
 @given(steps=STEPS)
-@settings(max_examples=2500, **FUZZ)
+@settings(max_examples=800, **FUZZ)
 def test_damage_never_gives_a_wrong_array(two, steps):
     folder, path, data = two
     path.write_bytes(spoiled(data, steps))
     check_is(folder.latest(), 2 if path.read_bytes() == data else 1)
 
 
+@pytest.mark.slow
 @given(steps=STEPS)
-@settings(max_examples=2500, **FUZZ)
+@settings(max_examples=800, **FUZZ)
 def test_nothing_in_a_file_makes_the_reader_raise_anything_but_a_colearn_error(two, steps):
     """Not even in one that was made to have the right digest."""
     _, path, data = two

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 @pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "CoLearn"])
 def test_a_killed_server_ends_with_the_same_bits(name, tmp_path):

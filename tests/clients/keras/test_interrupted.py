@@ -7,22 +7,7 @@ from clients.data import Examples
 from clients.keras.trainer import KerasTrainer
 from clients.tensorflow.setup import keras, tf
 from tests.clients.interrupted import check
-
-layers = keras.layers
-
-
-def network(seed=0):
-    keras.utils.set_random_seed(seed)
-    return keras.Sequential(
-        [
-            keras.Input((4,)),
-            layers.Dense(6),
-            layers.BatchNormalization(),
-            layers.ReLU(),
-            layers.Dropout(0.5),
-            layers.Dense(3),
-        ]
-    )
+from tests.flwr_colearn.keras.network import network
 
 
 def jitter(inputs, training, seed):
@@ -33,7 +18,9 @@ def make(seed=9, **options):
     labels = np.arange(50) % 3
     noise = np.random.default_rng(0).standard_normal((50, 4))
     data = Examples((noise + 2 * labels[:, None]).astype(np.float32), labels)
-    return KerasTrainer(network(seed), data, batch_size=16, transform=jitter, **options)
+    return KerasTrainer(
+        network(seed, dropout=0.5), data, batch_size=16, transform=jitter, **options
+    )
 
 
 def overflowing(targets, outputs):

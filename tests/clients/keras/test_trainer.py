@@ -23,6 +23,7 @@ from clients.trainer import follow
 from flwr_colearn import ColearnError, Frozen, GroupNorm, LocalPlan, Role
 from flwr_colearn.keras import convert
 from flwr_colearn.keras import roles as roles_of
+from tests.flwr_colearn.keras.network import network
 
 layers = keras.layers
 
@@ -34,20 +35,6 @@ def examples(n=50, seed=0):
     labels = np.arange(n) % 3
     noise = np.random.default_rng(seed).standard_normal((n, 4))
     return Examples((noise + 2 * labels[:, None]).astype(np.float32), labels)
-
-
-def network(seed=0, dropout=0.0):
-    keras.utils.set_random_seed(seed)
-    return keras.Sequential(
-        [
-            keras.Input((4,)),
-            layers.Dense(6),
-            layers.BatchNormalization(momentum=0.9, epsilon=1e-5),
-            layers.ReLU(),
-            layers.Dropout(dropout),
-            layers.Dense(3),
-        ]
-    )
 
 
 def make(model=None, train_set=None, test_set=None, **options):

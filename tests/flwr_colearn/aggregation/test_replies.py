@@ -357,12 +357,13 @@ REPLIES = st.one_of(LIKELY, LIKELY, ECHOING, UNLIKELY, ERRORS)
 FUZZ = {"suppress_health_check": list(HealthCheck), "phases": [Phase.explicit, Phase.generate]}
 
 
+@pytest.mark.slow
 @given(
     answers=st.lists(REPLIES, min_size=10, max_size=10),
     weighting=st.sampled_from(["uniform", "weighted"]),
     bad=st.sampled_from([(1,), (2,)]),
 )
-@settings(max_examples=150, **FUZZ)
+@settings(max_examples=60, **FUZZ)
 def test_no_reply_ends_a_run_in_which_it_may_be_left_out(answers, weighting, bad):
     """The honest participant alone is quorum enough, unless the other has taken its name."""
     strategy, _ = run(answers, weighting=weighting, bad=bad)
@@ -372,8 +373,9 @@ def test_no_reply_ends_a_run_in_which_it_may_be_left_out(answers, weighting, bad
         assert len(record.participants) + len(record.refusals) + len(record.absences) >= 2
 
 
+@pytest.mark.slow
 @given(answers=st.lists(REPLIES, min_size=3, max_size=3), bad=st.sampled_from([(1,), (2,)]))
-@settings(max_examples=400, **FUZZ)
+@settings(max_examples=150, **FUZZ)
 def test_no_reply_makes_anything_but_a_colearn_error(answers, bad):
     try:
         strategy, _ = run(answers, policy="fail", bad=bad)
@@ -383,15 +385,17 @@ def test_no_reply_makes_anything_but_a_colearn_error(answers, bad):
         assert all(len(record.participants) == 2 for record in strategy.history)
 
 
+@pytest.mark.slow
 @given(content=REPLIES)
-@settings(max_examples=300, **FUZZ)
+@settings(max_examples=120, **FUZZ)
 def test_no_reply_to_an_evaluation_ends_a_run(content):
     strategy, _ = run([good(SMALL)], evaluation=content)
     assert len(strategy.history) == 1
 
 
+@pytest.mark.slow
 @given(data=npy_bytes(SMALL["w"]), stype=st.sampled_from(["numpy.ndarray"] * 9 + [""]))
-@settings(max_examples=4500, **FUZZ)
+@settings(max_examples=1500, **FUZZ)
 def test_bytes_are_an_array_or_refused(data, stype):
     content = good(SMALL)
     content["arrays"]["w"] = Array("float64", (3,), stype, data)

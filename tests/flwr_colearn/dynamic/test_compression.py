@@ -137,6 +137,7 @@ def watch(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     compression=st.sampled_from(COMPRESSIONS),

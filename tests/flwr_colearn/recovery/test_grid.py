@@ -122,6 +122,7 @@ def test_all_participants_may_fail_at_once_and_again(kind, round_, clock):
     check_records(grid, records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_a_hundred_rounds_with_faults_of_every_kind_end_with_the_same_bits(seed, clock):
     grid = FaultyGrid(clock, random_faults(seed, rounds=100))
@@ -227,12 +228,17 @@ def test_fail_ends_the_run_with_the_model_of_the_last_completed_round(kind, rest
     assert Counter(each.k for each in grid.attempts if each.round == 3)[1] == restarts + 1
 
 
-@pytest.mark.parametrize("kind", ["raises", "NaN", "lost", "not accepted"])
-def test_wait_outlasts_any_number_of_failures(kind, clock):
-    grid = FaultyGrid(clock, failing(k=2, attempts=range(1100), kind=kind))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "number"), [("raises", 1100), ("NaN", 1100), ("lost", 100), ("not accepted", 1100)]
+)
+def test_wait_outlasts_any_number_of_failures(kind, number, clock, monkeypatch):
+    # An attempt that is lost is polled for until its time limit, an hour or more.
+    monkeypatch.setattr("flwr_colearn.recovery.attempts.LONGEST_POLL", 1000.0)
+    grid = FaultyGrid(clock, failing(k=2, attempts=range(number), kind=kind))
     found, records = run(grid, rounds=2, recovery=Recovery(policy="wait"))
     assert found == clean(clock, rounds=2)
-    assert len(records[1].restarts) == 1100
+    assert len(records[1].restarts) == number
 
 
 def test_wait_waits_for_a_node_as_long_as_it_takes(clock):
@@ -292,6 +298,7 @@ def test_a_quorum_averages_exactly_those_that_replied(clock):
     assert third.absences == []
 
 
+@pytest.mark.slow
 @given(
     faults=st.dictionaries(
         st.tuples(st.integers(1, 3), st.integers(0, K - 1)),

@@ -633,6 +633,7 @@ def test_an_absurd_number_of_examples_does_not_end_the_run(examples):
     assert len(second.participants) == 3
 
 
+@pytest.mark.slow
 @given(
     position=st.integers(0, 140),
     junk=st.binary(min_size=1, max_size=4)

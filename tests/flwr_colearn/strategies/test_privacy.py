@@ -243,6 +243,7 @@ def test_the_epsilon_of_the_documented_example_is_the_computed_one():
     assert epsilon_of(0.1, 20, delta, 1) == pytest.approx(1190, abs=1)
 
 
+@pytest.mark.slow
 def test_a_model_learns_with_the_documented_noise():
     np.random.seed(0)
     participants = int(number_of("num_sampled_clients"))

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import math
+import os
 
 import numpy as np
 import pytest
@@ -278,7 +279,11 @@ def test_the_command_prints_every_table_and_writes_the_result(tmp_path, capsys, 
     result = {"rows": [{"K": 5}], "lines": [{"R^2": 0.75}], "threads": 3}
     monkeypatch.setattr(scale, "run", lambda options: {**result, "repeats": options.rounds})
     bench.main(["scale", "--rounds", "7", "--output", str(tmp_path)])
-    assert json.loads((tmp_path / "scale.json").read_text()) == {**result, "repeats": 7}
+    written = json.loads((tmp_path / "scale.json").read_text())
+    assert written.pop("benchmark") == "scale"
+    assert written.pop("machine")["cores"] == os.cpu_count()
+    assert written.pop("versions")["numpy"] == np.__version__
+    assert written == {**result, "repeats": 7}
     printed = capsys.readouterr().out
     for part in ("|   K |", "|   R^2 |", "0.75", "threads: 3, repeats: 7", "scale.json"):
         assert part in printed

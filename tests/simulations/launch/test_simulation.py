@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -150,10 +151,18 @@ def test_a_superlink_that_does_not_start_is_an_error_that_names_its_log(tmp_path
         pass
 
 
-def test_free_ports_can_be_bound():
+def test_a_server_can_listen_on_a_free_port():
     port = free_port()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", port))
+    with socket.create_server(("127.0.0.1", port)) as server:
+        assert server.getsockname() == ("127.0.0.1", port)
+
+
+def test_no_port_is_given_twice_nor_to_who_asks_for_any():
+    given = [free_port() for _ in range(1000)]
+    assert len(set(given)) == 1000
+    with ExitStack() as stack:
+        others = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(500)]
+        assert not {other.getsockname()[1] for other in others} & set(given)
 
 
 def test_stop_ends_a_process_and_what_it_started():
