@@ -49,8 +49,6 @@ class Setting:
         whose classes are then numbered anew.
     by_speaker : bool
         Whether the learners of "speech" share no speaker; else examples are dealt at random.
-    norm : bool
-        Whether the network of "speech" has batch norm.
     seed : int
         Of data, initial model and the operator's choices.
     """
@@ -63,7 +61,6 @@ class Setting:
     examples: int = 0
     drifts: int = 0
     by_speaker: bool = False
-    norm: bool = True
     seed: int = 0
 
     @property
@@ -81,7 +78,7 @@ def build_model(setting: Setting) -> nn.Module:
     if setting.task == "cifar10":
         return resnet8()
     if setting.task == "speech":
-        return speech_cnn(CLASSES, setting.norm)
+        return speech_cnn(CLASSES)
     return nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2))
 
 

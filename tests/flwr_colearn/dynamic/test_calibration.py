@@ -106,6 +106,18 @@ def test_delta_is_that_computed_by_hand(factor, checks, b, flower_log):
     assert f"calibrated in {checks} checks: Dynamic(threshold=Absolute" in flower_log.text
 
 
+@pytest.mark.parametrize(("threshold", "measured"), [(Calibrated(2.0, 3), 3), (0.3, 0)])
+def test_no_more_is_measured_than_the_checks(threshold, measured, flower_log):
+    strategy, seen = DynamicAveraging(threshold, num_learners=M), []
+
+    def look(server_round, arrays):
+        seen.append(len(strategy.strategy_state()[0].get("measured", ())))
+
+    strategy.start(grid_of(), zeros(), num_rounds=5, evaluate_fn=look)
+    assert seen == [min(round_, measured) for round_ in range(6)]
+    assert flower_log.text.count("calibrated in") == bool(measured)
+
+
 def test_after_the_calibration_the_run_is_that_of_a_fixed_delta():
     """Periodic averaging for five checks, and then dynamic averaging from the model it reached."""
     strategy, _, grid = run(Dynamic(Calibrated(1.0, 5)), 5)

@@ -1,5 +1,3 @@
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
@@ -21,7 +19,6 @@ def count(model, kind):
         (resnet8_half, 174_274, (3, 32, 32)),
         (small_cnn, 9_978, (1, 8, 8)),
         (speech_cnn, 12_538, (1, 98, 40)),
-        (partial(speech_cnn, norm=False), 12_426, (1, 98, 40)),
     ],
 )
 def test_parameters_and_output_shape(build, parameters, image):
