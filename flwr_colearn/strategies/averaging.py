@@ -630,12 +630,14 @@ class Averaging(FedAvg, Managed[RoundLog]):
         traffic = self._grid.take()
         self._absent += traffic.gone
         self.log.note_traffic(traffic)
+        # Before the traffic's refusals are added, after which the participant was restarted.
+        lost = {event.participant for event in self._mean.events if event.kind == "refusal"}
+        lost |= {event.participant for event in traffic.events if event.kind == "absence"}
         self._mean.note(traffic.events)
         self._note_nodes()
         if epochs := self.log.record.local_epochs:
             self.progress = self.progress.timed(traffic.seconds, epochs)
         self._note_adherence(traffic.durations)
-        lost = {e.participant for e in self._mean.events if e.kind in ("refusal", "absence")}
         left_out = set(traffic.names.values()) - lost - set(self._mean.participants)
         recovery = self._grid.transport.recovery
         # Without an override every reply that arrived is in the mean or refused.

@@ -39,6 +39,10 @@ class CoLearn(Averaging):
     * *an attempt may take ... instead of timeout*: rounds take longer than `timeout`. Raise it, or
       bound T with ``IncreasingEpochs(maximum=...)``.
     * *Waiting for participants*: fewer than K nodes are connected. Start the missing ones.
+    * *5 of 10 connected sites train*: raise `num_participants`, or let them take turns by
+      ``rotate=True``.
+    * *local epochs of participant ...: expected 4 iterated, found 1*: the ClientApp does not follow
+      the plan. Iterate ``LocalPlan`` in its training function; ``strict=True`` refuses its replies.
     * *Relative change*: the value that is compared with `IncreasingEpochs.epsilon`. Choose epsilon
       from it.
 
