@@ -144,6 +144,8 @@ class CoLearn(FedAvg):
         self._shared: Parameters | None = None
         self._asked: list[str] = []
         self._fits: Fits | None = None
+        # The participants whose results were refused in `aggregate_fit`, with the reasons.
+        self._refused: dict[str, str] = {}
         self._aggregated, self._connected = False, 0
         # The updates of the results that `check_result` has accepted.
         self._updates: dict[str, Update | None] = {}
@@ -186,7 +188,7 @@ class CoLearn(FedAvg):
         self._log.open(plan_record(plan, self._progress))
         self._count(down=size_of(parameters) * len(clients))
         self._asked = [client.cid for client in clients]
-        self._fits, self._updates, self._aggregated = None, {}, False
+        self._fits, self._updates, self._refused, self._aggregated = None, {}, {}, False
         # With `accept_failures=False` the first failure ends the run.
         if self.recovery is not None and self.accept_failures:
             grid = getattr(next(iter(clients), None), "grid", None)
@@ -235,6 +237,8 @@ class CoLearn(FedAvg):
         mean, self._aggregated = self._round_mean, True
         metrics = self._fold_all(results)
         self._progress = self._progress.told(mean_loss(each for _, each in metrics))
+        # Before the refusals of `Fits` are added, after which the participant was restarted.
+        self._refused = {e.participant: e.reason for e in mean.events if e.kind == "refusal"}
         self._note_absences(failures)
         self._log.note_events(mean.events)
         self._log.record.participants = mean.participants
@@ -399,8 +403,7 @@ class CoLearn(FedAvg):
         if self._fits is not None:
             self._log.note_traffic(RoundTraffic(bytes=self._fits.bytes))
             mean.note(self._fits.events)
-        known = {event.participant for event in mean.events if event.kind != "restart"}
-        missing = sorted(set(self._asked) - set(mean.participants) - known)
+        missing = sorted(set(self._asked) - set(mean.participants) - self._lost.keys())
         # Not by `failures` alone: an exception in them does not state its participant.
         reason = "; ".join(map(_describe, failures)) or "its result was not given to CoLearn"
         mean.note(Event("absence", participant, reason) for participant in missing)
@@ -436,10 +439,7 @@ class CoLearn(FedAvg):
     @property
     def _lost(self) -> dict[str, str]:
         """The participants that are known to be lost in this round, with the reasons."""
-        mean = self._round_mean
-        lost = {event.participant: event.reason for event in mean.events if event.kind == "refusal"}
-        lost.update({} if self._fits is None else self._fits.lost)
-        return {name: why for name, why in lost.items() if name not in mean.participants}
+        return {**self._refused, **({} if self._fits is None else self._fits.lost)}
 
     def _account_for_own(self) -> None:
         """Record the trainings of a round whose aggregation calls no `super`."""

@@ -152,6 +152,9 @@ class _RestartedClient(ClientProxy):
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the inner client, such as ``node_id``."""
+        # Copying asks for attributes before there is an inner client.
+        if name.startswith("_"):
+            raise AttributeError(name)
         return getattr(self._client, name)
 
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:

@@ -239,8 +239,8 @@ class ConnectedGrid(WrappingGrid):
             self._directory = self._recovering.directory
             if not transport.compression.is_plain:
                 self._recovering.needs_mod = (
-                    "expected flwr_colearn.participant_mod to decode the model, which travels as "
-                    f"{transport.compression}, found a ClientApp without it; {ADD_THE_MOD}"
+                    f"reply: expected arrays sent as {transport.compression.up} by "
+                    f"flwr_colearn.participant_mod, found none; {ADD_THE_MOD}"
                 )
         return top
 

@@ -46,8 +46,8 @@ def failure_of(reply: Message) -> str | None:
         return reason
     if _NOT_DECODED.search(reason):
         return (
-            "the participant failed: expected flwr_colearn.participant_mod to decode the "
-            f"compressed model, found a ClientApp without it; {ADD_THE_MOD}"
+            "the participant failed: expected the compressed model decoded by "
+            f"flwr_colearn.participant_mod, found none; {ADD_THE_MOD}"
         )
     lines = reason.splitlines()
     # Only the exception and its message, which may have several lines, from the end of a traceback.

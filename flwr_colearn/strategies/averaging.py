@@ -36,7 +36,7 @@ from ..managed import Managed
 from ..normalization import PARTIAL, Normalization, Pooled
 from ..policy import DEFAULT_RECOVERY, Guard, Recovery, guard_under
 from ..records import Outgoing, number_in
-from ..recovery import choose_members
+from ..recovery import Members, choose_members
 from ..roles import Role, Roles, named_roles
 from ..stock import warn_of_private_statistics
 from ..traffic import Event
@@ -301,23 +301,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         if private and server_round == 1 and self._shared.untrained:
             warn_of_private_statistics(self._shared.untrained)
         self._renew_mean(server_round, record.local_epochs)
-        members = choose_members(
-            grid,
-            self.num_participants,
-            self.last_nodes,
-            self.random,
-            self._features.recovery,
-            self.wait_for_participants,
-            self.min_available_nodes,
-            self._absent,
-            self.rotate,
-        )
-        self._missing = members.missing
-        self._waiting = [n for n in self.last_nodes if n not in members.nodes and self.rotate]
-        self.last_nodes = self._waiting + members.nodes
-        self._say_who_trains(members.connected)
-        self._accounted = False
-        self._absent = self.num_participants - len(members.nodes)
+        members = self._choose_members(grid)
         self.log.open(record)
         reason = "it was not connected when the round began"
         self.log.note_events(
@@ -665,12 +649,14 @@ class Averaging(FedAvg, Managed[RoundLog]):
         traffic = self._grid.take()
         self._absent += traffic.gone
         self.log.note_traffic(traffic)
+        # Before the traffic's refusals are added, after which the participant was restarted.
+        lost = {event.participant for event in self._mean.events if event.kind == "refusal"}
+        lost |= {event.participant for event in traffic.events if event.kind == "absence"}
         self._mean.note(traffic.events)
         self._note_nodes()
         if epochs := self.log.record.local_epochs:
             self.progress = self.progress.timed(traffic.seconds, epochs)
         self._note_adherence(traffic.durations)
-        lost = {e.participant for e in self._mean.events if e.kind in ("refusal", "absence")}
         left_out = set(traffic.names.values()) - lost - set(self._mean.participants)
         recovery = self._grid.transport.recovery
         # Without an override every reply that arrived is in the mean or refused.
@@ -693,6 +679,27 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.log.record.participants = sorted(set(traffic.names.values()) - absent)
         self._note_adherence(traffic.durations)
         self._note_nodes()
+
+    def _choose_members(self, grid: Grid) -> Members:
+        """Return the nodes of the round, and remember whose turn it is."""
+        members = choose_members(
+            grid,
+            self.num_participants,
+            self.last_nodes,
+            self.random,
+            self._features.recovery,
+            self.wait_for_participants,
+            self.min_available_nodes,
+            self._absent,
+            self.rotate,
+        )
+        self._missing = members.missing
+        self._waiting = [n for n in self.last_nodes if n not in members.nodes and self.rotate]
+        self.last_nodes = self._waiting + members.nodes
+        self._say_who_trains(members.connected)
+        self._accounted = False
+        self._absent = self.num_participants - len(members.nodes)
+        return members
 
     def _say_who_trains(self, connected: int) -> None:
         """Log, when the number changes, that more participants are connected than train."""

@@ -42,6 +42,10 @@ class CoLearn(Averaging):
     * *an attempt may take ... instead of timeout*: rounds take longer than `timeout`. Raise it, or
       bound T with the rule's `maximum`.
     * *Waiting for participants*: fewer than K nodes are connected. Start the missing ones.
+    * *5 of 10 connected sites train*: raise `num_participants`, or let them take turns by
+      ``rotate=True``.
+    * *local epochs of participant ...: expected 4 iterated, found 1*: the ClientApp does not follow
+      the plan. Iterate ``LocalPlan`` in its training function; ``strict=True`` refuses its replies.
     * *Relative change*: how far the round moved the shared model, which eq. 4 compares with
       epsilon. It falls for some rounds and then stays at a level that grows with T.
     * *epsilon=... is below the level that T=... holds: T will not grow*: as it should be, if rounds

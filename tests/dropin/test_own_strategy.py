@@ -193,11 +193,12 @@ def test_a_subclass_of_colearn_with_its_own_start_connects_its_own_features(feat
     assert "no restarts" not in flower_log.text
 
 
-def test_its_guard_restarts_the_sender_too():
+def test_its_guard_restarts_the_sender_too(flower_log):
     guard = Guard(first=1.0)
     strategy = OwnStart(2, guard=guard, recovery=Recovery(pause=0.0), **RULES)
     with pytest.raises(ColearnError, match="norm of the update"):
         strategy.start(InProcessGrid(app_of((1, 1e6)), 2), record_of(INITIAL), 1)
+    assert "restart of participant partition-1" in flower_log.text
 
 
 def test_without_a_connected_grid_the_log_says_how_to_have_restarts(flower_log):

@@ -350,6 +350,36 @@ def test_a_quorum_counts_the_replies_that_a_subclass_drops():
     assert first_number(start(strategy, [1, 1, 100]).arrays) == 1.0
 
 
+def test_a_reply_that_is_refused_sent_again_and_then_dropped_is_no_lost_participant():
+    app, replied = app_of([1, 1, 100]), []
+
+    def spoils_the_first(message, context):
+        reply = app(message, context)
+        if context.node_id == 3 and "arrays" in message.content and not replied:
+            replied.append(True)
+            reply.content["arrays"] = record_of(filled(np.nan))
+        return reply
+
+    grid = InProcessGrid(app, 3)
+    grid.client_app = spoils_the_first
+    strategy = Drops(3, fraction_evaluate=0.0, recovery=Recovery(pause=0.0), **RULES)
+    assert first_number(strategy.start(grid, record_of(INITIAL), num_rounds=1).arrays) == 1.0
+    [record] = strategy.history
+    assert [len(record.refusals), len(record.restarts), len(record.absences)] == [1, 1, 1]
+
+
+def test_the_same_in_the_legacy_api():
+    def spoils_the_first(calls):
+        return np.nan if calls <= 3 and not spoiled.append(calls) and len(spoiled) == 1 else 100
+
+    spoiled = []
+    strategy = DropsStragglers(3, fraction_evaluate=0.0, recovery=Recovery(pause=0.0), **RULES)
+    run_legacy(strategy, [1, 1, spoils_the_first])
+    np.testing.assert_array_equal(strategy.averages[0][0], filled(1)["fc.weight"])
+    [record] = strategy.history
+    assert [len(record.refusals), len(record.restarts), len(record.absences)] == [1, 1, 1]
+
+
 def test_an_aggregation_of_ones_own_is_measured_and_recorded():
     class Median(CoLearn):
         def aggregate_train(self, server_round, replies):
