@@ -27,7 +27,6 @@ def test_treatments_differ_in_weights_and_steps_only(units):
         "1/K, local epochs": ("uniform", 0),
         "weights, local epochs": ("weighted", 0),
         "1/K, equal steps": ("uniform", 3),
-        "weights, equal steps": ("weighted", 3),
     }
     assert {n: (c["weighting"], c["local-steps"]) for n, c in configs.items()} == expected
     for config in configs.values():
