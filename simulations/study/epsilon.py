@@ -1,6 +1,6 @@
 """What epsilon means: the level of the relative change at every T, and the T that epsilon reaches.
 
-    python -m simulations.study epsilon digits --fixed 1 2 4 8
+    python -m simulations.study epsilon digits --fixed 1 2 4
 
 First CLR runs with T fixed, which show the level that every T holds. Then eq. 4 runs with epsilon
 between the levels of two T: it should reach the larger one and stay there. The table has both.

@@ -34,7 +34,6 @@ def treatments(steps: int) -> dict[str, dict[str, Any]]:
         PLAIN: {},
         "weights, local epochs": {"weighting": "weighted"},
         "1/K, equal steps": {"local_steps": steps},
-        "weights, equal steps": {"weighting": "weighted", "local_steps": steps},
     }
 
 
