@@ -40,28 +40,47 @@ SLOW += ["flwr_colearn/test_features.py", "test_packaging.py"]
 # Groups of pytest-xdist begin in this order: those that take longest, and deployments, which
 # mostly wait, before all others.
 ORDER = ("e2e", "simulations/launch", "tensorflow", "dropin", "simulations", "clients")
+# In a process of their own these tests have a deployment of their own.
+ALONE = {
+    "test_a_hang_in_an_evaluation_ends_at_the_time_limit_and_costs_no_round": "e2e/evaluation",
+    "test_a_site_is_revoked_and_another_gets_a_new_key": "e2e/revocation",
+}
 
 
 def is_in(path: Path, folders: list[str]) -> bool:
     return any(path.is_relative_to(TESTS / folder) for folder in folders)
 
 
-def group_of(path: Path) -> str:
+def group_of(nodeid: str) -> str:
     """The tests of a file are in one group, so that its fixtures are made once.
 
     So are all that build TensorFlow's graphs, whose memory is then needed in one process, and all
     that start Ray, each of which takes all processors.
     """
+    file, _, test = nodeid.partition("::")
+    path = TESTS.parent / file
     if is_in(path, TENSORFLOW):
         return "tensorflow"
     if is_in(path, ["simulations/launch"]):
         return "simulations/launch"
-    return str(path.relative_to(TESTS if path.is_relative_to(TESTS) else TESTS.parent))
+    return ALONE.get(test, file.removeprefix("tests/"))
 
 
 def rank_of(item: pytest.Item) -> int:
-    group = item.get_closest_marker("xdist_group").args[0]
+    group = group_of(item.nodeid)
     return next((i for i, start in enumerate(ORDER) if group.startswith(start)), len(ORDER))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Deal out the groups; ``--dist loadgroup`` of pytest-xdist 3.8 has none under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -70,13 +89,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if left_out else None
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if is_in(item.path, SLOW):
             item.add_marker("slow")
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group_of(item.path)))
-    if hasattr(config, "workerinput"):  # a process of pytest-xdist, which deals groups in order
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist
         items.sort(key=rank_of)
 
 

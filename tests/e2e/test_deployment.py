@@ -139,8 +139,6 @@ def test_a_run_with_a_fault_in_every_round_ends_with_the_same_model(deployment, 
         print(record.round, expected.seconds, record.seconds, json.dumps(record.restarts))
 
 
-# In a process of its own this test has a deployment of its own.
-@pytest.mark.xdist_group("e2e/evaluation")
 @pytest.mark.timeout(900)
 def test_a_hang_in_an_evaluation_ends_at_the_time_limit_and_costs_no_round(deployment):
     process = run(deployment, "evaluated", num_server_rounds=2, fraction_evaluate=1.0, timeout=30.0)

@@ -70,7 +70,6 @@ def certificate_of(address):
         return ssl.DER_cert_to_PEM_cert(tls.getpeercert(binary_form=True))
 
 
-@pytest.mark.xdist_group("e2e/revoked")
 def test_a_site_is_revoked_and_another_gets_a_new_key(own_deployment):
     deployment = own_deployment
     first, second = deployment.sites

@@ -33,7 +33,6 @@ from flwr_colearn import history as history_module
 from flwr_colearn.checkpoint import Checkpoint
 from tests.faults import (
     MODEL,
-    Clock,
     FaultyGrid,
     bits,
     is_query,
@@ -239,21 +238,19 @@ def test_a_run_killed_before_its_first_round_is_begun_again(point, server, unint
     assert server.start() == uninterrupted
 
 
+@pytest.mark.slow
 @given(kills=st.lists(st.tuples(st.sampled_from(POINTS), st.integers(1, ROUNDS)), max_size=4))
 @example(kills=[("os.fsync", 3), ("os.fsync", 3), ("flush_folder", 3), ("history", 4)])
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
-def test_a_run_may_be_killed_again_and_again(tmp_path_factory, kills):
+def test_a_run_may_be_killed_again_and_again(tmp_path_factory, clock, uninterrupted, kills):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        clock = Clock(monkeypatch)
-        path = tmp_path_factory.mktemp("runs")
-        expected = Server(path / "uninterrupted", clock).start()
-        server = tapped(Server(path / "run", clock), monkeypatch)
+        server = tapped(Server(tmp_path_factory.mktemp("run"), clock), monkeypatch)
         for kill in kills:
             try:
                 server.start(kill=kill)
             except Killed:
                 continue
-        assert server.start() == expected
+        assert server.start() == uninterrupted
 
 
 @pytest.mark.parametrize("point", POINTS)
