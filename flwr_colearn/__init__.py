@@ -63,6 +63,7 @@ from .schedules import (
     ProgressRate,
     Warmup,
 )
+from .secure import SecureAggregation
 from .strategies import Averaging, CoLearn, SynchronousSGD
 from .traffic import RoundTraffic
 from .transport import ConnectedGrid, Transport
@@ -116,6 +117,7 @@ __all__ = [
     "RoundRecord",
     "RoundTraffic",
     "RunningMean",
+    "SecureAggregation",
     "Synchronised",
     "SynchronousSGD",
     "ThreadedGrid",

@@ -2,9 +2,11 @@
 
 from .distance import relative_change, squared_distance, squared_norm, trainable
 from .examples import ToldExamples
+from .kept import check_kept, without_mean
 from .mean import Empty, RunningMean, empty_array
 from .metrics import Named, aggregated, average_metrics, evaluations_of
 from .replies import (
+    ASK,
     ECHO,
     arrays_of,
     check_echo,
@@ -20,9 +22,17 @@ from .sgd import SGD
 from .shares import bounded_weights, lowered_weights
 from .spectral import spectral_vectors
 from .updates import Update, Updates, contributions
-from .validation import check_initial, check_model, check_weights
+from .validation import (
+    check_initial,
+    check_model,
+    check_structure,
+    check_variances,
+    check_weights,
+    is_negative,
+)
 
 __all__ = [
+    "ASK",
     "ECHO",
     "SGD",
     "Empty",
@@ -40,9 +50,12 @@ __all__ = [
     "bounded_weights",
     "check_echo",
     "check_initial",
+    "check_kept",
     "check_model",
     "check_private_weighting",
+    "check_structure",
     "check_train_reply",
+    "check_variances",
     "check_weights",
     "contributions",
     "echo_of",
@@ -50,6 +63,7 @@ __all__ = [
     "evaluations_of",
     "examples_of",
     "failure_of",
+    "is_negative",
     "lowered_weights",
     "metrics_of",
     "read_reply",
@@ -58,4 +72,5 @@ __all__ = [
     "squared_distance",
     "squared_norm",
     "trainable",
+    "without_mean",
 ]

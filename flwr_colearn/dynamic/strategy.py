@@ -16,7 +16,7 @@ from ..compression import Compression
 from ..errors import ColearnError, expected, real_number, whole_number
 from ..loop import EvaluateFn, Resume, run
 from ..managed import Managed
-from ..policy import Guard, Recovery, attempt_limit
+from ..policy import DEFAULT_GUARD, Guard, Recovery, attempt_limit
 from ..records import to_record, view
 from ..recovery import choose_members
 from ..roles import NDArray, Role, Roles, assign_roles
@@ -104,7 +104,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         checkpoints: str | Path | CheckpointFolder | None = None,
         compression: Compression = Compression(),  # noqa: B008
         participants: Sequence[str] | None = None,
-        guard: Guard | None = Guard(),  # noqa: B008
+        guard: Guard | None = DEFAULT_GUARD,
         seed: int | None = None,
     ) -> None:
         if not isinstance(operator, Operator):

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 from flwr.app import ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
-from ..aggregation import ECHO, check_train_reply
+from ..aggregation import ASK, ECHO, check_train_reply
 from ..grids import WrappingGrid
 from ..policy import Recovery
 from ..records import SentTypes, kind_of, records_of
 from ..traffic import Event
 from .attempts import Attempts, Check
-from .identity import ASK, Directory
+from .identity import Directory
 
 
 class RecoveringGrid(WrappingGrid):
@@ -181,7 +181,7 @@ class RecoveringGrid(WrappingGrid):
 def _is_training(message: Message) -> bool:
     """Return whether a message is of the type train, for which recovery restarts participants.
 
-    The query for a participant's name is not, although it has this type.
+    A query, such as that for a participant's name, is not, although it has this type.
     """
     if not message.has_content():
         return False

@@ -30,7 +30,7 @@ from ..history import History, RoundLog, RoundRecord
 from ..loop import EvaluateFn, Resume, run
 from ..managed import Managed
 from ..normalization import PARTIAL, Normalization, Pooled
-from ..policy import Guard, Recovery, guard_under
+from ..policy import DEFAULT_GUARD, Guard, Recovery, guard_under
 from ..records import Outgoing, number_in
 from ..recovery import choose_members
 from ..roles import Role, Roles
@@ -145,7 +145,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         compression: Compression = Compression(),  # noqa: B008
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
-        guard: Guard | None = Guard(),  # noqa: B008
+        guard: Guard | None = DEFAULT_GUARD,
         algorithm: Algorithm | None = None,
         **kwargs: Any,
     ) -> None:
@@ -531,7 +531,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 self._outgoing.empty,
                 self._shared.variances,
                 rounded=not self._features.compression.keeps_signs,
-                guard=guard_under(self._features.guard, private=private),
+                guard=guard_under(self._features.applied_guard, private=private),
                 gradients=self.exchanges_steps,
                 # Its noise is calibrated for K participants, of which none may be left out.
                 refuses=not private,
@@ -554,9 +554,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.last_nodes = self._grid.node_ids + self._missing
         if epochs := self.log.record.local_epochs:
             self.progress = self.progress.timed(traffic.seconds, epochs)
-        recovery = self._grid.transport.recovery
-        if recovery is not None:
-            self._mean.require(recovery.required(self.num_participants))
+        self._mean.require(self._grid.transport.required(self.num_participants))
 
     def _in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
         """Return replies sorted by participant if a sum's last bit depends on it (float64)."""

@@ -9,7 +9,7 @@ from ..checkpoint import CheckpointFolder
 from ..compression import Compression
 from ..history import History
 from ..normalization import Normalization, Pooled
-from ..policy import Guard, Recovery
+from ..policy import DEFAULT_GUARD, Guard, Recovery
 from ..roles import Roles
 from ..schedules import EpochRule, LearningRate, RateFunction
 from .algorithm import algorithm_of
@@ -101,7 +101,7 @@ participants, guard
         compression: Compression = Compression(),  # noqa: B008
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
-        guard: Guard | None = Guard(),  # noqa: B008
+        guard: Guard | None = DEFAULT_GUARD,
         **kwargs: Any,
     ) -> None:
         super().__init__(
