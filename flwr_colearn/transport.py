@@ -333,12 +333,12 @@ class ConnectedGrid(WrappingGrid):
 
     def feature_state(self) -> dict[str, Any]:
         """Return what a checkpoint stores of the layers, in types of JSON."""
-        return {} if self._securing is None else {"clipping-range": self._securing.clipping.value}
+        return {} if self._securing is None else self._securing.ranges.state()
 
     def restore_feature_state(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `feature_state` returned."""
         if self._securing is not None:
-            self._securing.clipping.value = float(state["clipping-range"])
+            self._securing.ranges.restore(state)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

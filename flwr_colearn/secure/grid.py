@@ -29,10 +29,10 @@ from ..records import (
 )
 from ..roles import Arrays, Role
 from ..traffic import Event
-from .clipping import ClippingRange
 from .layout import Layout
 from .masks import Attempt
 from .messages import SECURE, TRAIN, check_trained, list_in, request_of
+from .ranges import Ranges
 from .settings import SecureAggregation
 from .stages import Stages, TooFewError, Total, Trained
 from .strategies import check_strategies
@@ -97,8 +97,8 @@ class SecureGrid(WrappingGrid):
 
     Attributes
     ----------
-    clipping : ClippingRange
-        The clipping range of the next round.
+    ranges : Ranges
+        The ranges of the next round's updates and weights.
     weighted : bool
         Whether the mean is weighted by numbers of examples; by default as in ``FedAvg``.
     weighted_by_key : str
@@ -108,7 +108,7 @@ class SecureGrid(WrappingGrid):
     def __init__(self, grid: Grid, secure: SecureAggregation, surroundings: Surroundings) -> None:
         super().__init__(grid)
         self.secure = secure
-        self.clipping = ClippingRange(secure)
+        self.ranges = Ranges(secure)
         self.weighted, self.weighted_by_key = True, "num-examples"
         self._around = surroundings
         self._checked = False
@@ -192,8 +192,9 @@ class SecureGrid(WrappingGrid):
         key, record = _model_of(batch)
         number, model = int(number_in(config, "server-round")), view(record)
         roles, absent = self._around.described(model, number)
-        most = self.secure.largest_weight if self.weighted else 1
-        layout = Layout.of(model, roles, absent, len(batch), self.clipping.value, most)
+        most, bits = self.ranges.largest_weight(self.weighted)
+        clipping = self.ranges.clipping
+        layout = Layout.of(model, roles, absent, len(batch), clipping, most, bits)
         # Another training of the same round, after a restart of the server, has another id.
         training = secrets.token_hex(8)
         session = str(config.get("session", ""))
@@ -292,7 +293,7 @@ class SecureGrid(WrappingGrid):
             "clipped": total.clipped,
             "weight": total.weight,
         }
-        self.clipping.update(largest, total.clipped)
+        self.ranges.update(largest, total.clipped, total.weight)
         if total.clipped:
             text = "Secure aggregation: %s elements beyond the clipping range of %g were clipped"
             log(WARNING, text, total.clipped, job.layout.clipping_range)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class Layout:
     ====================== ======================================================= ==============
     array                  word of each element, to be multiplied by n_k            bits
     ====================== ======================================================= ==============
-    float                  trained - sent, quantized                                32
+    float                  trained - sent, quantized                                32, 64
     integer, boolean       trained - sent, exact                                    64
     mean of a pair         d = trained - sent, quantized                            64
     variance of a pair     trained + d^2 - sent, quantized                          64
@@ -52,6 +53,9 @@ class Layout:
         c of floats.
     largest_weight : int
         The largest n_k; 1 where all participants weigh the same.
+    bits : int
+        The bits of the words of floats, 32 or 64. Words of 32 bits have room for weights only if
+        the largest one is known to within some powers of two.
     means, variances : list of str
         The arrays of statistics in pairs.
     kept : list of str
@@ -63,6 +67,7 @@ class Layout:
     participants: int
     clipping_range: float
     largest_weight: int
+    bits: int
     means: list[str]
     variances: list[str]
     kept: list[str]
@@ -77,6 +82,7 @@ class Layout:
         participants: int,
         clipping_range: float,
         largest_weight: int,
+        bits: int = 32,
     ) -> "Layout":
         """Return the layout of a model with these roles.
 
@@ -101,6 +107,7 @@ class Layout:
             participants,
             clipping_range,
             largest_weight,
+            bits,
             [mean for mean, _ in pairs],
             [variance for _, variance in pairs],
             kept,
@@ -119,7 +126,7 @@ class Layout:
     @property
     def quantizer(self) -> Quantizer:
         """The quantizer of floats."""
-        return Quantizer(self.clipping_range, (2**31 - 1) // self.participants)
+        return Quantizer(self.clipping_range, (2 ** (self.bits - 1) - 1) // self.participants)
 
     @property
     def wide(self) -> Quantizer:
@@ -133,12 +140,19 @@ class Layout:
 
     def empty(self, model: Arrays) -> dict[str, NDArray]:
         """Return words of 0 for a model, of the types and sizes that participants send."""
-        wide, kept = {*self.means, *self.variances}, set(self.kept)
+        kept = set(self.kept)
         return {
-            name: np.zeros(array.size, _WIDE_WORD if _is_wide(name, array, wide) else _WORD)
+            name: np.zeros(array.size, _WIDE_WORD if self._is_wide(name, array) else _WORD)
             for name, array in self.returned(model).items()
             if name not in kept
         }
+
+    def _is_wide(self, name: str, array: NDArray) -> bool:
+        return self.bits == 64 or array.dtype.kind != "f" or name in self._statistics
+
+    @cached_property
+    def _statistics(self) -> frozenset[str]:
+        return frozenset((*self.means, *self.variances))
 
     # At a participant ---------------------------------------------------------------------------
 
@@ -218,7 +232,8 @@ class Layout:
         for chunk in _chunks(out.size):
             change = _difference(after[chunk], before[chunk])
             words, beyond = self.quantizer.encode(change, generator, share)
-            out[chunk], clipped = words.astype(np.int32).view(np.uint32), clipped + beyond
+            # Modulo 2^32 or 2^64: negative words become large ones.
+            out[chunk], clipped = words.astype(_signed(out)).view(out.dtype), clipped + beyond
         return clipped
 
     # On the server ------------------------------------------------------------------------------
@@ -242,7 +257,7 @@ class Layout:
             array = sent[name]
             if array.dtype.kind != "f":
                 average[name] = _moved_whole(array, words.view(np.int64), weight)
-            elif words.dtype.itemsize == 4:
+            elif name not in self._statistics:
                 average[name], change = self._decode_float(array, words, weight)
                 largest = max(largest, change)
         average.update(self._pooled(sent, sums, weight))
@@ -251,7 +266,7 @@ class Layout:
     def _decode_float(self, sent: NDArray, words: NDArray, weight: int) -> tuple[NDArray, float]:
         out, largest, before = np.empty(sent.size, sent.dtype), 0.0, sent.reshape(-1)
         for chunk in _chunks(out.size):
-            change = self._mean(self.quantizer, words[chunk].view(np.int32), weight)
+            change = self._mean(self.quantizer, words[chunk].view(_signed(words)), weight)
             largest = max(largest, float(np.abs(change).max()))
             out[chunk] = before[chunk].astype(np.float64) + change
         return out.reshape(sent.shape), largest
@@ -304,8 +319,8 @@ class Layout:
         return means
 
 
-def _is_wide(name: str, array: NDArray, statistics: set[str]) -> bool:
-    return array.dtype.kind != "f" or name in statistics
+def _signed(words: NDArray) -> np.dtype[Any]:
+    return np.dtype(f"i{words.dtype.itemsize}")
 
 
 def _chunks(size: int) -> Iterator[slice]:

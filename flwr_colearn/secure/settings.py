@@ -35,8 +35,9 @@ class SecureAggregation:
     first_range : float, default 8.0
         The clipping range of the first round under "auto".
     largest_weight : int, default 2**20
-        The largest number of examples of a participant where the mean is weighted by it. The error
-        of a weighted mean is at most c * K * largest_weight / (2^31 * n), with n examples in all.
+        The largest number of examples of a participant where the mean is weighted by it. Words have
+        64 bits in the first round of a weighted mean, whose number of examples is not known, and 32
+        bits later, with 64 times the largest number of examples in a sum as the bound.
     masked_metrics : bool, default False
         Whether metrics of training are masked too. The server then sees their means and not the
         participants' own. A metric must be a number of at most 2^24 in absolute value; lists are
