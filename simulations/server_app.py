@@ -16,7 +16,7 @@ from clients.settings import ParticipantSettings
 from clients.tasks.registry import server_task, server_trainer
 from clients.trainer import Trainer
 from clients.weights import read_weights
-from flwr_colearn import CoLearn, ColearnError, History, Normalization, Pooled, Transport
+from flwr_colearn import CoLearn, ColearnError, History, Normalization, Pooled
 from flwr_colearn.compression import Compression, codec_named
 from flwr_colearn.reporting import curve, save_figure
 from simulations.arms import arm_named, schedules
@@ -50,10 +50,9 @@ def main(grid: Grid, context: Context) -> None:
         folder.resolve(settings.checkpoints),
         normalization=participants.scheme,
     )
-    transport = Transport(participants=settings.participant_names)
     try:
         result = strategy.start(
-            transport.connect(grid),
+            settings.transport.connect(grid),
             to_record(trainer),
             num_rounds=settings.num_server_rounds or None,
             timeout=settings.timeout or float("inf"),

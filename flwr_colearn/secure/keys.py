@@ -1,6 +1,7 @@
 """Keys of participants, and the shares of their secrets: Flower's own primitives, with checks."""
 
 from cryptography.fernet import InvalidToken
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from .._flwr import (
     bytes_to_private_key,
@@ -17,6 +18,9 @@ from .._flwr import (
 from ..errors import ColearnError, expected
 from .masks import Attempt
 
+_NUMBER = 48
+"""The bytes of a private key of the curve P-384."""
+
 _LENGTH = 4
 """The bytes that hold the length of the first of two shares."""
 
@@ -32,12 +36,20 @@ def public_key_of(private: bytes) -> bytes:
     return public_key_to_bytes(bytes_to_private_key(private).public_key())
 
 
-def is_pair(private: bytes, public: bytes) -> bool:
-    """Return whether a private key is that of a public key; False for bytes that are no key."""
+def number_of(private: bytes) -> bytes:
+    """Return the number that is a private key, which is shorter to share than its file format."""
+    number = bytes_to_private_key(private).private_numbers().private_value
+    return number.to_bytes(_NUMBER, "big")
+
+
+def key_of(number: bytes, public: bytes) -> bytes | None:
+    """Return the private key with this number, or None if it is not that of the public key."""
+    value = int.from_bytes(number, "big")
     try:
-        return public_key_of(private) == public
-    except ValueError:
-        return False
+        private = private_key_to_bytes(ec.derive_private_key(value, ec.SECP384R1()))
+    except ValueError:  # a number beyond the order of the curve
+        return None
+    return private if public_key_of(private) == public else None
 
 
 def shared_secret(private: bytes, public: bytes) -> bytes:

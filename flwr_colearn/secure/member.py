@@ -121,7 +121,7 @@ class Member:
         both = list(
             zip(
                 keys.split(self.seed, threshold, count),
-                keys.split(self.private[0], threshold, count),
+                keys.split(keys.number_of(self.private[0]), threshold, count),
                 strict=True,
             )
         )

@@ -85,8 +85,9 @@ class Unmasking:
         return seed
 
     def _private(self, participant: int) -> bytes:
-        private = self._joined(self.private, participant)
-        if not keys.is_pair(private, self.public[participant]):
+        number = self._joined(self.private, participant)
+        private = keys.key_of(number, self.public[participant])
+        if private is None:
             raise _wrong(participant)
         return private
 
