@@ -7,10 +7,12 @@ by ``Transport(secure=SecureAggregation())``.
 
 from .client import masked
 from .grid import SecureGrid, Surroundings
+from .masks import Masks
 from .messages import check_trained
 from .settings import SecureAggregation, as_secure
 
 __all__ = [
+    "Masks",
     "SecureAggregation",
     "SecureGrid",
     "Surroundings",

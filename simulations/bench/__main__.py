@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-NAMES = ("aggregation", "overhead", "communication", "scale", "peers", "sites")
+NAMES = ("aggregation", "overhead", "communication", "scale", "peers", "sites", "secure")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
