@@ -1,10 +1,11 @@
 """Benchmark of secure aggregation: the time of masks, and the bytes and seconds of a round.
 
 A participant adds K masks to its model: one of its own and K - 1 with the others. The table has the
-seconds of one mask and MiB, and its ratio to the keystream alone, which is the encryption of zeros
-by AES-256 in counter mode. A round is one of CoLearn in process, without training, with and without
-secure aggregation; its bytes are those of one participant, in both directions of small stages. The
-limits are a ratio of 1.5 for the time, and of 1.1 for the bytes upwards besides the small stages.
+milliseconds of one mask and MiB, and their ratio to the keystream alone, which is the encryption of
+zeros by AES-256 in counter mode; both are times of the processor, in one thread. A round is one of
+CoLearn in process, without training, with and without secure aggregation; its bytes are those of
+one participant, and the small stages are counted in both directions. The limits are a ratio of 1.5
+for the time, and of 1.1 for the bytes upwards besides the small stages.
 """
 
 import argparse
@@ -35,16 +36,16 @@ def model_of(mebibytes: int) -> dict[str, NDArray]:
 
 
 def time_masks(model: dict[str, NDArray], masks: int) -> tuple[float, float]:
-    """Return the median seconds of masking a model, and those of so many keystreams."""
+    """Return the median seconds of masking a model, and those of so many keystreams alone."""
     words = [array.view(np.uint32).copy() for array in model.values()]
     masked, keystream = [], []
     for repeat in range(REPEATS):
         pairs = [(bytes([repeat, i]) + bytes(30), 1 if i % 2 else -1) for i in range(masks)]
-        started = time.perf_counter()
+        started = time.process_time()
         each = Masks(pairs)
         for array in words:
             each.add_to(array)
-        masked.append(time.perf_counter() - started)
+        masked.append(time.process_time() - started)
         keystream.append(sum(time_keystream(key, words) for key, _ in pairs))
     return statistics.median(masked), statistics.median(keystream)
 
@@ -53,11 +54,11 @@ def time_keystream(key: bytes, words: list[NDArray]) -> float:
     """Return the seconds of the keystream for these arrays, without adding it to anything."""
     largest = max(array.nbytes for array in words)
     zeros, room = bytes(largest), bytearray(largest + 16)
-    started = time.perf_counter()
+    started = time.process_time()
     stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
     for array in words:
         stream.update_into(memoryview(zeros)[: array.nbytes], room)
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def app() -> ClientApp:
