@@ -311,6 +311,7 @@ class ConnectedGrid(WrappingGrid):
             transport.compression.received,
             self.name_of,
             lambda: self.node_ids,
+            lambda: 0.0 if self._recovering is None else self._recovering.seconds,
         )
 
     def _described(self, model: Arrays, server_round: int) -> tuple[Mapping[str, Role], list[str]]:
@@ -382,12 +383,17 @@ class ConnectedGrid(WrappingGrid):
             bytes=Directions(moved.bytes_down, moved.bytes_up),
             control=Directions(moved.control_down, moved.control_up),
             events=_named(events, names),
-            seconds=0.0 if self._recovering is None else self._recovering.seconds,
+            seconds=self._seconds(),
             names=names,
             models=Directions(moved.models_down, moved.models_up),
             gone=0 if self._recovering is None else self._recovering.take_gone(),
             secure={} if self._securing is None else self._securing.take_account(),
         )
+
+    def _seconds(self) -> float:
+        """Return the duration of the longest successful training of the last round."""
+        layer = self._securing or self._recovering
+        return 0.0 if layer is None else layer.seconds
 
     def name_of(self, node_id: int) -> str:
         """Return a participant's name where known, else its node id."""

@@ -55,6 +55,8 @@ class Surroundings:
         ``node id -> name``.
     nodes : callable
         ``() -> node ids`` of the last training's participants, in the order of its messages.
+    seconds : callable
+        ``() -> float``: the duration of the last training's longest successful attempt.
     """
 
     recovery: Recovery | None
@@ -62,6 +64,7 @@ class Surroundings:
     received: Callable[[Arrays], Arrays]
     name_of: Callable[[int], str]
     nodes: Callable[[], Iterable[int]]
+    seconds: Callable[[], float]
 
 
 @dataclass
@@ -103,6 +106,8 @@ class SecureGrid(WrappingGrid):
         Whether the mean is weighted by numbers of examples; by default as in ``FedAvg``.
     weighted_by_key : str
         The name of the metric with the number of examples.
+    seconds : float
+        The duration of the longest successful training of the last round.
     """
 
     def __init__(self, grid: Grid, secure: SecureAggregation, surroundings: Surroundings) -> None:
@@ -110,6 +115,7 @@ class SecureGrid(WrappingGrid):
         self.secure = secure
         self.ranges = Ranges(secure)
         self.weighted, self.weighted_by_key = True, "num-examples"
+        self.seconds = 0.0
         self._around = surroundings
         self._checked = False
         self._events: list[Event] = []
@@ -186,6 +192,7 @@ class SecureGrid(WrappingGrid):
     def _begin(self, batch: list[Message]) -> _Round:
         """Return the round of these messages."""
         self.secure.threshold_of(len(batch))
+        self.seconds = 0.0
         config = config_of(batch[0].content)
         if "server-round" not in config:
             raise expected("train message", "a config with 'server-round'", dict(config))
@@ -208,15 +215,17 @@ class SecureGrid(WrappingGrid):
             stages = self._stages(job, number, replies)
             try:
                 total = stages.total(job.layout, job.model, _metrics_of(replies))
-            except TooFewError as error:
-                if recovery is None or not _may_repeat(recovery, number):
-                    self._note("absence", stages, "")
-                    raise ColearnError(str(error)) from None
+            except ColearnError as error:
+                # Once shares were asked for, another sum could tell a single model.
+                repeats = isinstance(error, TooFewError) and _may_repeat(recovery, number)
+                if not repeats or recovery is None:
+                    self._note("absence", stages)
+                    raise
                 self._note("restart", stages, "; the round is repeated with new keys")
                 time.sleep(recovery.pause_before(number))
                 continue
-            self._note("absence", stages, "")
-            return self._replies(job, number, stages, total, replies)
+            self._note("absence", stages)
+            return self._replies(job, number, total, replies)
         raise AssertionError("the loop above has no end")
 
     def _trained(self, job: _Round, number: int, timeout: float | None) -> list[Message]:
@@ -240,18 +249,23 @@ class SecureGrid(WrappingGrid):
             copied(message, RecordDict({**message.content, SECURE: request}), node)
             for message, node in zip(job.messages, nodes, strict=True)
         ]
-        arrived = self.grid.send_and_receive(messages, timeout=timeout)
-        replies = [reply for reply in arrived if self._is_trained(messages[0], reply)]
-        return sorted(replies, key=lambda reply: self._name_of(reply))
+        arrived = list(self.grid.send_and_receive(messages, timeout=timeout))
+        # A repeated attempt is quick where participants have kept their models.
+        self.seconds = max(self.seconds, self._around.seconds())
+        sent = {message.metadata.message_id: message for message in messages}
+        replies = [reply for reply in arrived if self._is_trained(sent, messages[0], reply)]
+        return sorted(replies, key=self._name_of)
 
-    def _is_trained(self, sent: Message, reply: Message) -> bool:
+    def _is_trained(self, sent: Mapping[str, Message], any_sent: Message, reply: Message) -> bool:
         """Return whether a reply has keys; without recovery this is the only check."""
         try:
-            check_trained(sent, reply)
+            check_trained(any_sent, reply)
         except ColearnError as error:
-            name = self._name_of(reply)
-            log(WARNING, "Secure aggregation: participant %s is left out: %s", name, error)
-            self._events.append(Event("refusal", name, str(error)))
+            # Flower's error for a node that is gone does not come from that node.
+            message = sent.get(reply.metadata.reply_to_message_id)
+            node = reply.metadata.src_node_id if message is None else message.metadata.dst_node_id
+            log(WARNING, "Secure aggregation: node %s is left out: %s", node, error)
+            self._events.append(Event("absence", str(node), str(error)))
             return False
         return True
 
@@ -270,7 +284,7 @@ class SecureGrid(WrappingGrid):
             self.grid, attempt, members, threshold, max(threshold, least), self.secure.timeout
         )
 
-    def _note(self, kind: Literal["absence", "restart"], stages: Stages, then: str) -> None:
+    def _note(self, kind: Literal["absence", "restart"], stages: Stages, then: str = "") -> None:
         """Record the participants that dropped out."""
         for index, reason in stages.dropouts.items():
             member = stages.members[index]
@@ -281,7 +295,7 @@ class SecureGrid(WrappingGrid):
     # The replies --------------------------------------------------------------------------------
 
     def _replies(
-        self, job: _Round, number: int, stages: Stages, total: Total, replies: list[Message]
+        self, job: _Round, number: int, total: Total, replies: list[Message]
     ) -> list[Message]:
         """Return the replies of the participants in the sum, with the average in each."""
         received = self._around.received(job.model)
@@ -312,7 +326,9 @@ class SecureGrid(WrappingGrid):
         return self._around.name_of(reply.metadata.src_node_id)
 
 
-def _may_repeat(recovery: Recovery, number: int) -> bool:
+def _may_repeat(recovery: Recovery | None, number: int) -> bool:
+    if recovery is None:
+        return False
     return recovery.restarts_for_ever or number < recovery.max_restarts
 
 

@@ -270,6 +270,50 @@ def test_two_runs_with_the_same_dropouts_give_the_same_bits():
     assert all(one[name].data == other[name].data for name in one)
 
 
+def test_without_recovery_those_that_fail_are_left_out_and_nothing_is_repeated():
+    grid = DroppingGrid(app_of(), drops={(1, "train", 0): [1]})
+    strategy = colearn(recovery=None)
+    result, _, _ = start(grid, strategy=strategy, transport=secured(recovery=Recovery()))
+    check_close(result.arrays, mean_of([0, 2, 3, 4]))
+    [record] = strategy.history
+    assert [entry["participant"] for entry in record.absences] == ["2"]
+    drops = {(1, "mask", 0): [0, 1, 2]}
+    with pytest.raises(ColearnError, match="at least 3 participants in the sum"):
+        start(
+            DroppingGrid(app_of(), drops=drops),
+            strategy=colearn(recovery=None),
+            transport=secured(recovery=Recovery()),
+        )
+
+
+def test_the_time_of_a_training_is_not_that_of_a_repeated_attempt(clock):
+    drops = {(1, "mask", 0): [0, 1, 2]}
+    grid = DroppingGrid(app_of(), drops=drops)
+    before = grid._call
+
+    def slow(message):
+        trained = len(app_trainings)
+        reply = before(message)
+        clock.now += 100.0 * (len(app_trainings) - trained)
+        return reply
+
+    app_trainings, grid._call = grid.client_app.trainings, slow
+    connected = secured().connect(grid)
+    taken = []
+    take = type(connected).take
+
+    class Watching(CoLearn):
+        def _account(self):
+            self._grid.take = lambda: taken.append(take(self._grid)) or taken[-1]
+            super()._account()
+
+    run(
+        Watching(K, local_epochs=1, learning_rate=0.1, fraction_evaluate=0.0), connected, INITIAL, 1
+    )
+    assert taken[0].secure["attempts"] == 2
+    assert taken[0].seconds >= 100.0
+
+
 # The mean -----------------------------------------------------------------------------------------
 
 
