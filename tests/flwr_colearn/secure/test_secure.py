@@ -45,6 +45,7 @@ from flwr_colearn import (
     Transport,
     run,
 )
+from flwr_colearn._flwr import copied, set_message_id, state_from_bytes, state_to_bytes
 from flwr_colearn.records import view
 from tests.flwr_colearn.secure.secure_faults import (
     EXAMPLES,
@@ -429,6 +430,33 @@ def test_metrics_may_be_under_the_masks():
     for reply in grid.received:
         for metrics in reply.content.metric_records.values():
             assert not metrics
+
+
+class SerialisingGrid(DroppingGrid):
+    """A grid on which messages, replies and client states travel as Flower serialises them."""
+
+    def _call(self, message):
+        context = self.contexts[message.metadata.dst_node_id]
+        context.state = _carried(context.state)
+        arrived = copied(message, _carried(message.content))
+        set_message_id(arrived, message.metadata.message_id)
+        reply = super()._call(arrived)
+        if reply.has_content():
+            reply.content = _carried(reply.content)
+        return reply
+
+
+def _carried(content):
+    return state_from_bytes(state_to_bytes(content))
+
+
+def test_everything_is_serialisable_by_flower():
+    drops = {(1, "mask", 0): [1], (2, "mask", 0): [0, 1, 2]}
+    results = []
+    for kind in (DroppingGrid, SerialisingGrid):
+        grid = kind(app_of(), drops=drops)
+        results.append(start(grid, rounds=2, transport=secured(masked_metrics=True))[0].arrays)
+    assert all(results[0][name].data == results[1][name].data for name in results[0])
 
 
 # Clipping -----------------------------------------------------------------------------------------
