@@ -264,6 +264,25 @@ def test_a_wrong_share_of_a_private_key_is_found_out():
         protocol.server.masks(survivors)
 
 
+@pytest.mark.parametrize("which", ["own mask", "private key"])
+def test_shares_of_another_secret_are_found_out(which):
+    """They fit together, so only the commitment and the public key tell."""
+    protocol = protocol_with_vectors()
+    del protocol.arrived[4]
+    survivors, others = [0, 1, 2, 3], keys.split(bytes(31) + b"1", 3, 5)
+    numbers = keys.split(keys.number_of(keys.new_key()), 3, 5)
+    for index in survivors:
+        seeds, private = protocol.members[index].unmask(survivors)
+        if which == "own mask":
+            seeds[2] = others[index]
+        else:
+            private[0] = numbers[index]
+        protocol.server.add(survivors, seeds, private)
+    participant = 2 if which == "own mask" else 4
+    with pytest.raises(ColearnError, match=f"shares of participant {participant}: expected those"):
+        protocol.server.masks(survivors)
+
+
 def test_another_number_of_shares_is_refused():
     protocol = protocol_with_vectors()
     seeds, private = protocol.members[0].unmask([0, 1, 2, 3, 4])
