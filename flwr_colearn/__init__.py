@@ -70,6 +70,7 @@ from .schedules import (
     ProgressRate,
     Warmup,
 )
+from .secure import SecureAggregation
 from .strategies import Averaging, CoLearn, SynchronousSGD
 from .traffic import RoundTraffic
 from .transport import ConnectedGrid, Transport
@@ -132,6 +133,7 @@ __all__ = [
     "RoundTraffic",
     "RunResult",
     "RunningMean",
+    "SecureAggregation",
     "ServerRate",
     "Synchronised",
     "SynchronousSGD",

@@ -5,15 +5,38 @@ from collections.abc import Iterable
 from typing import Any
 
 from flwr.app import Error, Message, RecordDict
+from flwr.common.secure_aggregation.crypto.shamir import combine_shares as combine_shares
+from flwr.common.secure_aggregation.crypto.shamir import create_shares as create_shares
+from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt as decrypt
+from flwr.common.secure_aggregation.crypto.symmetric_encryption import encrypt as encrypt
+from flwr.common.secure_aggregation.crypto.symmetric_encryption import (
+    generate_shared_key as generate_shared_key,
+)
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.server.client_proxy import ClientProxy as ClientProxy
 from flwr.server.server import fit_clients as fit_clients
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
 from flwr.serverapp.strategy.strategy_utils import (
     aggregate_metricrecords as aggregate_metricrecords,
 )
 from flwr.serverapp.strategy.strategy_utils import config_to_str as config_to_str
+from flwr.supercore.primitives.asymmetric import (
+    bytes_to_private_key as bytes_to_private_key,
+)
+from flwr.supercore.primitives.asymmetric import (
+    bytes_to_public_key as bytes_to_public_key,
+)
+from flwr.supercore.primitives.asymmetric import (
+    generate_key_pairs as generate_key_pairs,
+)
+from flwr.supercore.primitives.asymmetric import (
+    private_key_to_bytes as private_key_to_bytes,
+)
+from flwr.supercore.primitives.asymmetric import (
+    public_key_to_bytes as public_key_to_bytes,
+)
 
 REFUSED = 1000
 """Error code of a reply that a layer of this package refused. Flower's own codes are smaller."""
@@ -110,6 +133,19 @@ def called_privately() -> bool:
     return False
 
 
+def calling_strategy() -> Strategy | None:
+    """Return the outermost strategy among the callers of this function, or None.
+
+    In Flower's own loop nothing but a strategy's messages reaches a layer of this package.
+    """
+    found, frame = None, inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), Strategy):
+            found = frame.f_locals["self"]
+        frame = frame.f_back
+    return found
+
+
 def assume_identity() -> None:
     """Make ``Message(...)`` callable outside a Flower run, which needs an identity since 1.38."""
     try:
@@ -141,14 +177,25 @@ __all__ = [
     "ClientProxy",
     "aggregate_metricrecords",
     "assume_identity",
+    "bytes_to_private_key",
+    "bytes_to_public_key",
     "called_privately",
+    "calling_strategy",
+    "combine_shares",
     "config_to_str",
     "copied",
+    "create_shares",
+    "decrypt",
     "empty_run",
+    "encrypt",
     "error_reply",
     "fit_clients",
+    "generate_key_pairs",
+    "generate_shared_key",
     "is_private",
     "node_names",
     "nodes_of",
+    "private_key_to_bytes",
+    "public_key_to_bytes",
     "set_message_id",
 ]

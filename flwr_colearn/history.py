@@ -72,6 +72,10 @@ class RoundRecord:
         Empty unless a scheme changes which arrays are exchanged. Then ``scheme`` is its name,
         ``reinitialised`` lists the participants that had lost their local arrays, and
         ``shared-model`` is a note that the shared model is partial, if it is.
+    secure : dict
+        Empty without secure aggregation. Else ``participants`` in the sum, ``weight``, the sum of
+        their weights, the number of ``attempts``, the ``clipping-range`` of updates, and how many
+        elements of all updates were ``clipped`` to it.
     seconds : float
         The seconds from the round's plan to its record.
     train_metrics, evaluate_metrics, server_metrics : dict
@@ -108,6 +112,7 @@ class RoundRecord:
     contributions: dict[str, dict[str, float | None]] = field(default_factory=dict)
     warnings: list[dict[str, str]] = field(default_factory=list)
     normalization: dict[str, Any] = field(default_factory=dict)
+    secure: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     train_metrics: dict[str, Any] = field(default_factory=dict)
     evaluate_metrics: dict[str, Any] = field(default_factory=dict)
@@ -487,6 +492,7 @@ class RoundLog:
         record.bytes_up = (record.bytes_up or 0) + traffic.bytes.up
         record.control_down = (record.control_down or 0) + traffic.control.down
         record.control_up = (record.control_up or 0) + traffic.control.up
+        record.secure = traffic.secure or record.secure
         self.note_events(traffic.events)
 
     def note_evaluation(self, traffic: RoundTraffic) -> None:

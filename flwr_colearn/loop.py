@@ -135,6 +135,7 @@ def run(
     manager = _manager_of(strategy, history)
     own = manager.transport if transport is None else manager.transport.combined(transport)
     connected = own.connect(grid, manager.check_reply, initial_arrays)
+    connected.serve(chain_of(strategy), manager.weighting == "weighted")
     if any(map(is_private, chain_of(strategy))):
         connected.transport.check_privacy()
         if not isinstance(manager, Stock):  # which warns, since other strategies weigh as they like
@@ -562,6 +563,7 @@ class _Run:
         restore_state(self.strategy, (state["strategy"], dict(saved.extra)))
         self.manager.restore_own_state(state["own"])
         self.best.restore(state.get("best"), saved.extra)
+        self.grid.restore_feature_state(state.get("features", {}))
         records = list(history)
         if state["averaged"] is not None:
             self.manager.log.reopen(state["averaged"])
@@ -594,6 +596,7 @@ class _Run:
             "strategy": strategy,
             "own": self.manager.own_state(),
             "best": self.best.state(),
+            "features": self.grid.feature_state(),
         }
         shared = view(self.result.arrays)
         lines = self.manager.log.history.lines
@@ -606,6 +609,7 @@ class _Run:
         return {
             "normalization": str(transport.normalization),
             "compression": str(transport.compression),
+            **({"secure aggregation": str(transport.secure)} if transport.secure else {}),
             "model": describe_arrays(arrays),
             "roles": self._described_roles(arrays),
             **self.manager.configuration(),

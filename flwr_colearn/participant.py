@@ -7,6 +7,7 @@ from flwr.app import Context, Message
 from .compression import compressed
 from .normalization import with_local_arrays
 from .recovery import discreet, echoed, name_of, supervised
+from .secure import masked
 from .state_dir import with_state_dir
 
 Next = Callable[[Message, Context], Message]
@@ -16,9 +17,9 @@ def participant_mod(message: Message, context: Context, call_next: Next) -> Mess
     """Flower mod with the participant's part of the server's strategy and `Transport`.
 
     The mod reports the participant's name, ends a training that hangs, decodes and encodes
-    compressed models, and stores the local arrays of a normalization scheme. Each of these is done
-    only if the message requests it. The functions of the ClientApp receive and return complete
-    models of ordinary arrays.
+    compressed models, stores the local arrays of a normalization scheme, and sends the trained
+    model under masks. Each of these is done only if the message requests it. The functions of the
+    ClientApp receive and return complete models of ordinary arrays.
 
     The mod's state is in ``context.state``, which Flower drops at the end of the SuperNode and of
     the run. With a folder ``state-dir`` in the SuperNode's node config, all of ``context.state`` is
@@ -51,18 +52,24 @@ def participant_mod(message: Message, context: Context, call_next: Next) -> Mess
     """
 
     # From inside to outside. The echo describes the model as the ClientApp returned it. Local
-    # arrays are inside compression, since they complete the decoded model. The state folder is
-    # outside both, since it saves their state. Supervision is outside of all layers: it checks the
-    # version before a layer reads the message, and its time limit is that of all layers. Only the
-    # treatment of exceptions is outside of it, since every part may raise one.
+    # arrays are inside compression, since they complete the decoded model. Secure aggregation is
+    # between them: only exchanged arrays are masked, and the model is received compressed. The
+    # state folder is outside all three, since it saves their state. Supervision is outside of all
+    # layers: it checks the version before a layer reads the message, and its time limit is that of
+    # all layers. Only the treatment of exceptions is outside of it, since every part may raise one.
     def describe(message: Message, context: Context) -> Message:
         return echoed(message, context, call_next)
 
     def localise(message: Message, context: Context) -> Message:
         return with_local_arrays(message, context, describe)
 
+    def mask(message: Message, context: Context) -> Message:
+        # The rounding of a site without a name depends on its node.
+        name = name_of(context).get("participant", str(context.node_id))
+        return masked(message, context, localise, name)
+
     def compress(message: Message, context: Context) -> Message:
-        return compressed(message, context, localise)
+        return compressed(message, context, mask)
 
     def remember(message: Message, context: Context) -> Message:
         name = name_of(context).get("participant", "participant")

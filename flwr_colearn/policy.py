@@ -167,6 +167,10 @@ class Guard:
             )
 
 
+DEFAULT_GUARD = Guard()
+"""The guard that nobody asked for: it is off where there can be none, and any other is refused."""
+
+
 def guard_under(guard: Guard | None, private: bool) -> Guard | None:
     """Return the guard of a run; None under differential privacy, unless norms are recorded."""
     if guard is None or not private or guard.records_private:

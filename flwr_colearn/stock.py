@@ -151,7 +151,7 @@ class Stock(Managed[RoundLog]):
 
     def _renew_updates(self, epochs: int) -> None:
         """Begin a round of the guard; a model that cannot be summed has none."""
-        guard = guard_under(self.transport.guard, self._private)
+        guard = guard_under(self.transport.applied_guard, self._private)
         self._measured = {}
         if self._updates is None and guard is not None and self._sums is not None:
             self._updates = Updates(guard, self._sums.weights)
@@ -301,7 +301,7 @@ class Stock(Managed[RoundLog]):
 
     def bound_shares(self, replies: list[Message], name_of: Callable[[int], str]) -> None:
         """Lower the numbers of examples in replies to the guard's largest share."""
-        guard = self.transport.guard
+        guard = self.transport.applied_guard
         if guard is None or guard.largest_share == 1.0 or self._private:
             return
         stated = self._stated(replies, name_of)

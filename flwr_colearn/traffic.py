@@ -1,7 +1,7 @@
 """The traffic between server and participants in a round, and the events of participants."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .text import printable
 
@@ -99,6 +99,8 @@ class RoundTraffic:
         The number of models.
     gone : int
         The number of participants that were given up because they left and did not come back.
+    secure : dict
+        The figures of secure aggregation, see `flwr_colearn.RoundRecord`; empty without it.
     """
 
     bytes: Directions = field(default_factory=Directions)
@@ -109,3 +111,4 @@ class RoundTraffic:
     names: dict[int, str] = field(default_factory=dict)
     models: Directions = field(default_factory=Directions)
     gone: int = 0
+    secure: dict[str, Any] = field(default_factory=dict)

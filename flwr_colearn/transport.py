@@ -1,13 +1,16 @@
-"""Transport: recovery, normalization and compression for the exchanges of any Flower strategy."""
+"""Transport: the features of the exchanges of any Flower strategy, as layers around its grid."""
 
 import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
+from logging import INFO
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
-from flwr.common import DEFAULT_TTL
+from flwr.common import DEFAULT_TTL, log
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
 
 from ._flwr import copied
 from ._version import __version__
@@ -15,11 +18,18 @@ from .aggregation import ADD_THE_MOD, check_train_reply
 from .compression import Compression, CompressionGrid, Uncompressed, as_compression
 from .errors import ColearnError, expected
 from .grids import BoundingGrid, MeteringGrid, SelectingGrid, WrappingGrid
-from .normalization import Normalization, NormalizationGrid, Pooled, as_normalization
-from .policy import DEFAULT_RECOVERY, Guard, Quorum, Recovery, time_to_live, timed
+from .normalization import (
+    Normalization,
+    NormalizationGrid,
+    Pooled,
+    Recalibrated,
+    as_normalization,
+)
+from .policy import DEFAULT_GUARD, DEFAULT_RECOVERY, Guard, Quorum, Recovery, time_to_live, timed
 from .records import SentTypes, config_of, kind_of, records_of
 from .recovery import Directory, RecoveringGrid, recovery_on
-from .roles import Arrays, Roles, named_roles
+from .roles import Arrays, Role, Roles, assign_roles, named_roles
+from .secure import SecureAggregation, SecureGrid, Surroundings, as_secure, check_trained
 from .traffic import Directions, Event, RoundTraffic, Transfers
 
 Check = Callable[[Message, Message], None]
@@ -31,7 +41,7 @@ class Transport:
 
     ::
 
-        strategy --> Recovery > Normalization > Compression > Meter --> Flower's grid
+        strategy --> Secure > Recovery > Normalization > Compression > Meter --> Flower's grid
 
     The strategies of this package have a transport of their own. Any other strategy uses one in
     its ServerApp::
@@ -63,6 +73,10 @@ class Transport:
     names : sequence of str, optional
         The names of the arrays in order, ``list(net.state_dict())``, for a model that is sent
         without names; their roles follow from them.
+    secure : SecureAggregation, optional
+        Secure aggregation, under which the server receives no participant's model. By default there
+        is none. Models are then compressed downwards only, and `Recalibrated` and `Synchronised`
+        are refused, whose statistics would be exchanged without masks.
 
     Raises
     ------
@@ -82,7 +96,8 @@ class Transport:
     compression: Compression = field(default_factory=Compression)
     roles: Roles = None
     participants: Sequence[str] | None = None
-    guard: Guard | None = field(default_factory=Guard)
+    guard: Guard | None = DEFAULT_GUARD
+    secure: SecureAggregation | None = None
     names: InitVar[Sequence[str] | None] = None
 
     def __post_init__(self, names: Sequence[str] | None) -> None:
@@ -99,6 +114,48 @@ class Transport:
             or len(set(self.participants)) < len(self.participants)
         ):
             raise expected("participants", "a sequence of different names", self.participants)
+        if as_secure(self.secure) is not None:
+            self._check_secure()
+
+    def _check_secure(self) -> None:
+        """Raise a ColearnError for a feature that needs a participant's own model."""
+        if not isinstance(self.compression.up, Uncompressed):
+            raise expected(
+                "compression under secure aggregation",
+                "up=Uncompressed(), since masked models are random numbers",
+                str(self.compression),
+            )
+        if isinstance(self.normalization, Recalibrated) or self.normalization.all_reduces:
+            raise expected(
+                "normalization under secure aggregation",
+                "a scheme without further exchanges, whose statistics would have no masks",
+                self.normalization,
+            )
+        # Nobody asked for the default one, so that is off.
+        if self.guard is not None and self.guard is not DEFAULT_GUARD:
+            raise expected(
+                "guard under secure aggregation",
+                "None, or no argument, since the server receives no participant's update",
+                self.guard,
+            )
+
+    @property
+    def applied_guard(self) -> Guard | None:
+        """The guard; None under secure aggregation, where the server receives no single update."""
+        return None if self.secure is not None else self.guard
+
+    def required(self, participants: int) -> int:
+        """Return the number of models without which a round of so many participants is no round.
+
+        Under secure aggregation all must train under the policies "fail" and "wait" too, but a
+        participant that drops out afterwards is left out.
+        """
+        if self.recovery is None:
+            return 0
+        needed = self.recovery.required(participants)
+        if self.secure is None or isinstance(self.recovery.policy, Quorum):
+            return needed
+        return self.secure.threshold_of(participants)
 
     def connect(
         self, grid: Grid, check: Check = check_train_reply, like: ArrayRecord | None = None
@@ -151,6 +208,12 @@ class Transport:
                 "arrays that stay, have no part in the wrapper's noise",
                 self.normalization,
             )
+        if self.secure is not None:
+            raise expected(
+                "secure aggregation under differential privacy",
+                "None, since the wrapper clips the updates of single participants",
+                self.secure,
+            )
 
     def combined(self, other: "Transport") -> "Transport":
         """Return the transport that has the features of both.
@@ -170,7 +233,8 @@ class Transport:
                     f"found both: {each.name}={mine} of the strategy and "
                     f"Transport({each.name}={theirs})"
                 )
-            values[each.name] = theirs if mine == default else mine
+            # The default guard that somebody asked for is equal to the one that nobody did.
+            values[each.name] = theirs if mine is default or theirs != default else mine
         return Transport(**values)
 
 
@@ -217,6 +281,7 @@ class ConnectedGrid(WrappingGrid):
         self._compressing: CompressionGrid | None = None
         self._normalizing: NormalizationGrid | None = None
         self._recovering: RecoveringGrid | None = None
+        self._securing: SecureGrid | None = None
         self._directory = Directory()
         super().__init__(self._layers(check))
 
@@ -225,7 +290,8 @@ class ConnectedGrid(WrappingGrid):
         transport = self.transport
         # From inside to outside. The meter counts the compressed bytes. Normalization is outside
         # compression, so that only the arrays that remain are compressed. Recovery is outermost,
-        # so that a restart passes through every layer and its check sees complete models.
+        # so that a restart passes through every layer and its check sees complete models. Only
+        # secure aggregation is outside it: a round is one training, with restarts, then the sum.
         # Replies are bounded as soon as they are counted, before any other layer reads them.
         top: Grid = self._bounds
         if not transport.compression.is_plain:
@@ -234,15 +300,58 @@ class ConnectedGrid(WrappingGrid):
             scheme, roles = transport.normalization, transport.roles
             top = self._normalizing = NormalizationGrid(top, scheme, roles)
         if transport.recovery is not None:
+            own = check if transport.secure is None else check_trained
             recovery = recovery_on(self.bottom, transport.recovery)
-            top = self._recovering = RecoveringGrid(top, recovery, check)
+            top = self._recovering = RecoveringGrid(top, recovery, own)
             self._directory = self._recovering.directory
             if not transport.compression.is_plain:
                 self._recovering.needs_mod = (
                     f"reply: expected arrays sent as {transport.compression.up} by "
                     f"flwr_colearn.participant_mod, found none; {ADD_THE_MOD}"
                 )
+        if transport.secure is not None:
+            log(INFO, "Guard: off under secure aggregation, where no single update arrives")
+            top = self._securing = SecureGrid(top, transport.secure, self._surroundings())
         return top
+
+    def _surroundings(self) -> Surroundings:
+        """Return what secure aggregation needs of the other layers."""
+        transport = self.transport
+        return Surroundings(
+            transport.recovery,
+            self._described,
+            transport.compression.received,
+            self.name_of,
+            lambda: self.node_ids,
+            lambda: 0.0 if self._recovering is None else self._recovering.seconds,
+        )
+
+    def _described(self, model: Arrays, server_round: int) -> tuple[Mapping[str, Role], list[str]]:
+        """Return the roles of a model's arrays, and those that participants do not return."""
+        scheme = self.transport.normalization
+        given = assign_roles(model, self.transport.roles)
+        absent = [*scheme.local(model, given), *scheme.not_returned(server_round, model, given)]
+        return scheme.roles(model, given), absent
+
+    def serve(self, strategies: Iterable[Strategy], weighted: bool) -> None:
+        """Set the strategy, with those that it wraps, for which messages are sent.
+
+        Raises
+        ------
+        ColearnError
+            If it needs single models under secure aggregation.
+        """
+        if self._securing is not None:
+            self._securing.serve(strategies, weighted)
+
+    def feature_state(self) -> dict[str, Any]:
+        """Return what a checkpoint stores of the layers, in types of JSON."""
+        return {} if self._securing is None else self._securing.ranges.state()
+
+    def restore_feature_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `feature_state` returned."""
+        if self._securing is not None:
+            self._securing.ranges.restore(state)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -260,6 +369,9 @@ class ConnectedGrid(WrappingGrid):
         batch = self._introduced(messages, timeout)
         if batch and kind_of(batch[0]) == MessageType.TRAIN:
             self._asked = [message.metadata.dst_node_id for message in batch]
+        if self._securing is not None:
+            self._directory.refresh(self.bottom)
+            return self._securing.send_and_receive(batch, timeout=timeout)
         # The recovery's layer refreshes the directory itself.
         if self._recovering is None:
             self._directory.refresh(self.bottom)
@@ -276,21 +388,29 @@ class ConnectedGrid(WrappingGrid):
         events = [] if self._recovering is None else self._recovering.take_events()
         if self._normalizing is not None:
             events += self._normalizing.take_events()
+        if self._securing is not None:
+            events += self._securing.take_events()
         names = {node: self.name_of(node) for node in self.node_ids}
         return RoundTraffic(
             bytes=Directions(moved.bytes_down, moved.bytes_up),
             control=Directions(moved.control_down, moved.control_up),
             events=_named(events, names),
-            seconds=0.0 if self._recovering is None else self._recovering.seconds,
+            seconds=self._seconds(),
             durations=self._durations(),
             names=names,
             models=Directions(moved.models_down, moved.models_up),
             gone=0 if self._recovering is None else self._recovering.take_gone(),
+            secure={} if self._securing is None else self._securing.take_account(),
         )
 
     def _durations(self) -> dict[str, float]:
         by_node = {} if self._recovering is None else self._recovering.durations
         return {self.name_of(node): seconds for node, seconds in by_node.items()}
+
+    def _seconds(self) -> float:
+        """Return the duration of the longest successful training of the last round."""
+        layer = self._securing or self._recovering
+        return 0.0 if layer is None else layer.seconds
 
     def name_of(self, node_id: int) -> str:
         """Return a participant's name where known, else its node id."""

@@ -22,7 +22,6 @@ from flwr_colearn import (
     Normalization,
     Pooled,
     RunResult,
-    Transport,
 )
 from flwr_colearn.compression import Compression, codec_named
 from flwr_colearn.reporting import curve, save_figure
@@ -57,10 +56,9 @@ def main(grid: Grid, context: Context) -> None:
         folder.resolve(settings.checkpoints),
         normalization=participants.scheme,
     )
-    transport = Transport(participants=settings.participant_names)
     try:
         result = strategy.start(
-            transport.connect(grid),
+            settings.transport.connect(grid),
             to_record(trainer),
             num_rounds=settings.num_server_rounds or None,
             timeout=settings.timeout or float("inf"),

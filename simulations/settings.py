@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.settings import WORDS, FromConfig, ParticipantSettings
-from flwr_colearn import Best, ColearnError, Quorum, Recovery
+from flwr_colearn import Best, ColearnError, Quorum, Recovery, SecureAggregation, Transport
 
 CONF = Path(__file__).parent / "conf"
 """The folder of the run configs."""
@@ -54,6 +54,9 @@ class RunSettings(FromConfig):
         The codecs of models from and to the participants: "float32" (unchanged), "float16",
         "bfloat16"; up also "int8", with a scale for each array, "int8-first-axis" or
         "int8-last-axis", with one for each channel.
+    secure_aggregation : bool
+        Whether the server receives the average only, and no participant's model. It needs at least
+        three participants, and `compression_up` must stay "float32".
     fraction_evaluate : float
         The share of participants that evaluate the shared model on their own data after each
         round. The default, -1, stands for all of them if the server has no test set, else none.
@@ -115,6 +118,7 @@ class RunSettings(FromConfig):
     weighting: str = "uniform"
     compression_up: str = "float32"
     compression_down: str = "float32"
+    secure_aggregation: bool = False
     fraction_evaluate: float = -1.0
     wait_for_participants: float = 86_400.0
     participants: str = ""
@@ -166,6 +170,12 @@ class RunSettings(FromConfig):
                     f"run config '{key}': expected 'best-metric' beside it, found {value!r} alone"
                 )
         return None
+
+    @property
+    def transport(self) -> Transport:
+        """The features of exchanges that are no arguments of the strategy."""
+        secure = SecureAggregation() if self.secure_aggregation else None
+        return Transport(participants=self.participant_names, secure=secure)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

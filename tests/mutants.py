@@ -37,6 +37,7 @@ CORE = {
     "schedules.py": ["test_schedules.py", "strategies/test_own_schedules.py"],
     "checkpoint.py": ["test_checkpoint.py", "test_resume.py"],
     "compression": ["compression", "dynamic/test_compression.py"],
+    "secure": ["secure"],
     "normalization": ["normalization", "strategies/test_averaging.py", "test_transport.py"],
 }
 """The modules of the core, and the tests that should notice a change of each."""

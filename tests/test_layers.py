@@ -12,7 +12,7 @@ LAYERS = [  # a module imports those of earlier lines, and those of its own line
     {"roles", "traffic", "records", "schedules", "plan", "policy", "history", "checkpoint"}
     | {"strategy_state", "epoch_file", "epoch_rules", "adherence"},
     {"aggregation", "grids"},
-    {"recovery", "compression", "normalization", "state_dir"},
+    {"recovery", "compression", "normalization", "secure", "state_dir"},
     {
         "transport",
         "participant",
@@ -28,9 +28,9 @@ LAYERS = [  # a module imports those of earlier lines, and those of its own line
     {"__init__"},
     {"torch", "keras"},  # which only a client imports
 ]
-FEATURES = {"recovery", "compression", "normalization"}
+FEATURES = {"recovery", "compression", "normalization", "secure"}
 CLIENT_SIDE = {"client", "client_state", "local_arrays", "residuals", "participant", "state_dir"}
-CLIENT_SIDE |= {"answering"}
+CLIENT_SIDE |= {"answering", "member"}
 FRAMEWORKS = {"torch", "torchvision", "timm", "tensorflow", "keras", "tf_keras", "tf_slim"}
 HOMES_OF_FRAMEWORKS = {
     "flwr_colearn": {"torch", "keras"},

@@ -2,6 +2,7 @@
 
 from .distance import relative_change, squared_distance, squared_norm, trainable
 from .examples import ToldExamples
+from .kept import check_kept, without_mean
 from .mean import Empty, RunningMean, empty_array
 from .metrics import (
     Named,
@@ -14,6 +15,7 @@ from .metrics import (
 from .outer import Nesterov, OuterOptimizer, ServerRate, as_outer_optimizer, outer_step
 from .replies import (
     ADD_THE_MOD,
+    ASK,
     ECHO,
     arrays_of,
     cannot_evaluate,
@@ -30,10 +32,18 @@ from .sgd import SGD
 from .shares import bounded_weights, lowered_weights
 from .spectral import spectral_vectors
 from .updates import Update, Updates, contributions
-from .validation import check_initial, check_model, check_weights
+from .validation import (
+    check_initial,
+    check_model,
+    check_structure,
+    check_variances,
+    check_weights,
+    is_negative,
+)
 
 __all__ = [
     "ADD_THE_MOD",
+    "ASK",
     "ECHO",
     "SGD",
     "Empty",
@@ -56,9 +66,12 @@ __all__ = [
     "cannot_evaluate",
     "check_echo",
     "check_initial",
+    "check_kept",
     "check_model",
     "check_private_weighting",
+    "check_structure",
     "check_train_reply",
+    "check_variances",
     "check_weights",
     "contributions",
     "echo_of",
@@ -66,6 +79,7 @@ __all__ = [
     "evaluations_of",
     "examples_of",
     "failure_of",
+    "is_negative",
     "lowered_weights",
     "mean_loss",
     "mean_train_loss",
@@ -77,4 +91,5 @@ __all__ = [
     "squared_distance",
     "squared_norm",
     "trainable",
+    "without_mean",
 ]

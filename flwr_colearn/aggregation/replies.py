@@ -36,6 +36,13 @@ _NO_EVALUATION = re.compile(
 ECHO = "colearn"
 """The key of the ConfigRecord in which a participant echoes its name, the round and versions."""
 
+ASK = "ask"
+"""The entry of the record `ECHO` that makes a message of the type train a query of its own kind.
+
+It must be of that type: Flower calls the mods of a ClientApp only where it has a function, and a
+query with this entry never reaches the function.
+"""
+
 
 def failure_of(reply: Message) -> str | None:
     """Return the reason of an error reply, of Flower or of a layer; None for other replies."""

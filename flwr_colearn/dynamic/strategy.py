@@ -17,7 +17,7 @@ from ..compression import Compression
 from ..errors import ColearnError, expected, real_number, whole_number
 from ..loop import EvaluateFn, Resume, run
 from ..managed import Managed
-from ..policy import DEFAULT_RECOVERY, Guard, Recovery, attempt_limit
+from ..policy import DEFAULT_GUARD, DEFAULT_RECOVERY, Guard, Recovery, attempt_limit
 from ..records import to_record, view
 from ..recovery import choose_members
 from ..roles import NDArray, Role, Roles, assign_roles
@@ -107,7 +107,7 @@ class ModelAveraging(Strategy, Managed[DynamicLog]):
         checkpoints: str | Path | CheckpointFolder | None = None,
         compression: Compression = Compression(),  # noqa: B008  (an immutable value)
         participants: Sequence[str] | None = None,
-        guard: Guard | None = Guard(),  # noqa: B008
+        guard: Guard | None = DEFAULT_GUARD,
         seed: int | None = 0,
     ) -> None:
         if not isinstance(operator, Operator):

@@ -100,7 +100,8 @@ class NormalizationGrid(RewritingGrid):
         for key, arrays in list(records_of(reply.content, ArrayRecord).items()):
             self._refuse_local(arrays)
             reply.content[key] = _completed(whole, arrays, returned)
-        if self._model.local and records_of(reply.content, ArrayRecord):
+        # Its answer says that it has trained; under secure aggregation no array arrives.
+        if self._model.local and LOCAL in reply.content:
             self._holders.add(node_id)
         if answer.reinitialised:
             reason = "it started from the shared model's local arrays"

@@ -12,11 +12,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, R
 from flwr.common import log
 
 from .._version import MOD_VERSION, __version__
-from ..aggregation import ECHO
+from ..aggregation import ASK, ECHO
 from ..errors import ColearnError
 from ..plan import watched_plan
 from ..records import config_of, describe, records_of
-from .identity import ASK, checked_name
+from .identity import NAME, checked_name
 
 Next = Callable[[Message, Context], Message]
 
@@ -35,7 +35,7 @@ def supervised(message: Message, context: Context, call_next: Next) -> Message:
     """
     control = records_of(message.content, ConfigRecord).get(ECHO, ConfigRecord())
     # The query for the name is of the type train: the user's training function must not get it.
-    if ASK in control:
+    if control.get(ASK) == NAME:
         return Message(RecordDict({ECHO: ConfigRecord({**name_of(context)})}), reply_to=message)
     config = config_of(message.content)
     _check_version(config)

@@ -10,13 +10,13 @@ from dataclasses import replace
 from flwr.app import ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
-from ..aggregation import ECHO, check_train_reply
+from ..aggregation import ASK, ECHO, check_train_reply
 from ..grids import WrappingGrid, is_closed
 from ..policy import DEFAULT_RECOVERY, Recovery
 from ..records import SentTypes, kind_of, records_of
 from ..traffic import Event
 from .attempts import Attempts, Check
-from .identity import ASK, Directory
+from .identity import Directory
 
 
 class RecoveringGrid(WrappingGrid):
@@ -197,7 +197,7 @@ def recovery_on(grid: Grid | None, recovery: Recovery) -> Recovery:
 def _is_training(message: Message) -> bool:
     """Return whether a message is of the type train, for which recovery restarts participants.
 
-    The query for a participant's name is not, although it has this type.
+    A query, such as that for a participant's name, is not, although it has this type.
     """
     if not message.has_content():
         return False

@@ -11,11 +11,11 @@ from flwr.common import log
 from flwr.serverapp import Grid
 
 from .._flwr import RAISING_CODES, node_names
-from ..aggregation import ECHO, echo_of
+from ..aggregation import ASK, ECHO, echo_of
 from ..errors import ColearnError
 
-ASK, NAME = "ask", "name"
-"""The entry of the control record `ECHO` that makes a message a query, and the entry's value."""
+NAME = "name"
+"""The value of the entry `ASK` that makes a message a query for the participant's name."""
 
 ANSWER_WITHIN = 120.0
 """The seconds within which a participant must report its name, with the start of its process."""

@@ -34,7 +34,7 @@ from ..history import History, RoundLog, RoundRecord
 from ..loop import EvaluateFn, Resume, run
 from ..managed import Managed
 from ..normalization import PARTIAL, Normalization, Pooled
-from ..policy import DEFAULT_RECOVERY, Guard, Recovery, guard_under
+from ..policy import DEFAULT_GUARD, DEFAULT_RECOVERY, Guard, Recovery, guard_under
 from ..records import Outgoing, number_in
 from ..recovery import Members, choose_members
 from ..roles import Role, Roles, named_roles
@@ -168,7 +168,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         compression: Compression = Compression(),  # noqa: B008  (an immutable value)
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
-        guard: Guard | None = Guard(),  # noqa: B008
+        guard: Guard | None = DEFAULT_GUARD,
         outer: OuterOptimizer | None = None,
         rotate: bool = False,
         strict: bool = False,
@@ -621,7 +621,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 self._outgoing.empty,
                 self._shared.variances,
                 rounded=not self._features.compression.keeps_signs,
-                guard=guard_under(self._features.guard, private=private),
+                guard=guard_under(self._features.applied_guard, private=private),
                 gradients=self.exchanges_steps,
                 # Its noise is calibrated for K participants, of which none may be left out.
                 refuses=not private,
@@ -658,12 +658,11 @@ class Averaging(FedAvg, Managed[RoundLog]):
             self.progress = self.progress.timed(traffic.seconds, epochs)
         self._note_adherence(traffic.durations)
         left_out = set(traffic.names.values()) - lost - set(self._mean.participants)
-        recovery = self._grid.transport.recovery
         # Without an override every reply that arrived is in the mean or refused.
         if self.streams:
             left_out = set()
-        if recovery is not None:
-            self._mean.require(recovery.required(self.num_participants) - len(left_out))
+        required = self._grid.transport.required(self.num_participants)
+        self._mean.require(required - len(left_out))
         reason = f"aggregate_train of {type(self).__name__} passed no reply of it on"
         self.log.note_events(Event("absence", name, reason) for name in sorted(left_out))
         return sorted(left_out)

@@ -10,7 +10,7 @@ from ..compression import Compression
 from ..epoch_rules import EpochRule
 from ..history import History
 from ..normalization import Normalization, Pooled
-from ..policy import DEFAULT_RECOVERY, Guard, Recovery
+from ..policy import DEFAULT_GUARD, DEFAULT_RECOVERY, Guard, Recovery
 from ..roles import Roles
 from ..schedules import LearningRate, RateFunction
 from .algorithm import algorithm_of
@@ -127,7 +127,7 @@ normalization, participants, guard, rotate, strict
         compression: Compression = Compression(),  # noqa: B008  (an immutable value)
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
-        guard: Guard | None = Guard(),  # noqa: B008
+        guard: Guard | None = DEFAULT_GUARD,
         outer: OuterOptimizer | None = None,
         rotate: bool = False,
         strict: bool = False,

@@ -16,7 +16,7 @@ from tabulate import tabulate
 from simulations.bench import page
 from simulations.bench.origin import machine, versions
 
-NAMES = ("aggregation", "overhead", "communication", "scale", "peers", "sites")
+NAMES = ("aggregation", "overhead", "communication", "scale", "peers", "sites", "secure")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from clients.tasks.registry import participant_trainer, server_trainer
 from clients.trainer import derive_seed, follow
 from flwr_colearn import ColearnError, CyclicalRate, History, InProcessGrid, LocalPlan, RoundRecord
 from simulations.bench import __main__ as bench
-from simulations.bench import aggregation, communication, overhead, scale
+from simulations.bench import aggregation, communication, overhead, scale, secure
 from simulations.bench.app.noop.client_app import app as noop_app
 from simulations.bench.app.noop.rounds import (
     STRATEGIES,
@@ -300,3 +300,22 @@ def test_aggregation_is_timed_at_hand_and_one_by_one():
 def test_memory_of_the_aggregation_is_that_of_three_models_whatever_k(k):
     assert aggregation.peak_memory("CoLearn", k) < 3.2
     assert aggregation.peak_memory("FedAvg", k) > k + 1
+
+
+# secure
+
+
+def test_masks_and_bytes_of_secure_aggregation(monkeypatch):
+    monkeypatch.setattr(secure, "REPEATS", 1)
+    [row] = secure.run(options_of(secure, "--participants 3 --mebibytes 1"))["rows"]
+    assert row["participants"] == 3
+    assert row["ratio"] > 0
+    assert 1.0 <= row["bytes up, ratio"] < 1.1
+    # Keys, shares and commitments of three participants, and the names of 16 arrays: a few KB.
+    assert 1_000 < row["small stages, bytes"] < 20_000
+
+
+def test_the_benchmark_s_model_has_the_size_that_it_says():
+    for mebibytes in (1, 3):
+        model = secure.model_of(mebibytes)
+        assert sum(array.nbytes for array in model.values()) == mebibytes * 2**20
