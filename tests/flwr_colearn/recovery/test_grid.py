@@ -688,7 +688,7 @@ def test_the_time_limit_grows_with_the_local_epochs_and_the_log_says_so(clock, f
     assert 0.0 < limits[3] - 120 < 36
     warnings = [each for each in warnings_of(flower_log) if "local epochs take about" in each]
     assert [int(each.split()[1]) for each in warnings] == [4, 8, 16]
-    assert all("Raise `timeout`" in each and "maximum=" in each for each in warnings)
+    assert all("Raise `timeout`" in each and "`maximum` of the" in each for each in warnings)
 
 
 def test_the_duration_of_a_round_is_that_of_its_longest_reply(clock):
