@@ -22,7 +22,7 @@ def main(grid: Grid, context: Context) -> None:
         fraction_evaluate=0.0,
         history=output / "history.jsonl",
     )
-    transport = Transport(secure=SecureAggregation() if config["secure"] else None)
+    transport = Transport(secure=SecureAggregation(timeout=120.0) if config["secure"] else None)
     initial = ArrayRecord({"weight": Array(np.zeros(1000, np.float32))})
     rounds = int(config["rounds"])
     result = strategy.start(transport.connect(grid), initial, num_rounds=rounds)
