@@ -16,12 +16,19 @@ from flwr_colearn import (
     Guard,
     History,
     InProcessGrid,
+    LocalPlan,
     Transport,
     participant_mod,
     run,
 )
 
 K = 2
+
+
+def follow(config):
+    """Iterate the plan that CoLearn sends; other strategies send none."""
+    if "learning-rates" in config:
+        list(LocalPlan.from_config(config))
 
 
 def grid():
@@ -31,6 +38,7 @@ def grid():
     @app.train()
     def _(message, context):
         k, config = context.node_config["partition-id"], message.content["config"]
+        follow(config)
         w = message.content["arrays"]["w"].numpy() + np.float32(k)
         examples = [1, 3 if config["server-round"] == 1 else 2**40][k]
         content = {
@@ -114,6 +122,7 @@ def stating(*examples):
 
     @app.train()
     def _(message, context):
+        follow(message.content["config"])
         k = context.node_config["partition-id"]
         w = message.content["arrays"]["w"].numpy() + np.float32(k)
         content = {

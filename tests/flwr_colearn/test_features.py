@@ -63,7 +63,7 @@ class Clipped(FedAvg):
         for reply in replies:  # walked before super() is called, as many do
             arrays = reply.content["arrays"]
             for name, array in view(arrays).items():
-                if array.dtype.kind == "f":
+                if ROLES[name] not in UNTRAINED:
                     moved = np.clip(array - self.shared[name], -0.05, 0.05)
                     arrays[name] = type(arrays[name])(np.asarray(self.shared[name] + moved))
         return super().aggregate_train(server_round, replies)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
-from flwr_colearn import CoLearn, ColearnError, FixedEpochs, InProcessGrid, LocalPlan
+from flwr_colearn import CoLearn, ColearnError, FixedEpochs, InProcessGrid, LocalPlan, Recovery
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = 4
@@ -48,7 +48,8 @@ def run(loop, folder, k=1):
         {"state-dir": str(folder), "partition-id": i} if folder else {"partition-id": i}
         for i in range(k)
     ]
-    strategy = CoLearn(k, learning_rate=0.1, local_epochs=FixedEpochs(EPOCHS))
+    rules = {"learning_rate": 0.1, "local_epochs": FixedEpochs(EPOCHS)}
+    strategy = CoLearn(k, **rules, recovery=Recovery(pause=0.0))
     model = ArrayRecord({"w": Array(np.linspace(-1, 1, 5, dtype=np.float32))})
     grid = InProcessGrid(loop.app, k, node_configs=configs)
     return strategy.start(grid, model, num_rounds=3).arrays["w"].numpy()
