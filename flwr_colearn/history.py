@@ -155,7 +155,10 @@ class RoundRecord:
             If the line is not a record.
         """
         numbers = (
+            "learning_rate",
+            "learning_rates",
             "relative_change",
+            "seconds",
             "contributions",
             "train_metrics",
             "evaluate_metrics",

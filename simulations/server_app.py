@@ -25,7 +25,7 @@ from flwr_colearn import (
     Transport,
 )
 from flwr_colearn.compression import Compression, codec_named
-from flwr_colearn.reporting import curve, save_figure
+from flwr_colearn.reporting import Run, curve, save_figure, save_report
 from simulations.arms import arm_named, outer_optimizer, schedules
 from simulations.run_folder import RunFolder
 from simulations.settings import RunSettings
@@ -75,10 +75,13 @@ def main(grid: Grid, context: Context) -> None:
             save_model(error.result, folder.path)
             save_best(error.result, folder.path)
             log(INFO, "The model of the last completed round is in %s", folder.path)
+            illustrate(strategy.history, settings, folder, task.objective.headline)
         raise
     save_model(result, folder.path)
     save_best(result, folder.path)
     summarise(result, strategy.history, settings, folder.path, task.objective.headline)
+    illustrate(strategy.history, settings, folder, task.objective.headline)
+    log(INFO, "History, model and summary are in %s", folder.path)
 
 
 def make_strategy(
@@ -153,7 +156,7 @@ def save_arrays(record: ArrayRecord, path: Path) -> None:
 def summarise(
     result: RunResult, history: History, settings: RunSettings, output: Path, headline: str
 ) -> None:
-    """Write ``summary.json`` and a figure of the headline metric, and log the summary."""
+    """Write ``summary.json``, and log the summary."""
     last = history.records[-1]
     metrics = last.server_metrics or last.evaluate_metrics
     summary = {
@@ -178,10 +181,20 @@ def summarise(
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for key, value in summary.items():
         log(INFO, "%s: %s", key, value)
-    title = arm_named(settings.arm).title
-    # matplotlib is optional (extra "report"): without it a finished run must not fail.
+
+
+def illustrate(history: History, settings: RunSettings, folder: RunFolder, headline: str) -> None:
+    """Write ``report.html`` and a figure of the headline metric.
+
+    matplotlib is optional (extra ``report``): without it a finished run must not fail.
+    """
+    arm, output = arm_named(settings.arm), folder.path
+    threshold = settings.epsilon if arm.increasing else None
+    epsilon = None if isinstance(threshold, str) else threshold
+    run = Run(arm.title, history.records, epsilon, folder.config)
     try:
-        save_figure([curve(history, title, headline)], output / f"{headline}.png", title, headline)
+        log(INFO, "Report: %s", save_report([run], output / "report.html", folder.name))
+        curves = [curve(history, arm.title, headline)]
+        save_figure(curves, output / f"{headline}.png", arm.title, headline)
     except ColearnError as error:
         log(INFO, "No figure: %s", error)
-    log(INFO, "History, model and summary are in %s", output)
