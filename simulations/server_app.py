@@ -22,10 +22,11 @@ from flwr_colearn import (
     Normalization,
     Pooled,
     RunResult,
+    Sink,
     Transport,
 )
 from flwr_colearn.compression import Compression, codec_named
-from flwr_colearn.reporting import Run, curve, save_figure, save_report
+from flwr_colearn.reporting import Run, TensorBoard, curve, save_figure, save_report
 from simulations.arms import arm_named, outer_optimizer, schedules
 from simulations.run_folder import RunFolder
 from simulations.settings import RunSettings
@@ -53,7 +54,7 @@ def main(grid: Grid, context: Context) -> None:
     strategy = make_strategy(
         settings,
         trainer,
-        folder.resolve(settings.history),
+        History(folder.resolve(settings.history), trackers(settings, folder)),
         folder.resolve(settings.checkpoints),
         normalization=participants.scheme,
     )
@@ -82,6 +83,22 @@ def main(grid: Grid, context: Context) -> None:
     summarise(result, strategy.history, settings, folder.path, task.objective.headline)
     illustrate(strategy.history, settings, folder, task.objective.headline)
     log(INFO, "History, model and summary are in %s", folder.path)
+
+
+def trackers(settings: RunSettings, folder: RunFolder) -> list[Sink]:
+    """Return the sinks of the history that the settings name.
+
+    Raises
+    ------
+    ColearnError
+        If the tracker is unknown, or not installed.
+    """
+    if settings.tracker not in ("", "tensorboard"):
+        raise ColearnError(
+            "run config 'tracker': expected 'tensorboard', or '' for none, found "
+            f"{settings.tracker!r}"
+        )
+    return [TensorBoard(folder.path / settings.tracker)] if settings.tracker else []
 
 
 def make_strategy(
