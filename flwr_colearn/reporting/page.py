@@ -22,7 +22,7 @@ body { margin: 0 auto; max-width: 84rem; padding: 1rem; color: var(--ink);
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem;
   border-bottom: 1px solid var(--line); } h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
 .charts { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); }
 figure { margin: 0; break-inside: avoid; }
 figcaption { font-size: .85rem; color: var(--soft); }
 svg.chart { display: block; width: 100%; height: auto; max-width: 34rem; }
@@ -42,7 +42,7 @@ td[data-label="Metrics"], td[data-label="Best"], td[data-label="Run"] { min-widt
 td[data-label^="Bytes"], td[data-label="Seconds"] { white-space: nowrap; }
 .soft { color: var(--soft); }
 @media screen and (max-width: 60rem) {
-  table.rows thead { position: absolute; clip-path: inset(50%); height: 1px; overflow: hidden; }
+  table.rows thead { display: none; }
   table.rows tr { display: block; padding: .5rem 0; border-bottom: 2px solid var(--line); }
   table.rows td { display: grid; grid-template-columns: 9.5rem 1fr; border: 0; padding: .1rem 0; }
   table.rows td > * { grid-column: 2; }
