@@ -8,7 +8,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flwr_colearn import ColearnError, DynamicHistory, DynamicRecord, History, RoundRecord
@@ -121,6 +121,11 @@ def test_a_line_goes_through_its_points_and_leaves_gaps():
     assert path[1].count("M") == 2
 
 
+def test_a_number_beyond_every_axis_leaves_the_others_readable():
+    [line] = points(svg_chart([Line([1, 2, 3, 4], [1, 1e308, 3, 2])], "rounds"))
+    assert proportional([y for _, y in line], [1, 3, 2])
+
+
 def test_metrics_are_drawn_against_epochs_rounds_and_bytes():
     html = page_of(
         whole(1),
@@ -144,6 +149,11 @@ def test_the_rate_of_every_epoch_is_drawn():
     run = Run("run", [whole(1), whole(2)])
     assert run.rates() == ([1, 2, 3, 4], [0.1, 0.05, 0.1, 0.05])
     assert Run("old", [record(1), record(2)]).rates() == ([2, 4], [0.1, 0.1])
+
+
+def test_bytes_are_those_of_both_ways_up_to_a_round():
+    assert Run("run", [whole(1), whole(2), whole(3)]).bytes_moved() == [3000, 6000, 9000]
+    assert all(map(math.isnan, Run("run", [record(1), whole(2)]).bytes_moved()))
 
 
 def test_bytes_that_were_not_counted_are_not_zero():
@@ -257,6 +267,7 @@ NUMBERS = st.floats() | st.integers() | st.sampled_from([1e308, -1e308, 10**400,
 
 
 @settings(max_examples=4, deadline=None)
+@example([1e308, -1e308, 10**400], 1e308)
 @given(st.lists(NUMBERS, min_size=1, max_size=3), st.floats())
 def test_any_numbers_make_a_page(values, change):
     records = [
