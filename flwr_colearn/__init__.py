@@ -37,7 +37,7 @@ from .epoch_rules import (
 )
 from .errors import ColearnError
 from .grids import InProcessGrid, ThreadedGrid
-from .history import History, RoundRecord
+from .history import History, RoundRecord, Sink
 from .loop import run
 from .normalization import (
     Average,
@@ -135,6 +135,7 @@ __all__ = [
     "RunningMean",
     "SecureAggregation",
     "ServerRate",
+    "Sink",
     "Synchronised",
     "SynchronousSGD",
     "ThreadedGrid",

@@ -226,14 +226,14 @@ class CheckpointFolder:
             may be sound cannot be read.
         """
         try:
-            files = self._files()
+            files = self.files()
         except OSError as error:
             raise ColearnError(
                 f"checkpoints: expected a folder that can be read, found {error}; mend "
                 f"{self.path.absolute()}, or use another folder"
             ) from error
         damaged: list[str] = []
-        for _, paths in groupby(files, key=_round_of):
+        for _, paths in groupby(files, key=round_of):
             sound = self._sound_ones(paths, damaged)
             if sound:
                 # After a crash there may be two of a round: from its middle, and from its end.
@@ -288,20 +288,20 @@ class CheckpointFolder:
 
     def _dispensable(self) -> Path | None:
         """Return the file of the oldest round, without the one that the run would resume from."""
-        files = self._files()
+        files = self.files()
         needed = self._sound or next(iter(files), None)
         return next((path for path in reversed(files) if path != needed), None)
 
     def _prune(self, newest: Path) -> None:
         """Remove files that are too old; a failure is a warning in the log."""
         try:
-            files = self._files()
+            files = self.files()
         except OSError as error:
             log(WARNING, "Checkpoints: old ones not removed: %s", error)
             return
         # Checkpoints of later rounds are damaged: the run would have resumed from them. One of the
         # same round is from its middle.
-        earlier = [path for path in files if _round_of(path) < _round_of(newest)]
+        earlier = [path for path in files if round_of(path) < round_of(newest)]
         kept = {newest, *earlier[: self.keep - 1]}
         for path in files:
             if path not in kept:
@@ -312,14 +312,14 @@ class CheckpointFolder:
         for path in self.path.glob(f"{_SCRATCH}*.tmp"):
             remove(path)
 
-    def _files(self) -> list[Path]:
-        """Return the checkpoint files, newest round first."""
+    def files(self) -> list[Path]:
+        """Return the checkpoint files, damaged ones too, newest round first."""
         try:
             files = [path for path in self.path.iterdir() if _NAME.fullmatch(path.name)]
         except FileNotFoundError:
             return []
         # By round and not by time, since a clock may be set back.
-        return sorted(files, key=lambda path: (_round_of(path), path.name), reverse=True)
+        return sorted(files, key=lambda path: (round_of(path), path.name), reverse=True)
 
 
 def as_folder(value: str | Path | CheckpointFolder | None) -> CheckpointFolder | None:
@@ -454,7 +454,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def _round_of(path: Path) -> int:
+def round_of(path: Path) -> int:
+    """Return the round in the name of a checkpoint file."""
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])

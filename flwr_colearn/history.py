@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from logging import INFO, WARNING
@@ -160,7 +160,10 @@ class RoundRecord:
             If the line is not a record.
         """
         numbers = (
+            "learning_rate",
+            "learning_rates",
             "relative_change",
+            "seconds",
             "contributions",
             "train_metrics",
             "evaluate_metrics",
@@ -200,6 +203,13 @@ class Record(Protocol):
 R = TypeVar("R", bound=Record)
 
 
+class Sink(Protocol):
+    """What a history hands every new record to, such as a tracker of experiments."""
+
+    def write(self, record: Any) -> None:
+        """Take the record of a complete round: a `RoundRecord`, or a ``DynamicRecord``."""
+
+
 class RecordFile(Generic[R]):
     """The records of a run, in memory and, if a path is given, as JSON lines on disk.
 
@@ -209,6 +219,9 @@ class RecordFile(Generic[R]):
         The file, to which every round appends a line. A file of an earlier run is renamed to
         ``path.1``, ``path.2``, ... when a new run begins. If a line cannot be written during a
         run, the log has a warning, and it is written together with the next one.
+    sinks : sequence of Sink
+        What gets every new record. Those that a resumed run restores were written before. If a sink
+        raises, the run goes on, and the log has a warning, once for each sink.
 
     Attributes
     ----------
@@ -220,8 +233,10 @@ class RecordFile(Generic[R]):
 
     kind: type[R]
 
-    def __init__(self, path: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path | None = None, sinks: Sequence[Sink] = ()) -> None:
         self.path = None if path is None else Path(path)
+        self.sinks = tuple(sinks)
+        self._failed: set[int] = set()
         self.records: list[R] = []
         self.lines: list[str] = []
         self._written = 0
@@ -263,6 +278,8 @@ class RecordFile(Generic[R]):
         self.lines.append(record.to_json())
         self._write()
         record.log()
+        for index, sink in enumerate(self.sinks):
+            self._hand(record, index, sink)
 
     def clear(self) -> None:
         """Remove the records of an earlier run; its file stays until a new run begins."""
@@ -334,6 +351,21 @@ class RecordFile(Generic[R]):
                 self.path,
                 error,
             )
+
+    def _hand(self, record: R, index: int, sink: Sink) -> None:
+        try:
+            sink.write(record)
+        except Exception as error:  # of another library, which must not end a run of days
+            if index not in self._failed:
+                self._failed.add(index)
+                log(
+                    WARNING,
+                    "History: expected %s to take the record of round %s, found %r; the run goes "
+                    "on, and further errors of it are not logged",
+                    type(sink).__name__,
+                    getattr(record, "round", "?"),
+                    error,
+                )
 
     def _restore_file(self, path: Path) -> None:
         wanted = joined(self.lines)

@@ -50,6 +50,7 @@ Co-learning, {PARTICIPANTS} participants, scikit-learn's handwritten digits ({se
 ({summary["fedavg-rounds"]} rounds): {100 * saved:.0f} % saved
 
   history   {output / "history.jsonl"}
+  report    {output / "report.html"}
   picture   {output / "accuracy.png"}
   model     {output / "model.npz"}""")
 

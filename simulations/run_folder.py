@@ -38,9 +38,15 @@ class RunFolder:
     path : Path
         The run config's ``output-dir`` if that is absolute; else that below
         ``$FLWR_HOME/colearn/<run-name>``, where FLWR_HOME is ``~/.flwr`` by default.
+    name : str
+        The name of the run.
+    config : mapping
+        The run config.
     """
 
     path: Path
+    name: str
+    config: Mapping[str, Any]
 
     @classmethod
     def of(cls, settings: RunSettings, config: Mapping[str, Any]) -> "RunFolder":
@@ -66,7 +72,7 @@ class RunFolder:
                 f"run config 'output-dir': expected a folder that the ServerApp can write, found "
                 f"{error}; set FLWR_HOME of the SuperLink, or 'output-dir', to another one"
             ) from error
-        return cls(path)
+        return cls(path, name, config)
 
     def resolve(self, path: str) -> Path | None:
         """Return a path of the run config, relative ones in this folder; None for an empty one."""

@@ -22,9 +22,10 @@ from flwr_colearn import (
     Normalization,
     Pooled,
     RunResult,
+    Sink,
 )
 from flwr_colearn.compression import Compression, codec_named
-from flwr_colearn.reporting import curve, save_figure
+from flwr_colearn.reporting import Run, TensorBoard, curve, save_figure, save_report
 from simulations.arms import arm_named, outer_optimizer, schedules
 from simulations.run_folder import RunFolder
 from simulations.settings import RunSettings
@@ -52,7 +53,7 @@ def main(grid: Grid, context: Context) -> None:
     strategy = make_strategy(
         settings,
         trainer,
-        folder.resolve(settings.history),
+        History(folder.resolve(settings.history), trackers(settings, folder)),
         folder.resolve(settings.checkpoints),
         normalization=participants.scheme,
     )
@@ -73,10 +74,29 @@ def main(grid: Grid, context: Context) -> None:
             save_model(error.result, folder.path)
             save_best(error.result, folder.path)
             log(INFO, "The model of the last completed round is in %s", folder.path)
+            illustrate(strategy.history, settings, folder, task.objective.headline)
         raise
     save_model(result, folder.path)
     save_best(result, folder.path)
     summarise(result, strategy.history, settings, folder.path, task.objective.headline)
+    illustrate(strategy.history, settings, folder, task.objective.headline)
+    log(INFO, "History, model and summary are in %s", folder.path)
+
+
+def trackers(settings: RunSettings, folder: RunFolder) -> list[Sink]:
+    """Return the sinks of the history that the settings name.
+
+    Raises
+    ------
+    ColearnError
+        If the tracker is unknown, or not installed.
+    """
+    if settings.tracker not in ("", "tensorboard"):
+        raise ColearnError(
+            "run config 'tracker': expected 'tensorboard', or '' for none, found "
+            f"{settings.tracker!r}"
+        )
+    return [TensorBoard(folder.path / settings.tracker)] if settings.tracker else []
 
 
 def make_strategy(
@@ -151,7 +171,7 @@ def save_arrays(record: ArrayRecord, path: Path) -> None:
 def summarise(
     result: RunResult, history: History, settings: RunSettings, output: Path, headline: str
 ) -> None:
-    """Write ``summary.json`` and a figure of the headline metric, and log the summary."""
+    """Write ``summary.json``, and log the summary."""
     last = history.records[-1]
     metrics = last.server_metrics or last.evaluate_metrics
     summary = {
@@ -176,10 +196,20 @@ def summarise(
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for key, value in summary.items():
         log(INFO, "%s: %s", key, value)
-    title = arm_named(settings.arm).title
-    # matplotlib is optional (extra "report"): without it a finished run must not fail.
+
+
+def illustrate(history: History, settings: RunSettings, folder: RunFolder, headline: str) -> None:
+    """Write ``report.html`` and a figure of the headline metric.
+
+    matplotlib is optional (extra ``report``): without it a finished run must not fail.
+    """
+    arm, output = arm_named(settings.arm), folder.path
+    threshold = settings.epsilon if arm.increasing else None
+    epsilon = None if isinstance(threshold, str) else threshold
+    run = Run(arm.title, history.records, epsilon, folder.config)
     try:
-        save_figure([curve(history, title, headline)], output / f"{headline}.png", title, headline)
+        log(INFO, "Report: %s", save_report([run], output / "report.html", folder.name))
+        curves = [curve(history, arm.title, headline)]
+        save_figure(curves, output / f"{headline}.png", arm.title, headline)
     except ColearnError as error:
         log(INFO, "No figure: %s", error)
-    log(INFO, "History, model and summary are in %s", output)

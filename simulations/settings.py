@@ -96,6 +96,9 @@ class RunSettings(FromConfig):
         The folder of the checkpoints; empty for none.
     history : str
         The file of the history.
+    tracker : str
+        "tensorboard" writes every round's numbers to the folder ``tensorboard`` in `output_dir`
+        too; empty for no tracker.
     output_dir : str
         The folder for history, checkpoints, model, figure and summary. Relative paths, of this
         folder too, are below ``$FLWR_HOME/colearn/<run-name>`` (see `simulations.run_folder`).
@@ -133,6 +136,7 @@ class RunSettings(FromConfig):
     resume: str = "auto"
     checkpoints: str = "checkpoints"
     history: str = "history.jsonl"
+    tracker: str = ""
     output_dir: str = ""
 
     @property

@@ -50,9 +50,7 @@ def load_task(settings: ParticipantSettings) -> Task:
     ColearnError
         If there is no such task, or its data is not there.
     """
-    task = _source(settings).load(settings)
-    size = settings.validation_examples
-    return with_validation(task, size) if size else task
+    return _validated(_source(settings).load(settings), settings)
 
 
 def own_task(settings: ParticipantSettings) -> Task:
@@ -86,7 +84,14 @@ def server_task(settings: ParticipantSettings) -> Task:
     ColearnError
         If there is no such task, or the settings lack what defines its model, such as `classes`.
     """
-    return _source(settings).server(settings, Path(settings.data_dir or "data"))
+    task = _source(settings).server(settings, Path(settings.data_dir or "data"))
+    # A server without the whole data set is one of a deployment, whose sites have their own.
+    return _validated(task, settings) if len(task.train_set) else task
+
+
+def _validated(task: Task, settings: ParticipantSettings) -> Task:
+    size = settings.validation_examples
+    return with_validation(task, size) if size else task
 
 
 def agreement(settings: ParticipantSettings) -> str:

@@ -111,7 +111,7 @@ class Calibration:
     def __str__(self) -> str:
         """Return the calibration as tables of text."""
         lines = ["Relative change of the shared model at each T", ""]
-        lines += _table(
+        lines += table(
             ("T", "rounds", "first", f"mean of last {LAST}", ""),
             [
                 (
@@ -125,7 +125,7 @@ class Calibration:
             ],
         )
         lines += ["", "T of eq. 4 for each epsilon (5 x3: three rounds with T=5, then T grows)", ""]
-        lines += _table(
+        lines += table(
             ("epsilon", "T"), [(_range(path), _spelled(path.stages)) for path in self.paths]
         )
         lines += ["", f"T of the plateau rule, which needs no epsilon: {_spelled(self.plateau)}"]
@@ -242,7 +242,7 @@ def _spelled(stages: Iterable[Stage]) -> str:
     return ", ".join(map(str, stages))
 
 
-def _table(header: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     """Return the lines of a table with aligned columns."""
     cells = [header, *body]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]

@@ -11,7 +11,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError.of(__name__, "torch", error) from error
 
-from .arrays import check_state, get_arrays, roles, set_arrays, to_array
+from .arrays import check_state, get_arrays, roles, save_state_dict, set_arrays, to_array
 from .layers import BatchRenormLayer, holds_activation, timm_layers
 from .normalization import convert, normalised, recalibrated
 from .recalibration import recalibrate
@@ -26,6 +26,7 @@ __all__ = [
     "recalibrate",
     "recalibrated",
     "roles",
+    "save_state_dict",
     "set_arrays",
     "timm_layers",
     "to_array",

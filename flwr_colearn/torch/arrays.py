@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +31,11 @@ def get_arrays(model: nn.Module) -> dict[str, NDArray]:
     """
     check_state(model)
     return {name: to_array(tensor, name) for name, tensor in model.state_dict().items()}
+
+
+def save_state_dict(arrays: Mapping[str, NDArray], path: str | Path) -> None:
+    """Write arrays by name as a state dict, which ``torch.load`` and ``load_state_dict`` take."""
+    torch.save({name: torch.tensor(array) for name, array in arrays.items()}, path)
 
 
 def check_state(model: nn.Module) -> None:

@@ -27,9 +27,7 @@ SAMPLED = {"fraction_train": 0.75, "fraction_evaluate": 0.5, "min_available_node
 STRATEGIES = {
     "FedAvg": lambda: FedAvg(**SAMPLED),
     "FedAdam": lambda: FedAdam(**SAMPLED, eta=0.01),
-    "CoLearn": lambda: seeded(
-        CoLearn(K, local_epochs=2, learning_rate=0.1, fraction_evaluate=0.5)
-    ),
+    "CoLearn": lambda: seeded(CoLearn(K, local_epochs=2, learning_rate=0.1, fraction_evaluate=0.5)),
 }
 PLAN = {"local-epochs": 2, "learning-rate": 0.1}
 

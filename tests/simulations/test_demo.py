@@ -32,7 +32,7 @@ def test_the_report_says_what_the_summary_says(tmp_path, capsys):
     assert "local epochs T_i 1, 1, 2, 56 (60 in all)" in text
     assert "bytes up and down 1,000,000" in text
     assert "4,000,000 for the same local epochs (60 rounds): 75 % saved" in text
-    for name in ("history.jsonl", "accuracy.png", "model.npz"):
+    for name in ("history.jsonl", "report.html", "accuracy.png", "model.npz"):
         assert str(tmp_path / name) in text
 
 

@@ -98,6 +98,27 @@ def test_a_picture_is_drawn(output):
     assert (output / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_report_is_written_with_epsilon_and_the_run_config(output):
+    text = (output / "report.html").read_text()
+    assert text.startswith("<!DOCTYPE html>")
+    assert "epsilon" in text
+    assert "num-participants" in text
+    assert text.count("<figure>") >= 6
+
+
+def test_an_unknown_tracker_is_refused_before_the_run(tmp_path):
+    with pytest.raises(ColearnError, match="'tracker': expected 'tensorboard', or '' for none"):
+        run(tmp_path, tracker="tensorbord")
+
+
+def test_the_tracker_has_every_round(tmp_path):
+    pytest.importorskip("tensorboardX")
+    run(tmp_path, tracker="tensorboard", **{"num-server-rounds": 2})
+    files = sorted((tmp_path / "tensorboard").iterdir())
+    assert len(files) == 2
+    assert b"server_metrics/accuracy" in files[1].read_bytes()
+
+
 def test_the_bytes_of_federated_averaging_are_those_of_a_round_every_t0_epochs(tmp_path):
     # An infinite epsilon doubles T every round: 1 and then the 2 of 3 epochs that are left.
     run(tmp_path, **{"initial-epochs": 1, "total-epochs": 3, "epsilon": 1e9})

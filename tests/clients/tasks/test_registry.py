@@ -6,7 +6,13 @@ import pytest
 from clients.settings import ParticipantSettings
 from clients.tasks import digits, registry
 from clients.tasks.kit import kit_for
-from clients.tasks.registry import load_task, participant_trainer, server_trainer, shards
+from clients.tasks.registry import (
+    load_task,
+    participant_trainer,
+    server_task,
+    server_trainer,
+    shards,
+)
 from flwr_colearn import ColearnError
 
 
@@ -71,6 +77,13 @@ def test_settings_of_the_partition_count():
     assert [len(set(labels[shard])) for shard in three] == [3] * 5
     even = shards(ParticipantSettings(partition="dirichlet", dirichlet_alpha=1e9), 5)
     assert max(len(shard) for shard in even) - min(len(shard) for shard in even) <= 10
+
+
+@pytest.mark.parametrize("load", [load_task, server_task])
+def test_models_are_evaluated_on_the_last_training_examples_if_asked_for(load):
+    whole, task = digits.load(), load(ParticipantSettings(validation_examples=100))
+    np.testing.assert_array_equal(task.test_set.inputs, whole.train_set.inputs[-100:])
+    np.testing.assert_array_equal(task.train_set.labels, whole.train_set.labels[:-100])
 
 
 def test_fewer_examples_are_the_first_ones():

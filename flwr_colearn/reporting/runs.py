@@ -1,0 +1,212 @@
+"""Run, the records of a run as a report has them, and their series of numbers."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import ColearnError
+from ..history import History, RoundRecord
+
+_FIRST = ("accuracy", "loss")
+_NO_METRICS = ("num-examples", "num_examples")
+_OF_DICTS = ("refusals", "restarts", "absences", "warnings", "contributions", "site_metrics")
+_COUNTS = ("round", "local_epochs", "epochs_done")
+_RATES = ("learning_rate", "learning_rates")
+_BYTES = ("bytes_down", "bytes_up", "control_down", "control_up")
+
+
+class Source(NamedTuple):
+    """Who measured a metric: the field of the records, in words, and the dash of its lines."""
+
+    field: str
+    words: str
+    dash: str
+
+
+SOURCES = (
+    Source("server_metrics", "the server's evaluation", ""),
+    Source("evaluate_metrics", "the participants' evaluation", "5 2"),
+    Source("train_metrics", "training", "1 2"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run in a report.
+
+    Attributes
+    ----------
+    label : str
+        The name of the run in legends and headings.
+    records : sequence of RoundRecord
+        The records of its rounds, in order; a `History` too.
+    epsilon : float or None
+        The threshold of eq. 4, if the run had one: records do not say it.
+    configuration : mapping
+        The settings of the run, for a table.
+    """
+
+    label: str
+    records: Sequence[RoundRecord]
+    epsilon: float | None = None
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+
+    def rounds(self) -> list[float]:
+        """Return the number of every round."""
+        return [number(record.round) for record in self.records]
+
+    def epochs(self) -> list[float]:
+        """Return the local epochs done after every round."""
+        return [number(record.epochs_done) for record in self.records]
+
+    def bytes_moved(self) -> list[float]:
+        """Return the cumulative bytes of arrays, both ways; NaN from a round without a count on."""
+        return list(accumulate(number(r.bytes_down) + number(r.bytes_up) for r in self.records))
+
+    def rates(self) -> tuple[list[float], list[float]]:
+        """Return the local epochs and the rate of each; one of a round without a list of rates."""
+        x, y = [], []
+        for record in self.records:
+            rates = record.learning_rates or [record.learning_rate]
+            x += [number(record.epochs_done) - after for after in reversed(range(len(rates)))]
+            y += list(map(number, rates))
+        return x, y
+
+    def metric(self, source: str, name: str) -> list[float]:
+        """Return a metric in every round; NaN where the record does not have it."""
+        return [number(getattr(record, source).get(name)) for record in self.records]
+
+    def metrics(self) -> list[str]:
+        """Return the names of the metrics, accuracy and loss first."""
+        return names_in(
+            getattr(record, source.field) for record in self.records for source in SOURCES
+        )
+
+    def participants(self, source: str) -> list[str]:
+        """Return who is in ``site_metrics`` or ``contributions``."""
+        return sorted({who for record in self.records for who in getattr(record, source)})
+
+    def of_participant(self, source: str, who: str, name: str) -> list[float]:
+        """Return a value of a participant in every round; NaN where it has none."""
+        tables = [getattr(record, source).get(who, {}) for record in self.records]
+        return [number(table.get(name)) for table in tables]
+
+
+def names_in(tables: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the metrics that have a finite number, accuracy and loss first."""
+    found = dict.fromkeys(
+        name
+        for table in tables
+        for name, value in table.items()
+        if name not in _NO_METRICS and math.isfinite(number(value))
+    )
+    return sorted(found, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
+
+
+def number(value: Any) -> float:
+    """Return a value of a record as a float; NaN for None, and for what is no number.
+
+    Examples
+    --------
+    >>> [number(value) for value in (3, None, "inf", "fast", [1.0])]
+    [3.0, nan, inf, nan, nan]
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def read_runs(paths: Sequence[str | Path], epsilon: float | None = None) -> list[Run]:
+    """Read the histories of runs, each labelled by what tells its path from the others'.
+
+    Raises
+    ------
+    ColearnError
+        If a file is no history of `flwr_colearn.History`, or has no rounds.
+    """
+    return [
+        Run(label, _records(path), epsilon)
+        for path, label in zip(paths, labels(paths), strict=True)
+    ]
+
+
+def labels(paths: Sequence[str | Path]) -> list[str]:
+    """Return names of files that differ wherever the paths do.
+
+    Examples
+    --------
+    >>> labels(["a/history.jsonl"]), labels(["a/history.jsonl", "b/history.jsonl"])
+    (['history'], ['a', 'b'])
+    """
+    files = [Path(path) for path in paths]
+    kinds = (
+        [file.stem for file in files],
+        [file.absolute().parent.name for file in files],
+    )
+    wanted = len({file.absolute() for file in files})
+    return next((kind for kind in kinds if len(set(kind)) == wanted), [str(file) for file in files])
+
+
+def _records(path: str | Path) -> list[RoundRecord]:
+    _refuse_dynamic(Path(path))
+    records = History.read(path).records
+    if not records:
+        raise ColearnError(f"history {path}: expected at least one complete round, found none")
+    for record in records:
+        _check(record, path)
+    return records
+
+
+def _refuse_dynamic(path: Path) -> None:
+    """Raise a ColearnError for a history of dynamic averaging, whose rounds are no epochs."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            first = next((line for line in file if line.strip()), "")
+    except OSError:
+        return  # History.read says what is wrong with it
+    if '"mini_batches"' in first and '"local_epochs"' not in first:
+        raise ColearnError(
+            f"history {path}: expected that of a strategy with rounds of local epochs (History), "
+            "found one of dynamic averaging (DynamicHistory), whose rounds are mini-batches: "
+            "see python -m simulations.study dynamic for its figures"
+        )
+
+
+def _check(record: RoundRecord, path: str | Path) -> None:
+    """Raise a ColearnError if a field of a record that was read is of another type than ours."""
+    for each in fields(record):
+        value = getattr(record, each.name)
+        if not _fits(each.name, value, each.default_factory):
+            raise ColearnError(
+                f"history {path}, round {record.round}: expected '{each.name}' as RoundRecord has "
+                f"it, found {str(value)[:80]!r}"
+            )
+
+
+def _fits(name: str, value: Any, factory: Any) -> bool:
+    if name in _COUNTS:
+        return type(value) is int
+    if name in _BYTES:
+        return value is None or type(value) is int
+    if name in _RATES:
+        rates = value if isinstance(value, list) else [value]
+        return all(map(_is_number, rates))
+    if name == "relative_change":
+        return value is None or _is_number(value)
+    if factory in (dict, list) and not isinstance(value, factory):
+        return False
+    if name in _OF_DICTS:
+        inner = value.values() if isinstance(value, dict) else value
+        return all(isinstance(each, dict) for each in inner)
+    if name == "normalization":
+        return isinstance(value.get("reinitialised", []), list)
+    return name != "stopped" or isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    # An integer may be too large for a float; NaN, which a record may have, is one already.
+    return type(value) is float or (type(value) is int and math.isfinite(number(value)))
