@@ -410,6 +410,7 @@ def test_without_a_run_name_the_settings_decide_where_results_are(tmp_path, monk
             "checkpoints",
             "history.jsonl",
             "model.npz",
+            "report.html",
             "summary.json",
         }
 
