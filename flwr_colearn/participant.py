@@ -64,9 +64,7 @@ def participant_mod(message: Message, context: Context, call_next: Next) -> Mess
         return with_local_arrays(message, context, describe)
 
     def mask(message: Message, context: Context) -> Message:
-        # The rounding of a site without a name depends on its node.
-        name = name_of(context).get("participant", str(context.node_id))
-        return masked(message, context, localise, name)
+        return masked(message, context, localise, name_of(context).get("participant"))
 
     def compress(message: Message, context: Context) -> Message:
         return compressed(message, context, mask)

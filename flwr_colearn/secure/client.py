@@ -24,7 +24,7 @@ KEPT, METRICS, MEMBER, UNMASKED = (
 """Keys in ``context.state``; the words of the trained model are under `WORDS`."""
 
 
-def masked(message: Message, context: Context, call_next: Next, name: str) -> Message:
+def masked(message: Message, context: Context, call_next: Next, name: str | None) -> Message:
     """Keep the trained model at the participant, and send it under masks as the message requests.
 
     The reply to a training has public keys and metrics, and no arrays. The model is quantized and
@@ -35,8 +35,9 @@ def masked(message: Message, context: Context, call_next: Next, name: str) -> Me
     ----------
     message, context, call_next
         The arguments that Flower gives to a mod.
-    name : str
-        The participant's name, on which the rounding of its numbers depends.
+    name : str or None
+        The participant's name, on which the rounding of its numbers depends; None for one without,
+        of which it depends on the node's id.
 
     Raises
     ------
@@ -50,7 +51,7 @@ def masked(message: Message, context: Context, call_next: Next, name: str) -> Me
     del message.content[SECURE]
     stage = request["stage"]
     if stage == TRAIN:
-        return _trained(message, context, call_next, request, name)
+        return _trained(message, context, call_next, request, name or str(context.node_id))
     answers = {SHARE: _shares, MASK: _vector, UNMASK: _opened}
     if stage not in answers:
         raise expected("stage of secure aggregation", f"one of {list(answers)}", stage)

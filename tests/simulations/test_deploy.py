@@ -319,7 +319,9 @@ def test_a_reply_holds_the_model_the_metrics_and_the_sites_name(tmp_path):
     for content, records in ((trained[0], {"arrays", "metrics", "colearn"}),
                              (evaluated[0], {"metrics", "colearn"})):  # fmt: skip
         assert set(content) == records
-        assert set(content["colearn"]) <= {"participant", "server-round", "version", "mod", "model"}
+        plan = {"epochs-iterated", "rates-iterated", "plan-read"}
+        stated = {"participant", "server-round", "version", "mod", "model", *plan}
+        assert set(content["colearn"]) <= stated
     weights = {name: array.shape for name, array in trainer.get_weights().items()}
     assert {n: a.numpy().shape for n, a in trained[0]["arrays"].items()} == weights
     assert set(trained[0]["metrics"]) == {"num-examples", "train-loss", "learning-rate"}
