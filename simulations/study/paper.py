@@ -215,8 +215,8 @@ def _curves(config: str, arms: Sequence[str], results: Path) -> list[Curve]:
 
 def write_page(results: Path) -> Path:
     """Write the page of results, beside the results folder, from the result files alone."""
-    folders = sorted(path.name for path in results.iterdir() if (path / "units").is_dir())
-    studies = {name: units for name in folders if (units := read_results(name, results))}
+    found = {name: read_results(name, results) for name in configs_in(results)}
+    studies = {name: units for name, units in found.items() if units}
     parts = [INTRODUCTION, *write_sections(results / "converged")]
     parts += [SHORT_RUNS, claims_table(studies), "", OPEN_QUESTIONS]
     parts += [write_exhibit(exhibit, results) for exhibit in exhibits().values()]
@@ -225,6 +225,12 @@ def write_page(results: Path) -> Path:
     page = results.with_suffix(".md")
     page.write_text("\n".join(parts))
     return page
+
+
+def configs_in(results: Path) -> list[str]:
+    """Return the run configs that have results; studies with a command of their own have others."""
+    folders = sorted(path.parent.name for path in results.glob("*/units") if path.is_dir())
+    return [name for name in folders if (CONF / f"{name}.toml").exists()]
 
 
 def study_section(name: str, units: Sequence[ArmUnit], results: Path) -> list[str]:

@@ -81,7 +81,9 @@ def _as_json(value: Any) -> Any:
 def unit_config(participants: ParticipantSettings, settings: RunSettings) -> dict[str, Any]:
     """Return the settings that a result depends on; not those of the machine it came from."""
     config = {**participants.to_config(), **settings.to_config()}
-    for key in ("data-dir", "devices", "workers", "output-dir", "wait-for-participants", "arm"):
+    # Studies evaluate at the server, whatever the share of participants that would.
+    apart = ("data-dir", "devices", "workers", "output-dir", "wait-for-participants", "arm")
+    for key in (*apart, "fraction-evaluate"):
         del config[key]
     config["vectors"] = Path(participants.vectors).name  # in a folder of each machine's own
     return config

@@ -43,6 +43,14 @@ def write(results, config, unit):
     return path
 
 
+# The committed results
+
+
+@pytest.mark.parametrize("config", paper.configs_in(paper.RESULTS))
+def test_committed_units_are_those_of_their_run_config(config):
+    assert paper.read_results(config, paper.RESULTS)
+
+
 # The descriptions
 
 
