@@ -12,12 +12,17 @@ from tqdm import tqdm
 
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import load_task
-from flwr_colearn import ColearnError
 from flwr_colearn.reporting import Curve, save_figure
 from simulations.arms import ARMS
 from simulations.settings import RunSettings
 from simulations.study.training import ArmUnit, run_unit
-from simulations.study.units import data_digest, digest, load_or_run, unit_config
+from simulations.study.units import (
+    check_same_data,
+    checkpoint_beside,
+    data_digest,
+    load_or_run,
+    unit_config,
+)
 
 
 def run_study(
@@ -35,30 +40,16 @@ def run_study(
         path, config = output / "units" / f"{arm}-{seed}.json", unit_config(seeded, settings)
         run = partial(run_from_checkpoint, arm, seeded, settings, path)
         units.append(load_or_run(path, ArmUnit, config, run))
-    check_same_data(units)
+    check_same_data({unit.data: f"{unit.arm}, seed {unit.seed}" for unit in units})
     return units
 
 
 def run_from_checkpoint(
     arm: str, participants: ParticipantSettings, settings: RunSettings, path: Path
 ) -> ArmUnit:
-    """Run a unit, with its checkpoint beside its result.
-
-    The checkpoint is named after config and data, so that it never goes on from others.
-    """
-    data = data_digest(load_task(participants))
-    config = {**unit_config(participants, settings), "data": data}
-    return run_unit(arm, participants, settings, path.with_suffix(f".{digest(config)}.checkpoint"))
-
-
-def check_same_data(units: Sequence[ArmUnit]) -> None:
-    """Raise a ColearnError if units of one config were trained on different data."""
-    found = {unit.data: f"{unit.arm}, seed {unit.seed}" for unit in units}
-    if len(found) > 1:
-        raise ColearnError(
-            f"units: expected results of one data set, found other data in "
-            f"{'; '.join(found.values())}; use another --output or remove the wrong ones"
-        )
+    """Run a unit, with its checkpoint beside its result."""
+    config, data = unit_config(participants, settings), data_digest(load_task(participants))
+    return run_unit(arm, participants, settings, checkpoint_beside(path, config, data))
 
 
 def rows(units: Sequence[ArmUnit]) -> Iterator[dict[str, object]]:

@@ -25,10 +25,10 @@ from simulations.arms import ARMS
 from simulations.settings import CONF, read_config
 from simulations.study.arguments import add_unit_arguments, settings_of
 from simulations.study.claims import claims_table
-from simulations.study.comparison import check_same_data, curves, rows, run_study
+from simulations.study.comparison import curves, rows, run_study
 from simulations.study.converged.page import write_sections
 from simulations.study.training import ArmUnit
-from simulations.study.units import read_unit, unit_config
+from simulations.study.units import check_same_data, read_unit, unit_config
 
 RESULTS = Path("docs/results")
 NOT_RUN = "not run"
@@ -148,7 +148,7 @@ def read_results(config: str, results: Path) -> list[ArmUnit]:
     for path in (results / config / "units").glob("*.json"):
         seeded = replace(participants, seed=int(path.stem.rpartition("-")[2]))
         units.append(read_unit(path, ArmUnit, unit_config(seeded, settings)))
-    check_same_data(units)
+    check_same_data({unit.data: f"{unit.arm}, seed {unit.seed}" for unit in units})
     return sorted(units, key=lambda unit: (list(ARMS).index(unit.arm), unit.seed))
 
 

@@ -22,6 +22,7 @@ from clients.tasks.registry import shards
 from simulations.settings import CONF, RunSettings, read_config
 from simulations.study.arguments import seeds, settings_of
 from simulations.study.comparison import run_study
+from simulations.study.differences import difference
 from simulations.study.training import ArmUnit
 
 PLAIN = "1/K, local epochs"
@@ -46,18 +47,14 @@ def mean_batches(participants: ParticipantSettings, settings: RunSettings) -> in
 
 def rows(units: Mapping[str, Sequence[ArmUnit]]) -> Iterator[dict[str, object]]:
     """Yield one row for each treatment, with its difference to the plain mean seed by seed."""
-    plain = [unit.score for unit in units[PLAIN]]
     for name, runs in units.items():
-        differences = [run.score - other for run, other in zip(runs, plain, strict=True)]
-        n = len(runs)
-        error = statistics.stdev(differences) / n**0.5 if n > 1 else 0.0
+        gap, n = difference(runs, units[PLAIN]), len(runs)
+        assert gap is not None  # all treatments have the same seeds
         yield {
             "treatment": name,
             f"{runs[0].headline} %": f"{statistics.mean(run.score for run in runs):.2f}",
             "spread": f"{statistics.stdev([run.score for run in runs]):.2f}" if n > 1 else "",
-            "against 1/K": ""
-            if name == PLAIN
-            else f"{statistics.mean(differences):+.2f} ({error:.2f})",
+            "against 1/K": "" if name == PLAIN else f"{gap.mean:+.2f} ({gap.error or 0.0:.2f})",
             "rounds": f"{statistics.mean(run.rounds for run in runs):.1f}",
             "seeds": n,
         }

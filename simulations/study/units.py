@@ -98,6 +98,29 @@ def data_digest(task: Task) -> str:
     return content.hexdigest()[:8]
 
 
+def check_same_data(found: Mapping[str, str]) -> None:
+    """Raise a ColearnError if units of one config were trained on different data.
+
+    Parameters
+    ----------
+    found : mapping
+        By the `data_digest` of the units' data, the name of one of them.
+    """
+    if len(found) > 1:
+        raise ColearnError(
+            f"units: expected results of one data set, found other data in "
+            f"{'; '.join(found.values())}; use another --output or remove the wrong ones"
+        )
+
+
+def checkpoint_beside(path: Path, config: Mapping[str, Any], data: str) -> Path:
+    """Return the folder of the checkpoint of the unit whose result is `path`.
+
+    It is named after config and data, so that a unit never goes on from others.
+    """
+    return path.with_suffix(f".{digest({**config, 'data': data})}.checkpoint")
+
+
 def digest(config: Mapping[str, Any]) -> str:
     """Return eight characters that differ between configs."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]

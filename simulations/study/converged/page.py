@@ -10,13 +10,13 @@ from simulations.study.converged.figures import save_curves
 from simulations.study.converged.tables import (
     Runs,
     convergence_rows,
-    difference,
     hours,
     rows,
 )
 from simulations.study.converged.training import Run, run_config
 from simulations.study.converged.variants import FOLDER, Study, read_study, with_seed
-from simulations.study.units import read_unit
+from simulations.study.differences import difference
+from simulations.study.units import check_same_data, read_unit
 
 ARMS = {
     "pooled": "vanilla-elr",
@@ -39,13 +39,16 @@ def read_runs(study: Study, results: Path) -> Runs:
     Raises
     ------
     ColearnError
-        If a result is of another config.
+        If a result is of another config, or of other data than the rest.
     """
     runs: dict[str, list[Run]] = {}
     for path in sorted((results / study.name / "units").glob("*.json")):
         name, _, seed = path.stem.rpartition("-")
         variant = with_seed(study.variant(name), int(seed))
         runs.setdefault(name, []).append(read_unit(path, Run, run_config(variant, study.every)))
+    check_same_data(
+        {run.data: f"{run.variant}, seed {run.seed}" for own in runs.values() for run in own}
+    )
     return {name: sorted(own, key=lambda run: run.seed) for name, own in runs.items()}
 
 

@@ -1,12 +1,11 @@
 """Tables of the study at convergence: means, spreads, and differences paired by seed."""
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from simulations.study.converged.training import TRAIN, Run
 from simulations.study.converged.variants import Study
+from simulations.study.differences import difference
 
 LARGE = 58_164_298 * 4
 """The bytes of the parameters of ResNet-152 for 10 classes, the paper's largest network."""
@@ -17,39 +16,6 @@ LAST = 0.9
 
 Runs = Mapping[str, Sequence[Run]]
 """The runs of a study by variant, each list in the order of seeds."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The mean difference of two variants' scores, paired by seed.
-
-    Attributes
-    ----------
-    mean : float
-        Of the first less the second, in percent.
-    error : float or None
-        The standard error of the mean; None with fewer than two common seeds.
-    seeds : int
-        The number of common seeds.
-    """
-
-    mean: float
-    error: float | None
-    seeds: int
-
-    def __str__(self) -> str:
-        error = "" if self.error is None else f" ± {self.error:.2f}"
-        return f"{self.mean:+.2f}{error}"
-
-
-def difference(first: Sequence[Run], second: Sequence[Run]) -> Difference | None:
-    """Return the difference of scores over the seeds that both have; None if there are none."""
-    others = {run.seed: run.score for run in second}
-    pairs = [run.score - others[run.seed] for run in first if run.seed in others]
-    if not pairs:
-        return None
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
-    return Difference(statistics.mean(pairs), error, len(pairs))
 
 
 def rows(study: Study, runs: Runs) -> Iterator[dict[str, str]]:

@@ -20,7 +20,7 @@ from simulations.server_app import evaluate_with
 from simulations.study.converged.variants import Variant
 from simulations.study.ensemble import averaged_outputs, train_alone
 from simulations.study.training import keeps_state, train_averaged
-from simulations.study.units import Curves, data_digest, digest, unit_config
+from simulations.study.units import Curves, checkpoint_beside, data_digest, unit_config
 
 TRAIN = "train-"
 """The beginning of the names of metrics on the training examples."""
@@ -111,7 +111,7 @@ def train(variant: Variant, every: int, path: Path) -> Run:
     participants, settings, arm = variant.participants, variant.settings, variant.arm
     task = load_task(participants)
     config, data = run_config(variant, every), data_digest(task)
-    scratch = path.with_suffix(f".{digest({**config, 'data': data})}.checkpoint")
+    scratch = checkpoint_beside(path, config, data)
     measured = Measured(participants, every)
     kept = None if keeps_state(participants, settings) else scratch
     if arm.alone:

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -134,6 +135,15 @@ def test_a_unit_of_another_config_is_refused(study, results):
     changed = replace(study, every=3)
     with pytest.raises(ColearnError, match="found another every"):
         page.read_runs(changed, results)
+
+
+def test_units_of_different_data_are_refused(study, results, tmp_path):
+    folder = command.unit_path(tmp_path, study, "pooled", 0).parent
+    shutil.copytree(results / study.name / "units", folder)
+    path = folder / "pooled-1.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data": "00000000"}))
+    with pytest.raises(ColearnError, match=r"expected results of one data set.*pooled, seed 1"):
+        page.read_runs(study, tmp_path)
 
 
 def test_an_interrupted_unit_goes_on_from_its_last_round(study, results, tmp_path, monkeypatch):
