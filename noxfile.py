@@ -11,7 +11,7 @@ import nox
 nox.options.default_venv_backend = "venv"
 
 VERSIONS = ("1.29.0", "1.34.0", "1.42.0")
-TOOLS = ("build", "hatchling", "hypothesis", "numpy", "pytest", "pytest-timeout")
+TOOLS = ("build", "hatchling", "hypothesis", "matplotlib", "numpy", "pytest", "pytest-timeout")
 
 
 @nox.session
