@@ -44,7 +44,7 @@ def run(folder, supernodes, **config):
     home, output = folder / "home", folder / "output"
     options = {"output-dir": str(output), "total-epochs": 4, "devices": "cpu", **config}
     completed = run_app(ROOT, supernodes, options, home, timeout=400)
-    _, alive = psutil.wait_procs(processes_of(home), timeout=10)
+    _, alive = psutil.wait_procs(processes_of(home), timeout=60)
     return output, completed, alive
 
 

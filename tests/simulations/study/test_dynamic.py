@@ -3,6 +3,7 @@ import json
 import logging
 import os
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -193,7 +194,10 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert "| 0 ± 0 " in table
 
 
-@pytest.mark.skipif(not DATA, reason="set COLEARN_DATA to the folder with SpeechCommands")
+@pytest.mark.skipif(
+    not Path(DATA, "SpeechCommands").is_dir(),
+    reason="set COLEARN_DATA to the folder that holds SpeechCommands",
+)
 @pytest.mark.parametrize("by_speaker", [False, True])
 def test_learners_share_speakers_unless_dealt_by_speaker(by_speaker):
     names = speech.training_speakers(DATA, "speaker")
