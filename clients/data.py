@@ -115,6 +115,8 @@ def with_validation(task: Task, size: int) -> Task:
     """Return the task with its last `size` training examples in place of the test set.
 
     Every task's examples are in random order, so these are a random part. They are not trained on.
+    They are evaluated by the task's `own_objective`, if it has one: `objective` is then defined on
+    the test set only.
 
     Raises
     ------
@@ -131,6 +133,7 @@ def with_validation(task: Task, size: int) -> Task:
         task,
         train_set=take(task.train_set, np.arange(rest)),
         test_set=take(task.train_set, np.arange(rest, rest + size)),
+        objective=task.own_objective or task.objective,
     )
 
 

@@ -1,9 +1,14 @@
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.data import Examples, Task, shuffled_batches, with_validation
+from clients.metrics import validation_and_test
+from clients.objective import Objective
 from flwr_colearn import ColearnError
 
 
@@ -49,6 +54,16 @@ def test_the_last_training_examples_are_the_validation_part():
     split = with_validation(task, 4)
     assert split.train_set.inputs.tolist() == [0, 1, 2, 3, 4, 5]
     assert split.test_set.labels.tolist() == [6, 7, 8, 9]
+
+
+def test_a_validation_part_is_evaluated_by_the_objective_for_other_data():
+    own, test_only = (
+        Objective(),
+        Objective(metrics=partial(validation_and_test, validation=1, test=2)),
+    )
+    task = Task(Examples(np.arange(10), np.arange(10)), objective=test_only, own_objective=own)
+    assert with_validation(task, 4).objective is own
+    assert with_validation(replace(task, own_objective=None), 4).objective is test_only
 
 
 @pytest.mark.parametrize("size", [-1, 0, 10, 11])
