@@ -131,10 +131,10 @@ def follow(
             "skipped": np.array(skipped, np.int64),
             "examples": np.array(examples, np.int64),
         }
-        return {**own, **_state_of(trainer)}
+        return {**own, **state_of(trainer)}
 
     def load(state: Mapping[str, NDArray]) -> None:
-        _restore(trainer, state)
+        restore(trainer, state)
         skipped[:], examples[:] = state["skipped"].tolist(), state["examples"].tolist()
 
     # At least the last epoch is trained, so that `result` and `epoch` are defined after the loop.
@@ -151,8 +151,8 @@ def follow(
     return {**metrics, "skipped-steps": sum(skipped)} if skipped else metrics
 
 
-def _state_of(trainer: Trainer) -> dict[str, NDArray]:
-    """Return all arrays of a trainer that its next epoch depends on."""
+def state_of(trainer: Trainer) -> dict[str, NDArray]:
+    """Return all arrays that a trainer's next epoch depends on, weights as ``weights/NAME``."""
     return {
         f"{part}/{name}": array
         for part, (get, _) in _PARTS.items()
@@ -160,8 +160,8 @@ def _state_of(trainer: Trainer) -> dict[str, NDArray]:
     }
 
 
-def _restore(trainer: Trainer, state: Mapping[str, NDArray]) -> None:
-    """Load what `_state_of` returned."""
+def restore(trainer: Trainer, state: Mapping[str, NDArray]) -> None:
+    """Load what `state_of` returned."""
     parts: dict[str, dict[str, NDArray]] = {part: {} for part in _PARTS}
     for key, array in state.items():
         part, _, name = key.partition("/")

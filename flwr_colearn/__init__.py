@@ -71,6 +71,7 @@ from .schedules import (
     Warmup,
 )
 from .secure import SecureAggregation
+from .sharing import share_metrics, shared_metrics
 from .strategies import Averaging, CoLearn, SynchronousSGD
 from .traffic import RoundTraffic
 from .transport import ConnectedGrid, Transport
@@ -151,4 +152,6 @@ __all__ = [
     "relative_change",
     "run",
     "scheme_named",
+    "share_metrics",
+    "shared_metrics",
 ]

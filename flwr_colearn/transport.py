@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
 from logging import INFO
 from typing import Any
@@ -30,6 +30,7 @@ from .records import SentTypes, config_of, kind_of, records_of
 from .recovery import Directory, RecoveringGrid, recovery_on
 from .roles import Arrays, Role, Roles, assign_roles, named_roles
 from .secure import SecureAggregation, SecureGrid, Surroundings, as_secure, check_trained
+from .sharing import shared_by_site
 from .traffic import Directions, Event, RoundTraffic, Transfers
 
 Check = Callable[[Message, Message], None]
@@ -274,6 +275,7 @@ class ConnectedGrid(WrappingGrid):
         self.transport, self.bottom = transport, grid
         self.session = secrets.token_hex(8)
         self._asked: list[int] = []
+        self._shared: dict[int, dict[str, float]] = {}
         self._types = SentTypes(like)
         names = transport.participants
         self._meter = MeteringGrid(grid if names is None else SelectingGrid(grid, names))
@@ -367,8 +369,23 @@ class ConnectedGrid(WrappingGrid):
         A reply that has been processed can be freed before the next is in memory.
         """
         batch = self._introduced(messages, timeout)
-        if batch and kind_of(batch[0]) == MessageType.TRAIN:
-            self._asked = [message.metadata.dst_node_id for message in batch]
+        if not batch or kind_of(batch[0]) != MessageType.TRAIN:
+            return self._exchanged(batch, timeout)
+        self._asked = [message.metadata.dst_node_id for message in batch]
+        return self._noting_shared(self._exchanged(batch, timeout))
+
+    def _noting_shared(self, replies: Iterable[Message]) -> Iterator[Message]:
+        """Yield replies to trainings; note the metrics that their sites let the server record."""
+        secure = self.transport.secure
+        for reply in replies:
+            # Masked metrics come back as the means of all sites, which are no site's own.
+            own = {} if secure is not None and secure.masked_metrics else shared_by_site(reply)
+            if own:
+                self._shared[reply.metadata.src_node_id] = own
+            yield reply
+
+    def _exchanged(self, batch: list[Message], timeout: float | None) -> Iterable[Message]:
+        """Send messages through the layers and return the replies as they arrive."""
         if self._securing is not None:
             self._directory.refresh(self.bottom)
             return self._securing.send_and_receive(batch, timeout=timeout)
@@ -401,7 +418,12 @@ class ConnectedGrid(WrappingGrid):
             models=Directions(moved.models_down, moved.models_up),
             gone=0 if self._recovering is None else self._recovering.take_gone(),
             secure={} if self._securing is None else self._securing.take_account(),
+            shared=self._take_shared(),
         )
+
+    def _take_shared(self) -> dict[str, dict[str, float]]:
+        shared, self._shared = self._shared, {}
+        return {self.name_of(node): metrics for node, metrics in shared.items()}
 
     def _durations(self) -> dict[str, float]:
         by_node = {} if self._recovering is None else self._recovering.durations

@@ -16,6 +16,7 @@ from .runs import SOURCES, Run, names_in, number
 
 METRICS = 8
 """The number of metrics that are drawn; the names of the others are listed."""
+_ALONE = "alone-"
 _EPSILON_DASH = "6 2 1 2"
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _EVENTS = (
@@ -216,7 +217,9 @@ def _run_section(run: Run) -> str:
         run.label,
         page.subsection("Rounds", page.table(_HEADER, map(_row, run.records))),
         page.subsection("Relative change at each T", _levels(run)),
-        page.subsection("Evaluation by each participant", *_sites(run)),
+        page.subsection("Evaluation by each participant", *_sites(run, "site_metrics")),
+        page.subsection("Training by each participant", *_sites(run, "site_train_metrics")),
+        page.subsection("Alone or shared", _alone(run)),
         page.subsection("Update of each participant", _contributions(run)),
         page.subsection("Configuration", _configuration(run.configuration)),
     )
@@ -278,11 +281,43 @@ def _levels(run: Run) -> str:
     )
 
 
-def _sites(run: Run) -> list[str]:
+def _sites(run: Run, source: str) -> list[str]:
     """Return the charts of each participant's metrics; nothing if the records have none."""
-    tables = [metrics for record in run.records for metrics in record.site_metrics.values()]
+    tables = [metrics for record in run.records for metrics in getattr(record, source).values()]
     names = names_in(tables)[:METRICS]
-    return _by_participant(run, "site_metrics", [(name, name) for name in names])
+    return _by_participant(run, source, [(name, name) for name in names])
+
+
+def _alone(run: Run) -> str:
+    """Return the table of the participants' own models beside the shared one, if they share it."""
+    compared = [r for r in run.records if any(map(_alone_metrics, r.site_metrics.values()))]
+    if not compared:
+        return ""
+    header = ("Participant", "Metric", "Alone", "Shared", "Difference", "Round")
+    return page.table(
+        header,
+        (
+            [who, name, *_compared(metrics, name), str(compared[-1].round)]
+            for who, metrics in sorted(compared[-1].site_metrics.items())
+            for name in _alone_metrics(metrics)
+        ),
+    )
+
+
+def _alone_metrics(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the names of the metrics of a participant's own model, without the prefix."""
+    names = [name.removeprefix(_ALONE) for name in metrics if name.startswith(_ALONE)]
+    return [name for name in names if name != "epochs"]
+
+
+def _compared(metrics: Mapping[str, Any], name: str) -> list[str]:
+    alone, shared = number(metrics[_ALONE + name]), number(metrics.get(name))
+    known = name in metrics
+    return [
+        f"{alone:.4g}",
+        f"{shared:.4g}" if known else "stays at the site",
+        f"{shared - alone:+.4g}" if known else "",
+    ]
 
 
 def _contributions(run: Run) -> str:

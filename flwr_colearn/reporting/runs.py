@@ -12,7 +12,8 @@ from ..history import History, RoundRecord
 
 _FIRST = ("accuracy", "loss")
 _NO_METRICS = ("num-examples", "num_examples")
-_OF_DICTS = ("refusals", "restarts", "absences", "warnings", "contributions", "site_metrics")
+_OF_DICTS = ("refusals", "restarts", "absences", "warnings", "contributions")
+_OF_DICTS += ("site_metrics", "site_train_metrics")
 _COUNTS = ("round", "local_epochs", "epochs_done")
 _RATES = ("learning_rate", "learning_rates")
 _BYTES = ("bytes_down", "bytes_up", "control_down", "control_up")
@@ -86,7 +87,7 @@ class Run:
         )
 
     def participants(self, source: str) -> list[str]:
-        """Return who is in ``site_metrics`` or ``contributions``."""
+        """Return who is in ``site_metrics``, ``site_train_metrics`` or ``contributions``."""
         return sorted({who for record in self.records for who in getattr(record, source)})
 
     def of_participant(self, source: str, who: str, name: str) -> list[float]:

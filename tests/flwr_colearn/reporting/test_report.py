@@ -191,6 +191,21 @@ def test_curves_of_each_site_and_the_updates_are_drawn():
     assert len(points(figure)) == 2
 
 
+def test_what_sites_share_of_their_training_and_of_their_own_models_is_shown():
+    sites = {
+        "leiden": {"accuracy": 0.75, "alone-accuracy": 0.5, "alone-epochs": 4},
+        "utrecht": {"alone-common-loss": 0.25},
+        "delft": {"accuracy": 0.5},
+    }
+    record_1 = record(1, site_train_metrics={"leiden": {"train-loss": 0.5}})
+    record_2 = record(2, site_metrics=sites, site_train_metrics={"leiden": {"train-loss": 0.25}})
+    html = page_of(record_1, record_2)
+    assert "train-loss" in captions(html)
+    text = Parsed(html).text
+    assert "leiden accuracy 0.5 0.75 +0.25 2 utrecht common-loss 0.25 stays at the site 2" in text
+    assert "Alone or shared" not in page_of(record_1)
+
+
 def test_epsilon_levels_and_configuration_where_they_are_known():
     values = {"epsilon": 0.125, "configuration": {"task": "digits"}}
     text = Parsed(page_of(whole(1), whole(2), **values)).text
