@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flwr_colearn import ColearnError, Epoch, LocalPlan, Role
+from flwr_colearn import ColearnError, Epoch, LocalPlan, Role, track
 from flwr_colearn.errors import whole_number
 
 NDArray = npt.NDArray[Any]
@@ -138,7 +138,8 @@ def follow(
         skipped[:], examples[:] = state["skipped"].tolist(), state["examples"].tolist()
 
     # At least the last epoch is trained, so that `result` and `epoch` are defined after the loop.
-    for epoch in plan.resumable(state_dir, save, load, name):
+    epochs = plan.resumable(state_dir, save, load, name)
+    for epoch in track(epochs, f"round {plan.round}", plan.local_epochs):
         # The server counts local epochs of its own in `epochs_done`, not this site's passes.
         number = (plan.round, epoch.index) if by_steps else (plan.epochs_done + epoch.index,)
         result = _trained(trainer, epoch, derive_seed(seed, *number), skipped)

@@ -58,6 +58,7 @@ from .numpy_client import numpy_client_app
 from .participant import participant_mod
 from .plan import Epoch, LocalPlan
 from .policy import Guard, Quorum, Recovery
+from .progress import track
 from .recovery import RecoveringGrid
 from .roles import Role
 from .schedules import (
@@ -154,4 +155,5 @@ __all__ = [
     "scheme_named",
     "share_metrics",
     "shared_metrics",
+    "track",
 ]

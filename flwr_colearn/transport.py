@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
 from logging import INFO
 from typing import Any
@@ -17,7 +17,7 @@ from ._version import __version__
 from .aggregation import ADD_THE_MOD, check_train_reply
 from .compression import Compression, CompressionGrid, Uncompressed, as_compression
 from .errors import ColearnError, expected
-from .grids import BoundingGrid, MeteringGrid, SelectingGrid, WrappingGrid
+from .grids import BoundingGrid, MeteringGrid, ProgressGrid, SelectingGrid, WrappingGrid
 from .normalization import (
     Normalization,
     NormalizationGrid,
@@ -311,6 +311,8 @@ class ConnectedGrid(WrappingGrid):
                     f"reply: expected arrays sent as {transport.compression.up} by "
                     f"flwr_colearn.participant_mod, found none; {ADD_THE_MOD}"
                 )
+        # Around single trainings: the replies of secure aggregation arrive all together.
+        top = self._progress = ProgressGrid(top, self.name_of)
         if transport.secure is not None:
             log(INFO, "Guard: off under secure aggregation, where no single update arrives")
             top = self._securing = SecureGrid(top, transport.secure, self._surroundings())
@@ -372,17 +374,16 @@ class ConnectedGrid(WrappingGrid):
         if not batch or kind_of(batch[0]) != MessageType.TRAIN:
             return self._exchanged(batch, timeout)
         self._asked = [message.metadata.dst_node_id for message in batch]
-        return self._noting_shared(self._exchanged(batch, timeout))
+        # No loop, which would hold a reply while the next one arrives.
+        return map(self._note_shared, self._exchanged(batch, timeout))
 
-    def _noting_shared(self, replies: Iterable[Message]) -> Iterator[Message]:
-        """Yield replies to trainings; note the metrics that their sites let the server record."""
+    def _note_shared(self, reply: Message) -> Message:
+        """Note the metrics of a training that the site lets the server record; return the reply."""
         secure = self.transport.secure
-        for reply in replies:
-            # Masked metrics come back as the means of all sites, which are no site's own.
-            own = {} if secure is not None and secure.masked_metrics else shared_by_site(reply)
-            if own:
-                self._shared[reply.metadata.src_node_id] = own
-            yield reply
+        # Masked metrics come back as the means of all sites, which are no site's own.
+        if (secure is None or not secure.masked_metrics) and (own := shared_by_site(reply)):
+            self._shared[reply.metadata.src_node_id] = own
+        return reply
 
     def _exchanged(self, batch: list[Message], timeout: float | None) -> Iterable[Message]:
         """Send messages through the layers and return the replies as they arrive."""
@@ -392,8 +393,12 @@ class ConnectedGrid(WrappingGrid):
         # The recovery's layer refreshes the directory itself.
         if self._recovering is None:
             self._directory.refresh(self.bottom)
-            return self.grid.send_and_receive(batch, timeout=timeout)
-        return self._recovering.stream(batch, timeout=timeout)
+        return self._progress.stream(batch, timeout=timeout)
+
+    def expect(self, num_rounds: int | None, total_epochs: int | None) -> None:
+        """Set the last round and the budget of local epochs, for the progress that is shown."""
+        self._progress.pace.num_rounds = num_rounds
+        self._progress.pace.total_epochs = total_epochs
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Push messages, without restarts of participants that fail."""

@@ -12,8 +12,8 @@ from ..history import History, RoundRecord
 
 _FIRST = ("accuracy", "loss")
 _NO_METRICS = ("num-examples", "num_examples")
-_OF_DICTS = ("refusals", "restarts", "absences", "warnings", "contributions")
-_OF_DICTS += ("site_metrics", "site_train_metrics")
+_OF_SITES = ("contributions", "site_metrics", "site_train_metrics")
+_OF_DICTS = ("refusals", "restarts", "absences", "warnings", *_OF_SITES)
 _COUNTS = ("round", "local_epochs", "epochs_done")
 _RATES = ("learning_rate", "learning_rates")
 _BYTES = ("bytes_down", "bytes_up", "control_down", "control_up")

@@ -1,11 +1,13 @@
 """``clients.alone``: a site's own model beside the shared one."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -29,11 +31,14 @@ from flwr_colearn import (
     SynchronousSGD,
     run,
 )
+from simulations import server_app
 from simulations.server_app import to_record
+from simulations.settings import RunSettings
 
 torch.set_num_threads(1)  # small networks: more threads only get in each other's way
 
 SEED, K = 4, 3
+DOC = Path(__file__).resolve().parents[2] / "docs" / "own-data.md"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -344,3 +349,30 @@ def test_the_app_compares_if_the_run_config_says_so(tmp_path):
     assert metrics["alone-common-loss"] < metrics["common-loss"]
     assert metrics["alone-loss"] < metrics["loss"]
     assert metrics["alone-epochs"] == 2
+
+
+@pytest.mark.slow
+def test_the_table_of_the_docs_is_that_of_two_sites_with_digits(tmp_path, flower_log):
+    bunch = load_digits()
+    order = np.random.default_rng(0).permutation(len(bunch.target))
+    parts = {"utrecht": order[:120], "delft": order[120:240], "common": order[240:]}
+    for name, part in parts.items():
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "train.npz", x=bunch.images[part], y=bunch.target[part])
+    run_settings = RunSettings(
+        num_participants=2, total_epochs=24, initial_epochs=3, epsilon="auto", fraction_evaluate=1.0
+    )
+    own = ParticipantSettings(compare_alone=True, held_out=0.2)
+    config = {**own.to_config(), **run_settings.to_config(), "output-dir": str(tmp_path / "run")}
+    grid = InProcessGrid(app, 2, run_config=config)
+    for name, context in zip(parts, grid.contexts.values(), strict=False):
+        folders = {"data-dir": str(tmp_path / name), "common-test": str(tmp_path / "common")}
+        context.node_config = {"name": name, **folders}
+    server_app.main(grid, Context(1, 0, {}, RecordDict(), config))
+    rows = re.compile(r"(own|common) +(loss|accuracy) +([\d.]+) +([\d.]+)")
+    documented = rows.findall(DOC.read_text())
+    # The last round's tables are those of utrecht, then of delft.
+    for found, wanted in zip(rows.findall(flower_log.text)[-8:-4], documented, strict=True):
+        assert found[:2] == wanted[:2]
+        # Other processors round otherwise, and one of 24 examples is 0.04.
+        assert [*map(float, found[2:])] == pytest.approx([*map(float, wanted[2:])], abs=0.09)
