@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flwr_colearn import ColearnError, DynamicHistory, DynamicRecord, History, RoundRecord
+from flwr_colearn import ColearnError, History, RoundRecord
 from flwr_colearn.reporting import Run, read_runs, save_report
 from flwr_colearn.reporting.charts import Line, svg_chart
 from flwr_colearn.reporting.command_line import main
@@ -349,12 +349,6 @@ def test_records_of_other_types_are_refused_with_their_field(change, found, tmp_
     path.write_text(json.dumps({**OLD, **change}) + "\n")
     assert main(["report", str(path)]) == 2
     assert found in capsys.readouterr().err
-
-
-def test_a_history_of_dynamic_averaging_is_refused_by_name(tmp_path, capsys):
-    DynamicHistory(tmp_path / "history.jsonl").append(DynamicRecord(1, 10))
-    assert main(["report", str(tmp_path / "history.jsonl")]) == 2
-    assert "found one of dynamic averaging (DynamicHistory)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, "", "\n", "no record\n", "[1]\n", '{"a": 1}\n'])
