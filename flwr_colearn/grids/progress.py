@@ -215,7 +215,7 @@ def duration(seconds: float) -> str:
     Examples
     --------
     >>> [duration(seconds) for seconds in (0, 59, 61, 3700, 200_000)]
-    ['1 s', '59 s', '1 min', '1 h 2 min', '2 d 8 h']
+    ['1 s', '59 s', '1 min', '1 h 2 min', '2 d 7 h']
     """
     if seconds < 60:
         return f"{max(math.ceil(seconds), 1)} s"

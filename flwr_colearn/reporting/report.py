@@ -14,11 +14,20 @@ from .calibration import calibration_of
 from .charts import COLOURS, Line, colour, dash, svg_chart
 from .dynamic_runs import HEADER, DynamicRun, read_dynamic, row, rows_of
 from .page import Cell, Key
-from .runs import SOURCES, Run, is_dynamic, labels, metrics_in, names_in, number, read_records
+from .runs import (
+    ALONE,
+    SOURCES,
+    Run,
+    is_dynamic,
+    labels,
+    metrics_in,
+    names_in,
+    number,
+    read_records,
+)
 
 METRICS = 8
 """The number of metrics that are drawn; the names of the others are listed."""
-_ALONE = "alone-"
 _OF_A_KIND = ("local epochs per participant", "mini-batches per learner")
 _EPSILON_DASH = "6 2 1 2"
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -378,12 +387,12 @@ def _alone(run: Run) -> str:
 
 def _alone_metrics(metrics: Mapping[str, Any]) -> list[str]:
     """Return the names of the metrics of a participant's own model, without the prefix."""
-    names = [name.removeprefix(_ALONE) for name in metrics if name.startswith(_ALONE)]
+    names = [name.removeprefix(ALONE) for name in metrics if name.startswith(ALONE)]
     return [name for name in names if name != "epochs"]
 
 
 def _compared(metrics: Mapping[str, Any], name: str) -> list[str]:
-    alone, shared = number(metrics[_ALONE + name]), number(metrics.get(name))
+    alone, shared = number(metrics[ALONE + name]), number(metrics.get(name))
     known = name in metrics
     return [
         f"{alone:.4g}",

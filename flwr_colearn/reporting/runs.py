@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from ..errors import ColearnError
 from ..history import History, RoundRecord
 
+ALONE = "alone-"
+"""The beginning of the names of metrics of a participant's own model."""
 _FIRST = ("accuracy", "loss")
 _NO_METRICS = ("num-examples", "num_examples")
 _OF_SITES = ("contributions", "site_metrics", "site_train_metrics")
@@ -99,10 +101,9 @@ class Run:
         return [number(metrics_in(record, source).get(name)) for record in self.records]
 
     def metrics(self) -> list[str]:
-        """Return the names of the metrics, accuracy and loss first."""
-        return names_in(
-            metrics_in(record, source.field) for record in self.records for source in SOURCES
-        )
+        """Return the names of the shared model's metrics, accuracy and loss first."""
+        tables = (metrics_in(each, source.field) for each in self.records for source in SOURCES)
+        return [name for name in names_in(tables) if not name.startswith(ALONE)]
 
     def participants(self, source: str) -> list[str]:
         """Return who is in ``site_metrics``, ``site_train_metrics`` or ``contributions``."""

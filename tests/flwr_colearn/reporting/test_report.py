@@ -204,6 +204,9 @@ def test_what_sites_share_of_their_training_and_of_their_own_models_is_shown():
     text = Parsed(html).text
     assert "leiden accuracy 0.5 0.75 +0.25 2 utrecht common-loss 0.25 stays at the site 2" in text
     assert "Alone or shared" not in page_of(record_1)
+    means = record(2, evaluate_metrics={"accuracy": 0.5, "alone-accuracy": 0.25})
+    # A mean of the sites' own models is no metric of the shared model.
+    assert not any("alone" in caption for caption in captions(page_of(means)))
 
 
 def test_epsilon_levels_and_configuration_where_they_are_known():
