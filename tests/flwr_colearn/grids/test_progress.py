@@ -179,9 +179,11 @@ def test_every_strategy_s_rounds_pass_the_same_layer(kind, monkeypatch):
 
 SCRIPT = """
 import sys, time
+from logging import INFO
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common import log
 from flwr_colearn import CoLearn, LocalPlan, ThreadedGrid, participant_mod, track
 
 app = ClientApp(mods=[participant_mod])
@@ -192,6 +194,7 @@ def train(message, context):
     for epoch in plan:
         for batch in track(range(3), f"epoch {epoch.index}"):
             time.sleep(0.3 + 0.2 * context.node_id)
+            log(INFO, "batch %s of node %s", batch, context.node_id)
     content = {"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 1})}
     return Message(RecordDict(content), reply_to=message)
 
@@ -257,6 +260,8 @@ def test_a_terminal_has_one_line_that_is_alive_and_flower_s_log_stays_whole():
     # All that is left is Flower's log, of which each line is whole.
     assert all(re.match(r"(INFO|WARNING) *:", line) for line in left), left
     assert any(line.endswith("[ROUND 2/2]") for line in left)
+    # Two rounds of two sites with three batches, logged while the line is alive.
+    assert sum(bool(re.search(r": +batch \d of node \d$", line)) for line in left) == 12
 
 
 @pytest.mark.slow
