@@ -6,10 +6,17 @@ from typing import cast
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord
 
+from clients.alone import COMMON, OWN, CompareAlone, Tests
 from clients.client_app import make_client_app
 from clients.settings import ParticipantSettings
 from clients.tasks.own_data import class_counts
-from clients.tasks.registry import agreement, own_task, participant_trainer, site_trainer
+from clients.tasks.registry import (
+    agreement,
+    common_trainer,
+    own_task,
+    participant_trainer,
+    site_trainer,
+)
 from clients.tasks.sources import imported_task
 from clients.trainer import Trainer
 from flwr_colearn import ColearnError
@@ -117,10 +124,31 @@ def report_class_counts(
     return reply
 
 
+def compared_on(context: Context) -> Tests:
+    """Return the trainers on the test sets on which a site compares the shared model and its own.
+
+    A participant of a simulation holds nothing out, and so does a site with `held_out` 0: on
+    examples that it has trained on, a model alone would always be the better one.
+    """
+    settings, simulated = _settings(context), "partition-id" in context.node_config
+    tests = {COMMON: _common_trainer(settings, simulated)}
+    if not simulated:
+        task = _own_task(settings)
+        holds_out = task.test_set is not task.train_set
+        tests = {OWN: build(context) if holds_out else None, **tests}
+    return {name: trainer for name, trainer in tests.items() if trainer is not None}
+
+
+def compare(context: Context) -> CompareAlone | None:
+    """Return the comparison that the run config asks for, if it does."""
+    return CompareAlone(compared_on) if _settings(context).compare_alone else None
+
+
 # A process that handles many messages (simulation, in process) prepares each shard once. Every
 # `set_weights` reinitialises the trainer's optimizer, so no state leaks from one round to the next.
 _trainer = lru_cache(maxsize=64)(participant_trainer)
 _own_task = lru_cache(maxsize=8)(own_task)
+_common_trainer = lru_cache(maxsize=8)(common_trainer)
 
 
 @lru_cache(maxsize=8)
@@ -133,6 +161,7 @@ def forget_trainers() -> None:
     _trainer.cache_clear()
     _site_trainer.cache_clear()
     _own_task.cache_clear()
+    _common_trainer.cache_clear()
     imported_task.cache_clear()
 
 
@@ -141,4 +170,5 @@ app = make_client_app(
     seed=lambda context: _settings(context).seed,
     keep_optimizer=lambda context: _settings(context).keep_optimizer,
     mods=[check_agreement, report_class_counts],
+    compare=compare,
 )

@@ -1,5 +1,6 @@
 """The Message API ClientApp that serves any Trainer."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -7,12 +8,14 @@ from typing import Any, cast
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.alone import CompareAlone
 from clients.local_training import site_seed, train_locally
 from clients.trainer import NDArray, Trainer
 from flwr_colearn import (
     ColearnError,
     LocalPlan,
     participant_mod,
+    shared_metrics,
 )
 from flwr_colearn.normalization import answer_recalibration
 from flwr_colearn.records import to_record, view
@@ -26,6 +29,7 @@ def make_client_app(
     seed: Callable[[Context], int] = lambda context: 0,
     keep_optimizer: Callable[[Context], bool] = lambda context: False,
     mods: Sequence[Mod] = (),
+    compare: Callable[[Context], CompareAlone | None] = lambda context: None,
 ) -> ClientApp:
     """Return a ClientApp whose participants train what `build` returns for their context.
 
@@ -40,6 +44,10 @@ def make_client_app(
         ``Context -> bool``: whether the participant stores the optimizer's state between rounds.
     mods : sequence of Flower mods, optional
         Further mods, which run after decompression and receive the whole model.
+    compare : callable, optional
+        ``Context -> CompareAlone or None``: whether the participant also trains a model on its data
+        alone, to compare the shared model with. The results are in the participant's log. They are
+        in its replies as far as the node config's ``share-metrics`` names them.
     """
     # Flower calls mods from first to last and passes replies from last to first. participant_mod
     # comes first: it decompresses the message for the others and compresses the reply after them.
@@ -53,17 +61,20 @@ def make_client_app(
         with normalising(trainer, config):
             # Synchronous SGD asks for the gradients of one batch in place of local epochs.
             if GRADIENTS in config:
+                _refuse_comparison(compare(context))
                 weights, metrics = step_of(trainer, plan, config, context, seed(context))
                 return _reply(weights, metrics, message)
+            session = str(config.get("session", ""))
             metrics = train_locally(
-                trainer,
-                plan,
-                context,
-                seed(context),
-                keep_optimizer(context),
-                session=str(config.get("session", "")),
+                trainer, plan, context, seed(context), keep_optimizer(context), session
             )
-        return _reply(trainer.get_weights(), metrics, message)
+        reply = _reply(trainer.get_weights(), metrics, message)
+        # After the reply is made, and outside of the server's normalization scheme, which may
+        # exchange statistics with other sites.
+        if (comparison := compare(context)) is not None:
+            received = _arrays_of(message)
+            comparison.train(trainer, received, plan, context, seed(context), session)
+        return reply
 
     def statistics_of(arrays: Mapping[str, NDArray], context: Context) -> Any:
         trainer = build(context)
@@ -74,11 +85,23 @@ def make_client_app(
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        metrics = _load(build(context), message).evaluate()
+        trainer = _load(build(context), message)
+        metrics = trainer.evaluate()
+        if (comparison := compare(context)) is not None:
+            found = comparison.evaluate(trainer, _arrays_of(message), context, *_moment_of(message))
+            metrics |= {name: found[name] for name in shared_metrics(found, context)}
         content = RecordDict({"metrics": MetricRecord({**metrics})})
         return Message(content=content, reply_to=message)
 
     return app
+
+
+def _refuse_comparison(comparison: CompareAlone | None) -> None:
+    if comparison is not None:
+        raise ColearnError(
+            "compare-alone: expected a strategy with local epochs, such as CoLearn, found "
+            "SynchronousSGD, whose participants train no model of their own"
+        )
 
 
 def step_of(
@@ -125,5 +148,17 @@ def _reply(arrays: dict[str, NDArray], metrics: dict[str, float], message: Messa
 
 
 def _load(trainer: Trainer, message: Message) -> Trainer:
-    trainer.set_weights(view(cast(ArrayRecord, message.content["arrays"])))
+    trainer.set_weights(_arrays_of(message))
     return trainer
+
+
+def _arrays_of(message: Message) -> dict[str, NDArray]:
+    return view(cast(ArrayRecord, message.content["arrays"]))
+
+
+def _moment_of(message: Message) -> tuple[str, int]:
+    """Return the session and the round of a message; a late round where it does not say one."""
+    config = message.content.get("config")
+    config = config if isinstance(config, ConfigRecord) else ConfigRecord()
+    server_round = config.get("server-round", sys.maxsize)
+    return str(config.get("session", "")), cast(int, server_round)

@@ -46,8 +46,7 @@ def train_locally(
     """
     # Participants draw different seeds: with a common one, all would shuffle and augment alike.
     own_seed = site_seed(seed, context)
-    folder = context.node_config.get("state-dir")
-    kept = (str(folder) if folder else None, name_of(context).get("participant", "participant"))
+    kept = participant_files(context)
     if not keep_optimizer:
         return follow(plan, trainer, own_seed, *kept)
     before = OptimizerState.of(context).at(session, plan.round)
@@ -59,6 +58,12 @@ def train_locally(
     # Stored last: if training fails, the state of the round before remains.
     OptimizerState(session, plan.round, before, trainer.get_optimizer_state()).keep_in(context)
     return metrics
+
+
+def participant_files(context: Context) -> tuple[str | None, str]:
+    """Return the participant's folder ``state-dir``, None without one, and its name for files."""
+    folder = context.node_config.get("state-dir")
+    return str(folder) if folder else None, name_of(context).get("participant", "participant")
 
 
 def site_seed(seed: int, context: Context) -> int:

@@ -126,6 +126,13 @@ class ParticipantSettings(FromConfig):
         the scheme's default parameters; see `flwr_colearn.Normalization`.
     frozen_after : int
         The last round in which the scheme "frozen" updates statistics.
+    compare_alone : bool
+        Whether every site also trains a model on its own data alone, for the same epochs, and
+        compares the shared model with it, see `clients.alone.CompareAlone`. It doubles the training
+        time, and each site evaluates in every round.
+    common_test : str
+        In a site's node config, a folder with a test set that all sites have, laid out as
+        `data_dir`, on which the comparison is made too; empty for none.
     """
 
     framework: str = "torch"
@@ -159,6 +166,8 @@ class ParticipantSettings(FromConfig):
     image_size: int = 0
     normalization: str = "pooled"
     frozen_after: int = 4
+    compare_alone: bool = False
+    common_test: str = ""
 
     @property
     def scheme(self) -> Normalization:

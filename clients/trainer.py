@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flwr_colearn import ColearnError, Epoch, LocalPlan, Role
+from flwr_colearn import ColearnError, Epoch, LocalPlan, Role, track
 from flwr_colearn.errors import whole_number
 
 NDArray = npt.NDArray[Any]
@@ -131,14 +131,15 @@ def follow(
             "skipped": np.array(skipped, np.int64),
             "examples": np.array(examples, np.int64),
         }
-        return {**own, **_state_of(trainer)}
+        return {**own, **state_of(trainer)}
 
     def load(state: Mapping[str, NDArray]) -> None:
-        _restore(trainer, state)
+        restore(trainer, state)
         skipped[:], examples[:] = state["skipped"].tolist(), state["examples"].tolist()
 
     # At least the last epoch is trained, so that `result` and `epoch` are defined after the loop.
-    for epoch in plan.resumable(state_dir, save, load, name):
+    epochs = plan.resumable(state_dir, save, load, name)
+    for epoch in track(epochs, f"round {plan.round}", plan.local_epochs):
         # The server counts local epochs of its own in `epochs_done`, not this site's passes.
         number = (plan.round, epoch.index) if by_steps else (plan.epochs_done + epoch.index,)
         result = _trained(trainer, epoch, derive_seed(seed, *number), skipped)
@@ -151,8 +152,8 @@ def follow(
     return {**metrics, "skipped-steps": sum(skipped)} if skipped else metrics
 
 
-def _state_of(trainer: Trainer) -> dict[str, NDArray]:
-    """Return all arrays of a trainer that its next epoch depends on."""
+def state_of(trainer: Trainer) -> dict[str, NDArray]:
+    """Return all arrays that a trainer's next epoch depends on, weights as ``weights/NAME``."""
     return {
         f"{part}/{name}": array
         for part, (get, _) in _PARTS.items()
@@ -160,8 +161,8 @@ def _state_of(trainer: Trainer) -> dict[str, NDArray]:
     }
 
 
-def _restore(trainer: Trainer, state: Mapping[str, NDArray]) -> None:
-    """Load what `_state_of` returned."""
+def restore(trainer: Trainer, state: Mapping[str, NDArray]) -> None:
+    """Load what `state_of` returned."""
     parts: dict[str, dict[str, NDArray]] = {part: {} for part in _PARTS}
     for key, array in state.items():
         part, _, name = key.partition("/")

@@ -58,6 +58,7 @@ from .numpy_client import numpy_client_app
 from .participant import participant_mod
 from .plan import Epoch, LocalPlan
 from .policy import Guard, Quorum, Recovery
+from .progress import track
 from .recovery import RecoveringGrid
 from .roles import Role
 from .schedules import (
@@ -71,6 +72,7 @@ from .schedules import (
     Warmup,
 )
 from .secure import SecureAggregation
+from .sharing import share_metrics, shared_metrics
 from .strategies import Averaging, CoLearn, SynchronousSGD
 from .traffic import RoundTraffic
 from .transport import ConnectedGrid, Transport
@@ -151,4 +153,7 @@ __all__ = [
     "relative_change",
     "run",
     "scheme_named",
+    "share_metrics",
+    "shared_metrics",
+    "track",
 ]

@@ -84,6 +84,9 @@ class RoundRecord:
     site_metrics : dict
         The metrics of each participant's evaluation of the shared model on its own data, by the
         participant's name. `evaluate_metrics` weighs them by the numbers of examples.
+    site_train_metrics : dict
+        The metrics of each participant's training that the site lets the server record, see
+        `flwr_colearn.share_metrics`, by the participant's name. Empty where no site has a list.
     site_means : dict
         The plain means of these metrics, in which every participant that has the metric as a
         finite number counts the same.
@@ -121,6 +124,7 @@ class RoundRecord:
     site_means: dict[str, float] = field(default_factory=dict)
     learning_rates: list[float] = field(default_factory=list)
     stopped: str = ""
+    site_train_metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the record as one line of JSON; numbers that are not finite become strings."""
@@ -169,6 +173,7 @@ class RoundRecord:
             "evaluate_metrics",
             "server_metrics",
             "site_metrics",
+            "site_train_metrics",
             "site_means",
         )
         record = from_line(cls, line, numbers)
@@ -525,6 +530,7 @@ class RoundLog:
         record.control_down = (record.control_down or 0) + traffic.control.down
         record.control_up = (record.control_up or 0) + traffic.control.up
         record.secure = traffic.secure or record.secure
+        record.site_train_metrics |= traffic.shared
         self.note_events(traffic.events)
 
     def note_evaluation(self, traffic: RoundTraffic) -> None:

@@ -483,6 +483,7 @@ class _Run:
             raise expected("resume", "'never' or 'auto'", resume)
         # Before the checkpoint is restored, since `begin` resets the state of an earlier run.
         self.manager.begin(self.grid, self.timeout, self.num_rounds, self._save_unfinished)
+        self.grid.expect(self.num_rounds, self.manager.total_epochs)
         self._log_start()
         folder, done = self.checkpoints, 0
         if folder is not None:

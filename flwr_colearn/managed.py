@@ -81,6 +81,11 @@ class Managed(Generic[L]):
         return {}
 
     @property
+    def total_epochs(self) -> int | None:
+        """The budget of local epochs per participant; None if there is none."""
+        return None
+
+    @property
     def spent(self) -> bool:
         """Whether the strategy's budget is spent, which ends the run before `num_rounds`."""
         return False

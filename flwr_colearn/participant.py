@@ -8,6 +8,7 @@ from .compression import compressed
 from .normalization import with_local_arrays
 from .recovery import discreet, echoed, name_of, supervised
 from .secure import masked
+from .sharing import with_shared_metrics
 from .state_dir import with_state_dir
 
 Next = Callable[[Message, Context], Message]
@@ -32,6 +33,9 @@ def participant_mod(message: Message, context: Context, call_next: Next) -> Mess
     that trust the server with it, lets it leave. An exception of a mod before this one leaves as
     Flower sends it.
 
+    With ``share-metrics="accuracy,train-loss"`` in the SuperNode's node config only the metrics in
+    this list, and the number of examples, leave the site; see `flwr_colearn.share_metrics`.
+
     Flower calls mods from first to last for a message, and from last to first for its reply. Mods
     that change the model, such as Flower's differential privacy mods, belong after this one, and
     mods that measure messages before it.
@@ -51,17 +55,21 @@ def participant_mod(message: Message, context: Context, call_next: Next) -> Mess
         app = ClientApp(mods=[participant_mod])
     """
 
-    # From inside to outside. The echo describes the model as the ClientApp returned it. Local
-    # arrays are inside compression, since they complete the decoded model. Secure aggregation is
-    # between them: only exchanged arrays are masked, and the model is received compressed. The
+    # From inside to outside. The echo describes the model as the ClientApp returned it. Metrics
+    # that stay at the site are removed inside secure aggregation, so that they are in no sum.
+    # Local arrays are inside compression, since they complete the decoded model. Secure aggregation
+    # is between them: only exchanged arrays are masked, and the model is received compressed. The
     # state folder is outside all three, since it saves their state. Supervision is outside of all
     # layers: it checks the version before a layer reads the message, and its time limit is that of
     # all layers. Only the treatment of exceptions is outside of it, since every part may raise one.
     def describe(message: Message, context: Context) -> Message:
         return echoed(message, context, call_next)
 
+    def share(message: Message, context: Context) -> Message:
+        return with_shared_metrics(message, context, describe)
+
     def localise(message: Message, context: Context) -> Message:
-        return with_local_arrays(message, context, describe)
+        return with_local_arrays(message, context, share)
 
     def mask(message: Message, context: Context) -> Message:
         return masked(message, context, localise, name_of(context).get("participant"))

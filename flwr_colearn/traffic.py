@@ -101,6 +101,8 @@ class RoundTraffic:
         The number of participants that were given up because they left and did not come back.
     secure : dict
         The figures of secure aggregation, see `flwr_colearn.RoundRecord`; empty without it.
+    shared : dict
+        By participant the metrics of its training that it lets the server record by name.
     """
 
     bytes: Directions = field(default_factory=Directions)
@@ -112,3 +114,4 @@ class RoundTraffic:
     models: Directions = field(default_factory=Directions)
     gone: int = 0
     secure: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from ._version import __version__
 from .aggregation import ADD_THE_MOD, check_train_reply
 from .compression import Compression, CompressionGrid, Uncompressed, as_compression
 from .errors import ColearnError, expected
-from .grids import BoundingGrid, MeteringGrid, SelectingGrid, WrappingGrid
+from .grids import BoundingGrid, MeteringGrid, ProgressGrid, SelectingGrid, WrappingGrid
 from .normalization import (
     Normalization,
     NormalizationGrid,
@@ -30,6 +30,7 @@ from .records import SentTypes, config_of, kind_of, records_of
 from .recovery import Directory, RecoveringGrid, recovery_on
 from .roles import Arrays, Role, Roles, assign_roles, named_roles
 from .secure import SecureAggregation, SecureGrid, Surroundings, as_secure, check_trained
+from .sharing import shared_by_site
 from .traffic import Directions, Event, RoundTraffic, Transfers
 
 Check = Callable[[Message, Message], None]
@@ -274,6 +275,7 @@ class ConnectedGrid(WrappingGrid):
         self.transport, self.bottom = transport, grid
         self.session = secrets.token_hex(8)
         self._asked: list[int] = []
+        self._shared: dict[int, dict[str, float]] = {}
         self._types = SentTypes(like)
         names = transport.participants
         self._meter = MeteringGrid(grid if names is None else SelectingGrid(grid, names))
@@ -309,6 +311,8 @@ class ConnectedGrid(WrappingGrid):
                     f"reply: expected arrays sent as {transport.compression.up} by "
                     f"flwr_colearn.participant_mod, found none; {ADD_THE_MOD}"
                 )
+        # Around single trainings: the replies of secure aggregation arrive all together.
+        top = self._progress = ProgressGrid(top, self.name_of)
         if transport.secure is not None:
             log(INFO, "Guard: off under secure aggregation, where no single update arrives")
             top = self._securing = SecureGrid(top, transport.secure, self._surroundings())
@@ -367,16 +371,34 @@ class ConnectedGrid(WrappingGrid):
         A reply that has been processed can be freed before the next is in memory.
         """
         batch = self._introduced(messages, timeout)
-        if batch and kind_of(batch[0]) == MessageType.TRAIN:
-            self._asked = [message.metadata.dst_node_id for message in batch]
+        if not batch or kind_of(batch[0]) != MessageType.TRAIN:
+            return self._exchanged(batch, timeout)
+        self._asked = [message.metadata.dst_node_id for message in batch]
+        # No loop, which would hold a reply while the next one arrives.
+        return map(self._note_shared, self._exchanged(batch, timeout))
+
+    def _note_shared(self, reply: Message) -> Message:
+        """Note the metrics of a training that the site lets the server record; return the reply."""
+        secure = self.transport.secure
+        # Masked metrics come back as the means of all sites, which are no site's own.
+        if (secure is None or not secure.masked_metrics) and (own := shared_by_site(reply)):
+            self._shared[reply.metadata.src_node_id] = own
+        return reply
+
+    def _exchanged(self, batch: list[Message], timeout: float | None) -> Iterable[Message]:
+        """Send messages through the layers and return the replies as they arrive."""
         if self._securing is not None:
             self._directory.refresh(self.bottom)
             return self._securing.send_and_receive(batch, timeout=timeout)
         # The recovery's layer refreshes the directory itself.
         if self._recovering is None:
             self._directory.refresh(self.bottom)
-            return self.grid.send_and_receive(batch, timeout=timeout)
-        return self._recovering.stream(batch, timeout=timeout)
+        return self._progress.stream(batch, timeout=timeout)
+
+    def expect(self, num_rounds: int | None, total_epochs: int | None) -> None:
+        """Set the last round and the budget of local epochs, for the progress that is shown."""
+        self._progress.pace.num_rounds = num_rounds
+        self._progress.pace.total_epochs = total_epochs
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Push messages, without restarts of participants that fail."""
@@ -401,7 +423,12 @@ class ConnectedGrid(WrappingGrid):
             models=Directions(moved.models_down, moved.models_up),
             gone=0 if self._recovering is None else self._recovering.take_gone(),
             secure={} if self._securing is None else self._securing.take_account(),
+            shared=self._take_shared(),
         )
+
+    def _take_shared(self) -> dict[str, dict[str, float]]:
+        shared, self._shared = self._shared, {}
+        return {self.name_of(node): metrics for node, metrics in shared.items()}
 
     def _durations(self) -> dict[str, float]:
         by_node = {} if self._recovering is None else self._recovering.durations

@@ -49,7 +49,7 @@ def main(grid: Grid, context: Context) -> None:
     has_test_set = len(task.test_set) > 0
     if not has_test_set:
         log(INFO, "The server has no test set: the sites evaluate the shared model on their own")
-    settings = settings.with_evaluation(has_test_set)
+    settings = settings.with_evaluation(has_test_set, participants.compare_alone)
     strategy = make_strategy(
         settings,
         trainer,

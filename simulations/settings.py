@@ -59,7 +59,8 @@ class RunSettings(FromConfig):
         three participants, and `compression_up` must stay "float32".
     fraction_evaluate : float
         The share of participants that evaluate the shared model on their own data after each
-        round. The default, -1, stands for all of them if the server has no test set, else none.
+        round. The default, -1, stands for all of them if the server has no test set, or if they
+        compare models (`compare-alone`), else none.
     wait_for_participants : float
         The seconds to wait for K participants to connect; a day by default.
     participants : str
@@ -144,11 +145,22 @@ class RunSettings(FromConfig):
         """The names in `participants`; None if there are none."""
         return tuple(filter(None, map(str.strip, self.participants.split(",")))) or None
 
-    def with_evaluation(self, has_test_set: bool) -> "RunSettings":
-        """Return the settings with the default of `fraction_evaluate` replaced by its value."""
+    def with_evaluation(self, has_test_set: bool, compare_alone: bool = False) -> "RunSettings":
+        """Return the settings with the default of `fraction_evaluate` replaced by its value.
+
+        Raises
+        ------
+        ColearnError
+            If the sites compare models, and none of them evaluates.
+        """
+        if compare_alone and self.fraction_evaluate == 0:
+            raise ColearnError(
+                "run config 'fraction-evaluate': expected above 0 beside 'compare-alone', since "
+                "sites compare models when they evaluate, found 0; leave it out"
+            )
         if self.fraction_evaluate >= 0:
             return self
-        return replace(self, fraction_evaluate=0.0 if has_test_set else 1.0)
+        return replace(self, fraction_evaluate=1.0 if compare_alone or not has_test_set else 0.0)
 
     @property
     def recovery(self) -> Recovery:

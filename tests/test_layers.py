@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a module imports those of earlier lines, and those of its own line
     {"errors", "text", "_flwr", "_version", "files", "folder_lock", "journal", "site_files"},
     {"roles", "traffic", "records", "schedules", "plan", "policy", "history", "checkpoint"}
-    | {"strategy_state", "epoch_file", "epoch_rules", "adherence"},
+    | {"strategy_state", "epoch_file", "epoch_rules", "adherence", "sharing", "progress"},
     {"aggregation", "grids"},
     {"recovery", "compression", "normalization", "secure", "state_dir"},
     {

@@ -165,6 +165,42 @@ def site_trainer(settings: ParticipantSettings, task: Task | None = None) -> Tra
     return _participant_trainer(settings, own_task(settings) if task is None else task)
 
 
+def common_trainer(settings: ParticipantSettings, simulated: bool) -> Trainer | None:
+    """Return a trainer that evaluates on the test set that all sites have; None without one.
+
+    Parameters
+    ----------
+    settings : ParticipantSettings
+        The settings; `common_test` is the folder of a site with data of its own.
+    simulated : bool
+        Whether the site is one of a simulation, whose common data set has a test set.
+
+    Raises
+    ------
+    ColearnError
+        If the folder has no examples.
+    """
+    task = load_task(settings) if simulated else _common_task(settings)
+    if not len(task.test_set):
+        return None
+    # One device is enough to evaluate, and a trainer over several has a process for each.
+    settings = replace(settings, devices=settings.devices.partition(",")[0])
+    task = replace(task, train_set=task.test_set)  # trainers refuse an empty training set
+    return framework(settings).participant_trainer(settings, task)
+
+
+def _common_task(settings: ParticipantSettings) -> Task:
+    """Return the task with the test set in `common_test`, by preference its test part."""
+    if not settings.common_test:
+        return Task()
+    folder = Path(settings.common_test)
+    task = _source(settings).own(replace(settings, data_dir=str(folder)), folder)
+    test = task.test_set if len(task.test_set) else task.train_set
+    if not len(test):
+        raise ColearnError(f"node config 'common-test': expected examples in {folder}, found none")
+    return replace(task, test_set=test, objective=task.own_objective or task.objective)
+
+
 def _participant_trainer(settings: ParticipantSettings, task: Task) -> Trainer:
     task = replace(task, objective=task.own_objective or task.objective)
     return framework(settings).participant_trainer(settings, task)

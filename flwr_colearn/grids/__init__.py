@@ -4,6 +4,7 @@ from .all_reduce import GROUP, RANK, AllReduceGroup, group_of, new_group
 from .bounding import BoundingGrid, bounded_metrics
 from .in_process import InProcessGrid
 from .metering import MeteringGrid, control_bytes
+from .progress import ProgressGrid
 from .rewriting import RewritingGrid
 from .selecting import SelectingGrid
 from .threaded import ThreadedGrid
@@ -16,6 +17,7 @@ __all__ = [
     "BoundingGrid",
     "InProcessGrid",
     "MeteringGrid",
+    "ProgressGrid",
     "RewritingGrid",
     "SelectingGrid",
     "ThreadedGrid",

@@ -2,8 +2,8 @@
 
 from .calibration import Calibration, calibration_of
 from .figures import Curve, curve, doublings, save_figure, save_panels
-from .report import save_report
-from .runs import Run, read_runs
+from .report import read_runs, save_report
+from .runs import Run
 from .sinks import TensorBoard, scalars
 
 __all__ = [

@@ -123,8 +123,17 @@ def _draw(axes: Any, line: Line, drawstyle: str) -> None:
         color=_stand_in(colour(line.style)),
         linestyle=(0, tuple(map(float, pattern.split()))) if pattern else "-",
         linewidth=1.4,
-        marker="." if len(x) <= _MARKED and not pattern else None,
+        marker="." if (len(x) <= _MARKED and not pattern) or _has_lone_point(x, y) else None,
         drawstyle=drawstyle,
+    )
+
+
+def _has_lone_point(x: Sequence[float], y: Sequence[float]) -> bool:
+    """Return whether a point has gaps on both sides, so that no line would show it."""
+    drawn = [False, *map(_is_drawable, x, y), False]
+    return any(
+        here and not (before or after)
+        for before, here, after in zip(drawn, drawn[1:], drawn[2:], strict=False)
     )
 
 

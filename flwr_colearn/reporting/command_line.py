@@ -11,8 +11,7 @@ from ..errors import ColearnError
 from ..history import History
 from .calibration import calibration_of, table
 from .checkpoints import FORMATS, export, listed, verified
-from .report import save_report
-from .runs import read_runs
+from .report import read_runs, save_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -39,7 +39,8 @@ td div + div { margin-top: .2rem; }
 td { font-variant-numeric: tabular-nums; }
 th { overflow-wrap: normal; }
 td[data-label="Metrics"], td[data-label="Best"], td[data-label="Run"] { min-width: 8.5rem; }
-td[data-label^="Bytes"], td[data-label="Seconds"] { white-space: nowrap; }
+td[data-label^="Bytes"], td[data-label="Seconds"], td[data-label="T"], td[data-label="Time"] {
+  white-space: nowrap; }
 .soft { color: var(--soft); }
 @media screen and (max-width: 60rem) {
   table.rows thead { display: none; }
@@ -49,7 +50,8 @@ td[data-label^="Bytes"], td[data-label="Seconds"] { white-space: nowrap; }
   table.rows td::before { content: attr(data-label); color: var(--soft); grid-row: 1 / span 99; }
   table.rows td:empty { display: none; }
 }
-@media print { body { max-width: none; padding: 0; font-size: 9pt; } @page { margin: 12mm; }
+@media print { :root { font-size: 7pt; } body { max-width: none; padding: 0; }
+  @page { margin: 12mm; }
   .charts { grid-template-columns: repeat(3, 1fr); }
   * { print-color-adjust: exact; } }
 """

@@ -5,17 +5,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..dynamic import DynamicRecord
 from ..errors import ColearnError
 from ..files import replace_file
 from ..history import RoundRecord
 from . import page
 from .calibration import calibration_of
 from .charts import COLOURS, Line, colour, dash, svg_chart
+from .dynamic_runs import HEADER, DynamicRun, read_dynamic, row, rows_of
 from .page import Cell, Key
-from .runs import SOURCES, Run, names_in, number
+from .runs import (
+    ALONE,
+    SOURCES,
+    Run,
+    is_dynamic,
+    labels,
+    metrics_in,
+    names_in,
+    number,
+    read_records,
+)
 
 METRICS = 8
 """The number of metrics that are drawn; the names of the others are listed."""
+_OF_A_KIND = ("local epochs per participant", "mini-batches per learner")
 _EPSILON_DASH = "6 2 1 2"
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _EVENTS = (
@@ -23,6 +36,7 @@ _EVENTS = (
     ("refusals", "Refused"),
     ("absences", "Absent"),
     ("warnings", "Warning"),
+    ("lost", "Reinitialised"),
 )
 
 
@@ -60,16 +74,41 @@ def report_page(runs: Sequence[Run], title: str = "Co-learning") -> str:
     for run in runs:
         if not len(run.records):
             raise ColearnError(f"report: expected rounds of run {run.label!r}, found none")
-    runs = [Run(r.label, list(r.records), r.epsilon, r.configuration) for r in runs]
+    runs = [_of_its_kind(run) for run in runs]
     return page.page(
         title,
         [
             page.section("Summary", _summary(runs)),
             page.section("Metrics of the shared model", *_metrics(runs)),
             page.section("Local epochs, learning rates and relative change", *_schedules(runs)),
+            page.section("Distance, synchronisation and loss", *_synchronisation(runs)),
             *(_run_section(run) for run in runs),
         ],
     )
+
+
+def read_runs(paths: Sequence[str | Path], epsilon: float | None = None) -> list[Run]:
+    """Read the histories of runs, each labelled by what tells its path from the others'.
+
+    Raises
+    ------
+    ColearnError
+        If a file is no history of `flwr_colearn.History` or `flwr_colearn.DynamicHistory`, or has
+        no rounds.
+    """
+    return [
+        DynamicRun(label, read_dynamic(path))  # type: ignore[arg-type]  # records of another kind
+        if is_dynamic(path)
+        else Run(label, read_records(path), epsilon)
+        for path, label in zip(paths, labels(paths), strict=True)
+    ]
+
+
+def _of_its_kind(run: Run) -> Run:
+    """Return a run of the class of its records, which are a list then."""
+    records: list[Any] = list(run.records)
+    kind = DynamicRun if isinstance(records[0], DynamicRecord) else Run
+    return kind(run.label, records, run.epsilon, run.configuration)
 
 
 # All runs ---------------------------------------------------------------------------------------
@@ -82,31 +121,28 @@ def _summary(runs: Sequence[Run]) -> str:
 
 
 def _summary_row(run: Run) -> list[Cell]:
-    records, last = run.records, run.records[-1]
-    path = [record.local_epochs for record in records]
-    evaluation = sum(sum(map(number, record.evaluation.values())) for record in records)
+    records, evaluation = run.records, run.bytes_of_evaluation()
     return [
         run.label,
         str(len(records)),
-        f"{last.epochs_done:,}",
-        f"{path[0]}" if len(set(path)) == 1 else f"{min(path)} to {max(path)}",
-        _spelled_metrics(_evaluated(last)),
+        *run.length(),
+        _spelled_metrics(_evaluated(records[-1])),
         _best(run),
-        _size(_sum(records, "bytes_down")),
-        _size(_sum(records, "bytes_up")),
-        _size(_sum(records, "control_down") + _sum(records, "control_up")),
+        _size(run.total("bytes_down")),
+        _size(run.total("bytes_up")),
+        _size(run.total("control_down") + run.total("control_up")),
         _size(evaluation) if evaluation else "",
         _duration(sum(number(record.seconds) for record in records)),
         [
-            f"{sum(len(getattr(record, name)) for record in records)} {word.lower()}"
+            f"{sum(len(getattr(record, name, ())) for record in records)} {word.lower()}"
             for name, word in _EVENTS
-            if any(getattr(record, name) for record in records)
+            if any(getattr(record, name, ()) for record in records)
         ],
     ]
 
 
-def _evaluated(record: RoundRecord) -> Mapping[str, Any]:
-    return record.server_metrics or record.evaluate_metrics
+def _evaluated(record: Any) -> Mapping[str, Any]:
+    return metrics_in(record, "server_metrics") or metrics_in(record, "evaluate_metrics")
 
 
 def _spelled_metrics(metrics: Mapping[str, Any]) -> list[str]:
@@ -139,7 +175,7 @@ def _metrics(runs: Sequence[Run]) -> list[str]:
 
 
 def _metric(runs: Sequence[Run], name: str) -> str:
-    """Return the charts of a metric against epochs, rounds and bytes."""
+    """Return the charts of a metric against epochs or mini-batches, rounds and bytes."""
     found = [
         (index, run, source)
         for index, run in enumerate(runs)
@@ -151,6 +187,7 @@ def _metric(runs: Sequence[Run], name: str) -> str:
     size, unit = _unit(max(moved, default=0))
     axes = {
         "local epochs per participant": [run.epochs() for _, run, _ in found],
+        "mini-batches per learner": [run.mini_batches() for _, run, _ in found],
         "rounds": [run.rounds() for _, run, _ in found],
         f"bytes of arrays, both ways ({unit})": [
             [each / size for each in run.bytes_moved()] for _, run, _ in found
@@ -158,6 +195,9 @@ def _metric(runs: Sequence[Run], name: str) -> str:
     }
     figures = []
     for words, xs in axes.items():
+        # Runs of one kind have no axis of the other kind.
+        if words in _OF_A_KIND and not any(math.isfinite(x) for each in xs for x in each):
+            continue
         lines = [
             Line(x, run.metric(source.field, name), index, source.dash)
             for x, (index, run, source) in zip(xs, found, strict=True)
@@ -167,36 +207,65 @@ def _metric(runs: Sequence[Run], name: str) -> str:
 
 
 def _schedules(runs: Sequence[Run]) -> list[str]:
+    """Return the charts of the runs with rounds of local epochs; nothing without such a run."""
+    # By index, so that a run has one colour in all charts.
+    own = {i: run for i, run in enumerate(runs) if not isinstance(run, DynamicRun)}
+    if not own:
+        return []
     changes = [
         Line(run.rounds(), [number(record.relative_change) for record in run.records], index)
-        for index, run in enumerate(runs)
+        for index, run in own.items()
     ]
-    thresholds = {index: run.epsilon for index, run in enumerate(runs) if run.epsilon is not None}
+    thresholds = {index: run.epsilon for index, run in own.items() if run.epsilon is not None}
     for index, epsilon in thresholds.items():
-        rounds = runs[index].rounds()
+        rounds = own[index].rounds()
         changes.append(Line(rounds, [epsilon] * len(rounds), index, _EPSILON_DASH))
     figures = [
         _figure(
             [
                 Line(run.rounds(), [number(record.local_epochs) for record in run.records], index)
-                for index, run in enumerate(runs)
+                for index, run in own.items()
             ],
             "rounds",
             "T, the local epochs of a round",
             steps=True,
         ),
         _figure(
-            [Line(*run.rates(), index) for index, run in enumerate(runs)],
+            [Line(*run.rates(), index) for index, run in own.items()],
             "local epochs per participant",
             "learning rate",
         ),
         _figure(changes, "rounds", "relative change of the shared model", logarithmic=True),
     ]
-    keys = [Key(run.label, index) for index, run in enumerate(runs)]
+    keys = [Key(run.label, index) for index, run in own.items()]
     keys += [
         Key(f"{runs[index].label}, epsilon {epsilon:.4g}", index, _EPSILON_DASH)
         for index, epsilon in thresholds.items()
     ]
+    return [page.legend(keys), page.charts(figures)]
+
+
+def _synchronisation(runs: Sequence[Run]) -> list[str]:
+    """Return the charts of the runs of dynamic averaging; nothing without such a run."""
+    own = {i: run for i, run in enumerate(runs) if isinstance(run, DynamicRun)}
+    if not own:
+        return []
+    distances = [Line(r.rounds(), r.series("largest_distance"), i) for i, r in own.items()]
+    # -1, which asks for every model, is no bound that a chart could show.
+    bounds = [
+        Line(r.rounds(), [d if d >= 0 else math.nan for d in r.series("delta")], i, _EPSILON_DASH)
+        for i, r in own.items()
+    ]
+    losses = [Line(r.mini_batches(), r.series("cumulative_loss"), i) for i, r in own.items()]
+    models = [Line(r.mini_batches(), r.models(), i) for i, r in own.items()]
+    batches = "mini-batches per learner"
+    figures = [
+        _figure([*distances, *bounds], "rounds", "largest distance to the reference model"),
+        _figure(losses, batches, "cumulative loss of all learners"),
+        _figure(models, batches, "models sent, both ways", steps=True),
+    ]
+    keys = [Key(run.label, index) for index, run in own.items()]
+    keys += [Key(f"{run.label}, the bound", i, _EPSILON_DASH) for i, run in own.items()]
     return [page.legend(keys), page.charts(figures)]
 
 
@@ -212,11 +281,26 @@ def _figure(lines: Sequence[Line], xlabel: str, caption: str, **options: bool) -
 
 
 def _run_section(run: Run) -> str:
+    if isinstance(run, DynamicRun):
+        return _dynamic_section(run)
     return page.section(
         run.label,
         page.subsection("Rounds", page.table(_HEADER, map(_row, run.records))),
         page.subsection("Relative change at each T", _levels(run)),
-        page.subsection("Evaluation by each participant", *_sites(run)),
+        page.subsection("Evaluation by each participant", *_sites(run, "site_metrics")),
+        page.subsection("Training by each participant", *_sites(run, "site_train_metrics")),
+        page.subsection("Alone or shared", _alone(run)),
+        page.subsection("Update of each participant", _contributions(run)),
+        page.subsection("Configuration", _configuration(run.configuration)),
+    )
+
+
+def _dynamic_section(run: DynamicRun) -> str:
+    shown, note = rows_of(run)
+    rows = (row(r, _spelled_metrics(_evaluated(r)), _events(r)) for r in shown)
+    return page.section(
+        run.label,
+        page.subsection("Rounds", page.table(HEADER, rows), page.note(note) if note else ""),
         page.subsection("Update of each participant", _contributions(run)),
         page.subsection("Configuration", _configuration(run.configuration)),
     )
@@ -243,14 +327,14 @@ def _row(record: RoundRecord) -> list[Cell]:
     ]
 
 
-def _events(record: RoundRecord) -> list[str]:
+def _events(record: Any) -> list[str]:
     """Return what happened in a round, a line for each event."""
     lines = [
         f"{word}: {event.get('participant', '')}: {event.get('reason', '')}"
         for name, word in _EVENTS
-        for event in getattr(record, name)
+        for event in getattr(record, name, ())
     ]
-    normalization = record.normalization
+    normalization = getattr(record, "normalization", {})
     lines += [f"Reinitialised: {who}" for who in normalization.get("reinitialised", ())]
     if "shared-model" in normalization:
         lines.append(str(normalization["shared-model"]))
@@ -278,11 +362,43 @@ def _levels(run: Run) -> str:
     )
 
 
-def _sites(run: Run) -> list[str]:
+def _sites(run: Run, source: str) -> list[str]:
     """Return the charts of each participant's metrics; nothing if the records have none."""
-    tables = [metrics for record in run.records for metrics in record.site_metrics.values()]
+    tables = [metrics for record in run.records for metrics in getattr(record, source).values()]
     names = names_in(tables)[:METRICS]
-    return _by_participant(run, "site_metrics", [(name, name) for name in names])
+    return _by_participant(run, source, [(name, name) for name in names])
+
+
+def _alone(run: Run) -> str:
+    """Return the table of the participants' own models beside the shared one, if they share it."""
+    compared = [r for r in run.records if any(map(_alone_metrics, r.site_metrics.values()))]
+    if not compared:
+        return ""
+    header = ("Participant", "Metric", "Alone", "Shared", "Difference", "Round")
+    return page.table(
+        header,
+        (
+            [who, name, *_compared(metrics, name), str(compared[-1].round)]
+            for who, metrics in sorted(compared[-1].site_metrics.items())
+            for name in _alone_metrics(metrics)
+        ),
+    )
+
+
+def _alone_metrics(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the names of the metrics of a participant's own model, without the prefix."""
+    names = [name.removeprefix(ALONE) for name in metrics if name.startswith(ALONE)]
+    return [name for name in names if name != "epochs"]
+
+
+def _compared(metrics: Mapping[str, Any], name: str) -> list[str]:
+    alone, shared = number(metrics[ALONE + name]), number(metrics.get(name))
+    known = name in metrics
+    return [
+        f"{alone:.4g}",
+        f"{shared:.4g}" if known else "stays at the site",
+        f"{shared - alone:+.4g}" if known else "",
+    ]
 
 
 def _contributions(run: Run) -> str:
@@ -312,10 +428,6 @@ def _configuration(values: Mapping[str, Any]) -> str:
 # Numbers in words -------------------------------------------------------------------------------
 
 
-def _sum(records: Iterable[RoundRecord], name: str) -> float:
-    return sum(number(getattr(record, name)) for record in records)
-
-
 def _count(size: int | None) -> str:
     return "not counted" if size is None else f"{size:,}"
 
@@ -336,4 +448,6 @@ def _duration(seconds: float) -> str:
         return "unknown"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 from ..errors import ColearnError
 from ..history import History, RoundRecord
 
+ALONE = "alone-"
+"""The beginning of the names of metrics of a participant's own model."""
 _FIRST = ("accuracy", "loss")
 _NO_METRICS = ("num-examples", "num_examples")
-_OF_DICTS = ("refusals", "restarts", "absences", "warnings", "contributions", "site_metrics")
+_OF_SITES = ("contributions", "site_metrics", "site_train_metrics")
+_OF_DICTS = ("refusals", "restarts", "absences", "warnings", *_OF_SITES)
 _COUNTS = ("round", "local_epochs", "epochs_done")
 _RATES = ("learning_rate", "learning_rates")
 _BYTES = ("bytes_down", "bytes_up", "control_down", "control_up")
@@ -66,6 +69,24 @@ class Run:
         """Return the cumulative bytes of arrays, both ways; NaN from a round without a count on."""
         return list(accumulate(number(r.bytes_down) + number(r.bytes_up) for r in self.records))
 
+    def mini_batches(self) -> list[float]:
+        """Return NaN for every round: only dynamic averaging counts mini-batches."""
+        return [math.nan for _ in self.records]
+
+    def total(self, name: str) -> float:
+        """Return the sum of a number of bytes over the rounds; NaN if one was not counted."""
+        return sum(number(getattr(record, name)) for record in self.records)
+
+    def bytes_of_evaluation(self) -> float:
+        """Return the bytes of the participants' evaluations."""
+        return sum(sum(map(number, record.evaluation.values())) for record in self.records)
+
+    def length(self) -> tuple[str, str]:
+        """Return the local epochs of the run and its T in words."""
+        path = [record.local_epochs for record in self.records]
+        t = f"{path[0]}" if len(set(path)) == 1 else f"{min(path)} to {max(path)}"
+        return f"{self.records[-1].epochs_done:,}", t
+
     def rates(self) -> tuple[list[float], list[float]]:
         """Return the local epochs and the rate of each; one of a round without a list of rates."""
         x, y = [], []
@@ -77,22 +98,27 @@ class Run:
 
     def metric(self, source: str, name: str) -> list[float]:
         """Return a metric in every round; NaN where the record does not have it."""
-        return [number(getattr(record, source).get(name)) for record in self.records]
+        return [number(metrics_in(record, source).get(name)) for record in self.records]
 
     def metrics(self) -> list[str]:
-        """Return the names of the metrics, accuracy and loss first."""
-        return names_in(
-            getattr(record, source.field) for record in self.records for source in SOURCES
-        )
+        """Return the names of the shared model's metrics, accuracy and loss first."""
+        tables = (metrics_in(each, source.field) for each in self.records for source in SOURCES)
+        return [name for name in names_in(tables) if not name.startswith(ALONE)]
 
     def participants(self, source: str) -> list[str]:
-        """Return who is in ``site_metrics`` or ``contributions``."""
+        """Return who is in ``site_metrics``, ``site_train_metrics`` or ``contributions``."""
         return sorted({who for record in self.records for who in getattr(record, source)})
 
     def of_participant(self, source: str, who: str, name: str) -> list[float]:
         """Return a value of a participant in every round; NaN where it has none."""
         tables = [getattr(record, source).get(who, {}) for record in self.records]
         return [number(table.get(name)) for table in tables]
+
+
+def metrics_in(record: Any, source: str) -> Mapping[str, Any]:
+    """Return the metrics of a source in a record; empty where its kind has no such source."""
+    found: Mapping[str, Any] = getattr(record, source, {})
+    return found
 
 
 def names_in(tables: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -120,20 +146,6 @@ def number(value: Any) -> float:
         return math.nan
 
 
-def read_runs(paths: Sequence[str | Path], epsilon: float | None = None) -> list[Run]:
-    """Read the histories of runs, each labelled by what tells its path from the others'.
-
-    Raises
-    ------
-    ColearnError
-        If a file is no history of `flwr_colearn.History`, or has no rounds.
-    """
-    return [
-        Run(label, _records(path), epsilon)
-        for path, label in zip(paths, labels(paths), strict=True)
-    ]
-
-
 def labels(paths: Sequence[str | Path]) -> list[str]:
     """Return names of files that differ wherever the paths do.
 
@@ -151,8 +163,14 @@ def labels(paths: Sequence[str | Path]) -> list[str]:
     return next((kind for kind in kinds if len(set(kind)) == wanted), [str(file) for file in files])
 
 
-def _records(path: str | Path) -> list[RoundRecord]:
-    _refuse_dynamic(Path(path))
+def read_records(path: str | Path) -> list[RoundRecord]:
+    """Read the history of a run with rounds of local epochs.
+
+    Raises
+    ------
+    ColearnError
+        If it has no rounds, or a field of another type than a `RoundRecord`.
+    """
     records = History.read(path).records
     if not records:
         raise ColearnError(f"history {path}: expected at least one complete round, found none")
@@ -161,19 +179,14 @@ def _records(path: str | Path) -> list[RoundRecord]:
     return records
 
 
-def _refuse_dynamic(path: Path) -> None:
-    """Raise a ColearnError for a history of dynamic averaging, whose rounds are no epochs."""
+def is_dynamic(path: str | Path) -> bool:
+    """Return whether a file is a history of dynamic averaging, whose rounds are mini-batches."""
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with Path(path).open(encoding="utf-8", errors="replace") as file:
             first = next((line for line in file if line.strip()), "")
     except OSError:
-        return  # History.read says what is wrong with it
-    if '"mini_batches"' in first and '"local_epochs"' not in first:
-        raise ColearnError(
-            f"history {path}: expected that of a strategy with rounds of local epochs (History), "
-            "found one of dynamic averaging (DynamicHistory), whose rounds are mini-batches: "
-            "see python -m simulations.study dynamic for its figures"
-        )
+        return False  # History.read says what is wrong with it
+    return '"mini_batches"' in first and '"local_epochs"' not in first
 
 
 def _check(record: RoundRecord, path: str | Path) -> None:

@@ -248,6 +248,11 @@ class Averaging(FedAvg, Managed[RoundLog]):
         return self.transport if self._grid is None else self._grid.transport
 
     @property
+    def total_epochs(self) -> int | None:
+        """The budget of local epochs per participant; None if there is none."""
+        return None if self.algorithm is None else self.algorithm.total_epochs
+
+    @property
     def spent(self) -> bool:
         """Whether the budget of local epochs is spent."""
         return self.algorithm is not None and self.algorithm.spent(self.progress)
@@ -439,7 +444,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             the checkpoints are damaged or of another configuration, or there are some although
             `resume` is "never". ``error.result`` holds the result up to then.
         """
-        budget = self.algorithm is not None and self.algorithm.total_epochs is not None
+        budget = self.total_epochs is not None
         return run(
             self,
             grid,
@@ -548,7 +553,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         ColearnError
             If the strategy has a feature that such a loop does not use.
         """
-        total = None if self.algorithm is None else self.algorithm.total_epochs
+        total = self.total_epochs
         connected = None if self._grid is None else self._grid.transport
         refuse_in_foreign_loop(self.transport, connected, total, self.checkpoints, private)
         if private:

@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.client import NumPyClient
 
 import clients
+import clients.app
 from clients.client_app import make_client_app
 from clients.data import Examples, Task
 from clients.settings import ParticipantSettings
@@ -20,6 +21,8 @@ from flwr_colearn import (
     CoLearn,
     ColearnError,
     CyclicalRate,
+    FixedEpochs,
+    History,
     InProcessGrid,
     LocalPlan,
     Recovery,
@@ -296,3 +299,37 @@ def test_a_framework_brings_itself_and_no_other(names, imported):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == imported
+
+
+# A site's own model beside the shared one
+
+
+@each_framework
+def test_the_comparison_with_an_own_model_changes_no_bit_of_the_shared_one(name):
+    """Two participants of the app, on the digits."""
+    settings = ParticipantSettings(framework=name, examples=150, seed=31)
+    runs = {}
+    for compared in (False, True):
+        config = {**settings.to_config(), "compare-alone": compared}
+        grid = InProcessGrid(clients.app.app, 2, run_config=config)
+        for context in grid.contexts.values():
+            context.node_config["share-metrics"] = "alone-*,common-*"
+        history = History()
+        strategy = CoLearn(
+            2,
+            local_epochs=FixedEpochs(2),
+            learning_rate=CyclicalRate(0.05),
+            fraction_evaluate=float(compared),
+            wait_for_participants=0.0,
+            history=history,
+        )
+        result = strategy.start(grid, to_record(server_trainer(settings)), num_rounds=2)
+        runs[compared] = {n: a.numpy() for n, a in result.arrays.items()}, history.records[-1]
+    assert same(runs[False][0], runs[True][0])
+    site = runs[True][1].site_metrics["partition-0"]
+    assert site["alone-epochs"] == 4
+    # The common test set has 500 digits: the shared model's accuracy on it is that of any trainer.
+    judge = server_trainer(settings)
+    judge.set_weights(runs[True][0])
+    assert site["common-accuracy"] == pytest.approx(judge.evaluate()["accuracy"], abs=1e-6)
+    assert 0.3 < site["alone-common-accuracy"] <= 1

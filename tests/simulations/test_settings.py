@@ -149,3 +149,13 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path, content):
         path.write_text(content)
     with pytest.raises(ColearnError, match="config: expected a readable TOML file"):
         read_config(path)
+
+
+def test_sites_that_compare_models_evaluate_in_every_round():
+    compared = RunSettings().with_evaluation(has_test_set=True, compare_alone=True)
+    assert compared.fraction_evaluate == 1.0
+    assert RunSettings().with_evaluation(has_test_set=True).fraction_evaluate == 0.0
+    some = RunSettings(fraction_evaluate=0.5)
+    assert some.with_evaluation(has_test_set=True, compare_alone=True) == some
+    with pytest.raises(ColearnError, match="'fraction-evaluate': expected above 0"):
+        RunSettings(fraction_evaluate=0.0).with_evaluation(has_test_set=True, compare_alone=True)

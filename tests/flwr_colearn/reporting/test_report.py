@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flwr_colearn import ColearnError, DynamicHistory, DynamicRecord, History, RoundRecord
+from flwr_colearn import ColearnError, History, RoundRecord
 from flwr_colearn.reporting import Run, read_runs, save_report
 from flwr_colearn.reporting.charts import Line, svg_chart
 from flwr_colearn.reporting.command_line import main
@@ -191,6 +191,24 @@ def test_curves_of_each_site_and_the_updates_are_drawn():
     assert len(points(figure)) == 2
 
 
+def test_what_sites_share_of_their_training_and_of_their_own_models_is_shown():
+    sites = {
+        "leiden": {"accuracy": 0.75, "alone-accuracy": 0.5, "alone-epochs": 4},
+        "utrecht": {"alone-common-loss": 0.25},
+        "delft": {"accuracy": 0.5},
+    }
+    record_1 = record(1, site_train_metrics={"leiden": {"train-loss": 0.5}})
+    record_2 = record(2, site_metrics=sites, site_train_metrics={"leiden": {"train-loss": 0.25}})
+    html = page_of(record_1, record_2)
+    assert "train-loss" in captions(html)
+    text = Parsed(html).text
+    assert "leiden accuracy 0.5 0.75 +0.25 2 utrecht common-loss 0.25 stays at the site 2" in text
+    assert "Alone or shared" not in page_of(record_1)
+    means = record(2, evaluate_metrics={"accuracy": 0.5, "alone-accuracy": 0.25})
+    # A mean of the sites' own models is no metric of the shared model.
+    assert not any("alone" in caption for caption in captions(page_of(means)))
+
+
 def test_epsilon_levels_and_configuration_where_they_are_known():
     values = {"epsilon": 0.125, "configuration": {"task": "digits"}}
     text = Parsed(page_of(whole(1), whole(2), **values)).text
@@ -334,12 +352,6 @@ def test_records_of_other_types_are_refused_with_their_field(change, found, tmp_
     path.write_text(json.dumps({**OLD, **change}) + "\n")
     assert main(["report", str(path)]) == 2
     assert found in capsys.readouterr().err
-
-
-def test_a_history_of_dynamic_averaging_is_refused_by_name(tmp_path, capsys):
-    DynamicHistory(tmp_path / "history.jsonl").append(DynamicRecord(1, 10))
-    assert main(["report", str(tmp_path / "history.jsonl")]) == 2
-    assert "found one of dynamic averaging (DynamicHistory)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, "", "\n", "no record\n", "[1]\n", '{"a": 1}\n'])

@@ -3,11 +3,16 @@
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from flwr_colearn import RoundRecord
 from flwr_colearn.reporting import Run, save_report
+from simulations import screenshot
+
+DOCS = Path(screenshot.__file__).resolve().parents[1] / "docs"
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), "")
@@ -80,3 +85,20 @@ def test_the_page_fits_every_screen_and_hostile_texts_do_nothing(width, folder):
 def test_the_dark_mode_has_its_own_colours(folder):
     _, _, _, paper, line, _ = measured(folder, 390, "--force-dark-mode")
     assert (paper, line) == ("rgb(20, 23, 26)", "rgb(99, 179, 247)")
+
+
+def test_the_picture_of_the_docs_is_a_small_one_of_a_report(folder, tmp_path):
+    picture = tmp_path / "report.png"
+    assert screenshot.main([str(folder / "report.html"), str(picture), "--height", "700"]) == 0
+    with Image.open(picture) as image, Image.open(DOCS / "report.png") as documented:
+        assert image.size == (1180, 700)
+        paper = image.convert("RGB").getpixel((2, 2))
+        assert min(paper) >= 250  # light
+        assert documented.size[0] == 1180
+        assert min(documented.convert("RGB").getpixel((2, 2))) >= 250
+    assert (DOCS / "report.png").stat().st_size < 200_000
+
+
+def test_without_a_report_the_error_says_where_one_comes_from(tmp_path, capsys):
+    assert screenshot.main([str(tmp_path / "none.html"), str(tmp_path / "a.png")]) == 2
+    assert "make demo writes one" in capsys.readouterr().err
