@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -83,11 +83,9 @@ def help_section(command: str) -> str:
         redirect_stdout(printed),
         patch.object(sys, "argv", [command, *words, "--help"]),
         patch.dict(os.environ, COLUMNS="100"),
+        suppress(SystemExit),  # so argparse ends after --help
     ):
-        try:
-            main()
-        except SystemExit:
-            pass  # argparse ends so after --help
+        main()
     return f"## {command}\n\n```text\n{printed.getvalue().strip()}\n```\n"
 
 

@@ -52,7 +52,9 @@ def test_bytes_of_federated_averaging_are_shown_for_both_t(run):
 
 
 def test_the_participant_that_failed_is_restarted_and_named(run):
-    assert re.search(r"^2 5 participants, restarted: \[\{'participant': 'partition-3'", run[1], re.M)
+    assert re.search(
+        r"^2 5 participants, restarted: \[\{'participant': 'partition-3'", run[1], re.M
+    )
 
 
 def test_it_writes_the_history_and_the_report(run):
