@@ -42,7 +42,7 @@ def blocks_of(path):
 
 def heading_before(page, position):
     prose = FENCE.sub(lambda found: " " * len(found[0]), page[:position])
-    return ([""] + re.findall(r"^#+ (.*)$", prose, re.M))[-1]
+    return ["", *re.findall(r"^#+ (.*)$", prose, re.M)][-1]
 
 
 BLOCKS = [block for path in PAGES for block in blocks_of(path)]
@@ -54,9 +54,7 @@ def of_language(language):
 
 def inline_commands():
     """Return (page, command) for every command that the text of a page has between backticks."""
-    programs = (
-        r"\.venv/bin/python -m|python -m|flwr [a-z.]|flwr-colearn [a-z]|make [a-z]|pip install"
-    )
+    programs = r"(\.venv/bin/)?python -m|(flwr|flwr-colearn|make) [a-z.]|pip install"
     found = []
     for path in PAGES:
         text = FENCE.sub("", path.read_text())

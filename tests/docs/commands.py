@@ -12,6 +12,7 @@ import subprocess
 import tomllib
 from functools import cache
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -182,7 +183,7 @@ def flwr(words, length):
 def flwr_run(words, length):
     """The keys of the run config exist, and their values have the right types."""
     flwr(words, length)
-    for option, value in zip(words, words[1:]):
+    for option, value in pairwise(words):
         if option == "--federation-config":
             assert parse_config_args([value])
         if option == "--run-config":
@@ -233,17 +234,17 @@ def files_exist(words, length):
 
 TESTS = "tests/simulations"
 E2E = "tests/e2e"
+OPERATIONS = f"{E2E}/test_operations.py"
 DEPLOYMENT = f"{E2E}/test_deployment.py::test_a_clean_run_has_every_participant_in_every_round"
-RENEWED = f"{E2E}/test_operations.py::test_certificates_are_renewed_and_sites_change_nothing"
-REVOKED = f"{E2E}/test_operations.py::test_a_site_is_revoked_and_another_gets_a_new_key"
-RESTORED = f"{E2E}/test_operations.py::test_the_database_is_restored_from_a_backup_made_while_it_was_in_use"
-UNITS = f"{TESTS}/test_deploy.py::test_the_units_are_closed"
+RENEWED = f"{OPERATIONS}::test_certificates_are_renewed_and_sites_change_nothing"
+REVOKED = f"{OPERATIONS}::test_a_site_is_revoked_and_another_gets_a_new_key"
+OPERATED = f"{E2E}/test_attack.py::test_the_same_commands_get_in_where_no_proxy_is_in_front"
+RESTORED = f"{OPERATIONS}::test_the_database_is_restored_from_a_backup_made_while_it_was_in_use"
 SIMULATION = f"{TESTS}/launch/test_simulation.py::test_a_run_reaches_its_end"
-WHEEL = (
-    "tests/test_packaging.py::test_a_numpy_app_runs_from_the_wheel_where_no_framework_is_installed"
-)
+WHEEL = "tests/test_packaging.py::test_a_users_torch_app_runs_from_the_wheel_without_the_repository"
 SITE = "tests/docs/test_site.py::test_it_is_built_without_a_warning"
 COMMANDS = "tests/flwr_colearn/reporting"
+ADMINISTRATION = ("apt-get", "useradd", "chgrp", "chmod", "install", "rm", "systemctl")
 NEEDS_ROOT = None  # users, packages and services of the machine: no test does that
 
 RULES = {
@@ -268,8 +269,8 @@ RULES = {
     "make docs": (lambda words, length: make(words, 1), SITE),
     "flwr run": (flwr_run, SIMULATION),
     "flwr build": (flwr, f"{TESTS}/test_export.py::test_flower_takes_it_as_format_1"),
-    "flwr ls": (flwr, f"{E2E}/test_attack.py::test_the_same_commands_get_in_where_no_proxy_is_in_front"),
-    "flwr log": (flwr, f"{E2E}/test_attack.py::test_no_command_of_flwr_gets_through"),
+    "flwr ls": (flwr, OPERATED),
+    "flwr log": (flwr, OPERATED),
     "flwr supernode": (flwr, REVOKED),
     "flower-superlink": (superlink, DEPLOYMENT),
     "flower-supernode": (supernode, DEPLOYMENT),
@@ -295,7 +296,7 @@ RULES = {
     "cat": (files_exist, REVOKED),
     "mkdir": (files_exist, REVOKED),
     "export": (files_exist, SIMULATION),
-    **dict.fromkeys(("apt-get", "useradd", "chgrp", "chmod", "install", "rm", "systemctl"), (files_exist, NEEDS_ROOT)),
+    **dict.fromkeys(ADMINISTRATION, (files_exist, NEEDS_ROOT)),
     **{
         f"flwr-colearn {name}": (
             lambda words, length: by_argparse("flwr_colearn.reporting.command_line")(words, 1),

@@ -1,4 +1,4 @@
-"""Every fenced block of the README and of the pages is run, or read, or is the drawing it is said to be."""
+"""Every fenced block of the README and the pages is run, read or applied; drawings are listed."""
 
 import json
 import re
@@ -25,7 +25,6 @@ ELSEWHERE = {  # pages whose examples have tests of their own, which count them 
 }
 ONLY_COMPILED = {("docs/app.md", "NVFlare"): "NVFlare is in no extra of this package"}
 DRAWINGS = {
-    ("README.md", ""),
     ("docs/rounds.md", "What a round does"),
     ("docs/rounds.md", "Layers around the grid"),
     ("docs/security.md", "Ports and ways"),
@@ -58,9 +57,8 @@ def test_text_is_a_drawing():
 @pytest.mark.parametrize("block", of_language("toml"), ids=str)
 def test_toml_is_a_run_config(block):
     config = tomllib.loads(block.text)
-    assert (
-        config.keys() <= {**RunSettings().to_config(), **ParticipantSettings().to_config()}.keys()
-    )
+    known = RunSettings().to_config() | ParticipantSettings().to_config()
+    assert config.keys() <= known.keys()
     RunSettings.from_config(config)
     ParticipantSettings.from_config(config)
 
@@ -74,9 +72,8 @@ def test_every_diff_is_one_that_the_drop_in_tests_apply():
     from tests.dropin import test_dropin
 
     applied = [diff for heading in test_dropin.APPS for diff in test_dropin.diffs_of(heading)]
-    applied += [
-        diff for text in test_dropin.SCHEMES.values() for diff in test_dropin.diffs_in(text)
-    ]
+    for section in test_dropin.SCHEMES.values():
+        applied += test_dropin.diffs_in(section)
     left = [str(block) for block in of_language("diff") if block.text not in applied]
     assert left == []
 
@@ -117,9 +114,8 @@ def keeps_the_sent_numbers(names):
     from flwr_colearn.keras import get_arrays
 
     reached = get_arrays(names["model"])
-    return all(
-        np.array_equal(reached[n], a.numpy()) for n, a in names["msg"].content["arrays"].items()
-    )
+    sent = names["msg"].content["arrays"]
+    return all(np.array_equal(reached[name], array.numpy()) for name, array in sent.items())
 
 
 def serves_dynamic_averaging(names):

@@ -1,4 +1,4 @@
-"""The notebook of the tutorial runs from its first cell to its last, and says what its text says."""
+"""The notebook of the tutorial runs as it is, and its cells print what its text says."""
 
 import re
 from pathlib import Path
@@ -52,9 +52,8 @@ def test_bytes_of_federated_averaging_are_shown_for_both_t(run):
 
 
 def test_the_participant_that_failed_is_restarted_and_named(run):
-    assert re.search(
-        r"^2 5 participants, restarted: \[\{'participant': 'partition-3'", run[1], re.M
-    )
+    second = re.search(r"^2 5 participants, restarted: (.*)", run[1], re.M)
+    assert "'participant': 'partition-3'" in second[1]
 
 
 def test_it_writes_the_history_and_the_report(run):
