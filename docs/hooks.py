@@ -58,6 +58,12 @@ def settings_table(path: str) -> str:
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     rows = ["| key | default | meaning |", "|---|---|---|"]
     for names, text in attributes_of(settings):
+        # The docstring speaks of fields, the reader of keys.
+        text = re.sub(
+            r"`(\w+)`",
+            lambda name: name[0].replace("_", "-") if name[1] in defaults else name[0],
+            text,
+        )
         for each in names:
             default = json.dumps(defaults[each])
             rows.append(f"| `{each.replace('_', '-')}` | `{default}` | {text} |")

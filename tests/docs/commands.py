@@ -258,6 +258,7 @@ RULES = {
         f"{TESTS}/test_export.py::test_flower_takes_it_as_format_1",
     ),
     "python -m pytest": (pytest_arguments, SITE),
+    "python -m http.server": (files_exist, SITE),
     "python -c": (lambda words, length: compile(words[length], "-c", "exec"), RESTORED),
     "python simulations/deploy/check-runs.py": (
         lambda words, length: files_exist(words, 1),

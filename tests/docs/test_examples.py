@@ -27,7 +27,7 @@ ONLY_COMPILED = {("docs/app.md", "NVFlare"): "NVFlare is in no extra of this pac
 DRAWINGS = {
     ("docs/rounds.md", "What a round does"),
     ("docs/rounds.md", "Layers around the grid"),
-    ("docs/security.md", "Ports and ways"),
+    ("docs/security.md", "Ports and connections"),
 }
 
 
