@@ -27,7 +27,8 @@ from simulations.study.__main__ import STUDIES
 from tests.docs.blocks import COMMENT, HEREDOC, ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-NODE_KEYS = {"name", "data-dir", "state-dir", "devices", "class-counts", "exception-text"}
+NODE_TABLE = (ROOT / "docs" / "run-config.md").read_text().partition("## The node config")[2]
+NODE_KEYS = set(re.findall(r"^\| `([\w-]+)` \|", NODE_TABLE, re.M))
 
 
 def commands_in(script):

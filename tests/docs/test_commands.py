@@ -6,8 +6,8 @@ import tomllib
 import pytest
 
 from flwr_colearn import ColearnError
-from tests.docs.blocks import documents_in, inline_commands, of_language
-from tests.docs.commands import RULES, assert_test_exists, check, commands_in
+from tests.docs.blocks import ROOT, documents_in, inline_commands, of_language
+from tests.docs.commands import NODE_KEYS, RULES, assert_test_exists, check, commands_in
 
 SCRIPTS = of_language("bash")
 
@@ -33,6 +33,15 @@ def test_the_commands_in_the_text_are_read_by_their_programs(page, command):
     for words in commands_in(command):
         named_only = words[0] == "flwr" and all(word.isalpha() for word in words)
         check([*words, "--help"] if named_only else words)
+
+
+@pytest.mark.parametrize("key", NODE_KEYS)
+def test_a_key_of_the_node_config_is_read_by_the_code(key):
+    sources = [*(ROOT / "flwr_colearn").rglob("*.py"), *(ROOT / "clients").rglob("*.py")]
+    field = f"    {key.replace('-', '_')}: "  # of ParticipantSettings
+    assert any(
+        f'"{key}"' in source.read_text() or field in source.read_text() for source in sources
+    )
 
 
 def test_the_test_that_runs_a_command_for_real_exists():

@@ -15,7 +15,7 @@ from flwr_colearn import ModelAveraging
 from flwr_colearn.dynamic import Periodic
 from simulations.settings import RunSettings
 from tests.docs import preludes
-from tests.docs.blocks import BLOCKS, ROOT, of_language
+from tests.docs.blocks import BLOCKS, PAGES, ROOT, of_language
 from tests.docs.commands import assert_test_exists
 
 LANGUAGES = {"python", "bash", "diff", "toml", "json", "text"}
@@ -43,10 +43,11 @@ def test_every_block_has_a_language_that_has_a_rule():
     assert [str(block) for block in BLOCKS if block.language not in LANGUAGES] == []
 
 
-def test_no_fence_is_left_open_or_unread():
-    for path in {block.page for block in BLOCKS}:
-        fences = len(re.findall(r"^ *```", (ROOT / path).read_text(), re.M))
-        assert fences == 2 * len([block for block in BLOCKS if block.page == path]), path
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_no_fence_is_left_open_or_unread(path):
+    page = path.relative_to(ROOT).as_posix()
+    fences = re.findall(r"^\s*(?:>\s*)*(?:```|~~~)", path.read_text(), re.M)
+    assert len(fences) == 2 * len([block for block in BLOCKS if block.page == page])
 
 
 def test_text_is_a_drawing():

@@ -32,6 +32,11 @@ def test_it_is_committed_without_outputs():
     assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
 
 
+def test_its_code_is_in_cells_that_are_run():
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    assert not [cell for cell in cells if cell.cell_type == "markdown" and "```" in cell.source]
+
+
 def test_every_participant_trains_forty_epochs_in_growing_rounds(run):
     epochs = [int(t) for t in re.findall(r"round +\d+: T=(\d+)", run[1])]
     assert sum(epochs) == 40
