@@ -258,6 +258,10 @@ RULES = {
         by_argparse("simulations.export"),
         f"{TESTS}/test_export.py::test_flower_takes_it_as_format_1",
     ),
+    "python -m simulations.screenshot": (
+        by_argparse("simulations.screenshot"),
+        f"{COMMANDS}/test_report_browser.py",
+    ),
     "python -m pytest": (pytest_arguments, SITE),
     "python -m http.server": (files_exist, SITE),
     "python -c": (lambda words, length: compile(words[length], "-c", "exec"), RESTORED),

@@ -123,6 +123,11 @@ def choosing():
     }
 
 
+def operations():
+    plan = LocalPlan.of(flwr_colearn.CyclicalRate(0.1), 1, 2)
+    return {"plan": plan, "batches": [1, 2], "train": lambda model, batch, rate: None}
+
+
 def dynamic():
     def stream(first, number):
         return range(first, first + number)
@@ -186,6 +191,7 @@ PRELUDES = {
     "docs/drop-in.md": drop_in,
     "docs/choosing.md": choosing,
     "docs/dynamic.md": dynamic,
+    "docs/operations.md": operations,
     "docs/privacy.md": privacy,
     "docs/report.md": report,
 }

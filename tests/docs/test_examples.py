@@ -18,7 +18,7 @@ from tests.docs import preludes
 from tests.docs.blocks import BLOCKS, PAGES, ROOT, of_language
 from tests.docs.commands import assert_test_exists
 
-LANGUAGES = {"python", "bash", "diff", "toml", "json", "text"}
+LANGUAGES = {"python", "bash", "diff", "toml", "json", "text", ""}
 ELSEWHERE = {  # pages whose examples have tests of their own, which count them too
     "docs/own-strategy.md": "tests/dropin/test_own_strategy.py::test_the_page_has_the_shapes",
     "docs/own-data.md": "tests/clients/test_own_task.py",
@@ -28,6 +28,12 @@ DRAWINGS = {
     ("docs/rounds.md", "What a round does"),
     ("docs/rounds.md", "Layers around the grid"),
     ("docs/security.md", "Ports and connections"),
+}
+
+
+OUTPUTS = {  # what a program prints, and the test that sees it print
+    ("docs/operations.md", "How far a run is"): "tests/flwr_colearn/grids/test_progress.py",
+    ("docs/own-data.md", "Is the shared model better than my own?"): "tests/clients/test_alone.py",
 }
 
 
@@ -50,9 +56,11 @@ def test_no_fence_is_left_open_or_unread(path):
     assert len(fences) == 2 * len([block for block in BLOCKS if block.page == page])
 
 
-def test_text_is_a_drawing():
-    drawn = {(block.page, block.heading) for block in of_language("text")}
-    assert drawn <= DRAWINGS
+def test_text_is_a_drawing_or_an_output_that_a_test_sees():
+    shown = {(block.page, block.heading) for block in (*of_language("text"), *of_language(""))}
+    assert shown - DRAWINGS <= OUTPUTS.keys()
+    for section in shown - DRAWINGS:
+        assert_test_exists(OUTPUTS[section])
 
 
 @pytest.mark.parametrize("block", of_language("toml"), ids=str)
