@@ -21,11 +21,15 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # the settings are those of this repository's packages
 
 MODULES = {"flwr-colearn": "flwr_colearn.reporting.command_line"}
 """The modules of commands that are not ``python -m MODULE``."""
+
+
+def on_startup(**_: Any) -> None:
+    """Let the settings be those of this repository's packages."""
+    if str(ROOT) not in sys.path:  # MkDocs takes back what a hook does while it is imported
+        sys.path.insert(0, str(ROOT))
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -23,7 +23,7 @@ def build(folder, config=ROOT / "mkdocs.yml"):
     return subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", config, "-d", folder],
         cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": ""},
         capture_output=True,
         text=True,
         timeout=600,
