@@ -1,6 +1,7 @@
 # make demo       co-learning on real images, five participants, through `flwr run`
 # make test       lint, types and all tests, in one process more than there are processors
 # make test-fast  the tests for daily work, without those that take seconds or more
+# make docs       the pages of docs/ as a site that needs no network: site/index.html
 # make versions   the plugin's tests against the oldest and the newest flwr
 # make mutants    60 random changes of the core, and those that no test notices: ten minutes
 # All set up .venv by themselves; PYTHON=python3.12 chooses another interpreter.
@@ -12,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 .venv/bin/python -m pytest \
 	--numprocesses $(WORKERS) --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-fast lint versions mutants clean
+.PHONY: demo test test-fast lint docs versions mutants clean
 
 demo: .venv/demo.stamp
 	.venv/bin/python -m simulations.demo
@@ -28,6 +29,10 @@ lint: .venv/dev.stamp
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo "The site is in site/index.html"
+
 versions: .venv/dev.stamp
 	.venv/bin/nox
 
@@ -35,13 +40,17 @@ mutants: .venv/dev.stamp
 	.venv/bin/python -m tests.mutants
 
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv outputs site
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
 .venv/demo.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e ".[simulation,torch,report]"
+	touch $@
+
+.venv/docs.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e ".[docs]"
 	touch $@
 
 .venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python

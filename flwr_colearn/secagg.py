@@ -51,14 +51,15 @@ class CoLearn(legacy.CoLearn):
 
     Parameters
     ----------
-    num_participants, local_epochs, learning_rate, total_epochs, local_steps, history, **kwargs
-        As for `flwr_colearn.legacy.CoLearn`.
+    num_participants : int
+        K, the number of participants.
     clipping_range : float, default 8.0
         That of the workflow. An average beyond it is refused, since participants cut their values
         to the range before they are summed.
-    roles : mapping or sequence, optional
-        As for `flwr_colearn.legacy.CoLearn`, but without means, variances and counters: statistics
-        must stay with the participants.
+    **kwargs
+        As for `flwr_colearn.legacy.CoLearn`: `local_epochs`, `learning_rate`, `total_epochs`,
+        `local_steps`, `history` and the others. `roles` must be without means, variances and
+        counters: statistics must stay with the participants.
 
     Raises
     ------

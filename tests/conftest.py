@@ -33,7 +33,7 @@ TENSORFLOW = ["clients/keras", "clients/slim", "clients/tensorflow", "flwr_colea
 TENSORFLOW += ["clients/test_frameworks.py", "clients/tasks/test_spectrogram.py"]
 # Deployments, Flower's simulations, training runs, builds of packages, and TensorFlow, which takes
 # seconds to import. Single tests have the mark `slow` themselves.
-SLOW = ["e2e", "dropin", *(f"simulations/{part}" for part in ("launch", "study", "bench"))]
+SLOW = ["e2e", "docs", "dropin", *(f"simulations/{part}" for part in ("launch", "study", "bench"))]
 SLOW += [f"simulations/test_{part}.py" for part in ("server_app", "golden", "export")]
 SLOW += [*TENSORFLOW, "clients/test_torch_after_tensorflow.py", "clients/torch"]
 SLOW += ["flwr_colearn/test_features.py", "test_packaging.py"]

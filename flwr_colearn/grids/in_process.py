@@ -29,6 +29,11 @@ class InProcessGrid(Grid):
     `Context`, whose state lasts as long as the grid. The grid is for tests, for debugging a
     ClientApp with a debugger, and for studies in which the participants share one GPU.
 
+    Since nobody can join, a strategy that wants more participants than there are ends with an error
+    at once. A ClientApp that fails here fails again, so that participants are restarted only where
+    a `Recovery` was given to the strategy or the transport. The traceback of an exception is logged
+    once, and for further participants with the same exception one line.
+
     Parameters
     ----------
     client_app : ClientApp
@@ -40,11 +45,6 @@ class InProcessGrid(Grid):
         The run config of every participant.
     node_configs : sequence of mappings, optional
         Further entries of each participant's node config.
-
-    Since nobody can join, a strategy that wants more participants than there are ends with an error
-    at once. A ClientApp that fails here fails again, so that participants are restarted only where
-    a `Recovery` was given to the strategy or the transport. The traceback of an exception is logged
-    once, and for further participants with the same exception one line.
 
     Attributes
     ----------

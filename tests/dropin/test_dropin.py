@@ -169,9 +169,9 @@ def test_the_rate_of_the_first_diff_is_that_of_the_app_s_own_config():
     assert record.learning_rates[0] == pytest.approx(0.01 * 0.25**0.2)
 
 
-def test_the_diff_of_the_readme_is_that_of_the_page():
+def test_the_diffs_of_the_readme_are_those_of_the_page():
     readme = diffs_in((DOCUMENT.parents[1] / "README.md").read_text())
-    assert readme[0] == diffs_of("PyTorch")[0]
+    assert readme == diffs_of("PyTorch")
 
 
 def test_the_epochs_grow_when_the_shared_model_settles():

@@ -25,7 +25,7 @@ from flwr_colearn.recovery import choose_members, wait_for_nodes
 from tests.dropin.shapes import INITIAL, answer, app_of, filled, record_of, run_legacy
 from tests.faults import MODEL, FaultyGrid
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 RULES = {"local_epochs": 1, "learning_rate": 0.1}
 
 
@@ -247,8 +247,8 @@ def test_an_evaluation_that_raises_everywhere_has_one_traceback(flower_log):
 # The documents
 
 
-def test_the_line_of_the_readme_debugs_an_app_that_reads_its_run_config():
-    text = README.read_text()
+def test_the_line_of_the_page_debugs_an_app_that_reads_its_run_config():
+    text = (ROOT / "docs" / "drop-in.md").read_text()
     [line] = re.findall(r"`(strategy\.start\(InProcessGrid\(.*?initial_arrays\))`", text)
     seen, app = [], ClientApp()
 
@@ -266,6 +266,6 @@ def test_the_line_of_the_readme_debugs_an_app_that_reads_its_run_config():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/drop-in.md"])
 def test_both_drop_in_texts_have_the_command_for_five_participants(page):
-    text = (README.parent / page).read_text()
+    text = (ROOT / page).read_text()
     assert '--federation-config "num-supernodes=5"' in text
     assert "rotate=True" in text

@@ -31,7 +31,8 @@ def test_the_report_says_what_the_summary_says(tmp_path, capsys):
     assert "rounds 11" in text
     assert "local epochs T_i 1, 1, 2, 56 (60 in all)" in text
     assert "bytes up and down 1,000,000" in text
-    assert "4,000,000 for the same local epochs (60 rounds): 75 % saved" in text
+    assert "4,000,000 with T=1 (60 rounds): 75 % saved" in text
+    assert "as many as here with T=5.5 (11 rounds)" in text
     for name in ("history.jsonl", "report.html", "accuracy.png", "model.npz"):
         assert str(tmp_path / name) in text
 

@@ -21,7 +21,8 @@ from simulations.server_app import to_record
 
 DEPLOY = ROOT / "simulations" / "deploy"
 UNITS = ["flower-superlink", "flower-proxy", "flower-supernode", "flower-check"]
-PAGES = [ROOT / "docs" / "security.md", ROOT / "docs" / "operations.md", ROOT / "README.md"]
+PAGES = [ROOT / "docs" / name for name in ("security.md", "operations.md", "deploy.md")]
+PAGES.append(ROOT / "README.md")
 
 
 def run(name, *arguments):
