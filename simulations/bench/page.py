@@ -141,7 +141,10 @@ def page_of(measurements: dict[str, dict[str, Any]]) -> str:
         "all measurements of one version.\n",
     ]
     if headlines := headline(measurements):
-        parts += ["The ratios of the newest version that was measured:\n", _markdown(headlines)]
+        parts += [
+            "Every ratio as its range over all measurements of the newest version in which it was measured:\n",
+            _markdown(headlines),
+        ]
     for benchmark, section in SECTIONS.items():
         chosen = {n: m for n, m in measurements.items() if m["benchmark"] == benchmark}
         if chosen:
@@ -150,25 +153,25 @@ def page_of(measurements: dict[str, dict[str, Any]]) -> str:
 
 
 def headline(measurements: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return every ratio of the newest version as its range over that version's measurements."""
+    """Return every ratio as its range over the measurements of its newest version."""
     rows: list[dict[str, Any]] = []
     for benchmark, section in SECTIONS.items():
         chosen = [m for m in measurements.values() if m["benchmark"] == benchmark]
-        newest = max((m["versions"][VERSION] for m in chosen), key=_release, default="")
-        latest = [m for m in chosen if m["versions"][VERSION] == newest]
-        ratios = [figure for figure in section.figures if "ratio" in figure]
+        newest: dict[str, dict[str, Any]] = {}
+        for row in sorted(ranges(section, chosen), key=lambda row: _release(row[VERSION])):
+            newest[", ".join(f"{column} {row[column]}" for column in section.key)] = row
         rows += [
             {
                 "benchmark": benchmark,
-                VERSION: newest,
-                "of": ", ".join(f"{column} {row[column]}" for column in section.key),
+                "of": measured,
                 "figure": figure,
                 "range": row[figure],
+                VERSION: row[VERSION],
                 "measurements": row["measurements"],
             }
-            for row in ranges(section, latest)
-            for figure in ratios
-            if row[figure] != "-"
+            for measured, row in newest.items()
+            for figure in section.figures
+            if "ratio" in figure and row[figure] != "-"
         ]
     return rows
 
