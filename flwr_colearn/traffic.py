@@ -1,6 +1,6 @@
 """The traffic between server and participants in a round, and the events of participants."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from .text import printable
@@ -61,8 +61,14 @@ class Transfers:
     control_up: int = 0
 
     def __add__(self, other: "Transfers") -> "Transfers":
-        mine, theirs = asdict(self), asdict(other)
-        return Transfers(**{name: mine[name] + theirs[name] for name in mine})
+        return Transfers(
+            self.models_down + other.models_down,
+            self.models_up + other.models_up,
+            self.bytes_down + other.bytes_down,
+            self.bytes_up + other.bytes_up,
+            self.control_down + other.control_down,
+            self.control_up + other.control_up,
+        )
 
     @property
     def total(self) -> int:

@@ -34,9 +34,12 @@ TENSORFLOW += ["clients/test_frameworks.py", "clients/tasks/test_spectrogram.py"
 # Deployments, Flower's simulations, training runs, builds of packages, and TensorFlow, which takes
 # seconds to import. Single tests have the mark `slow` themselves.
 SLOW = ["e2e", "docs", "dropin", *(f"simulations/{part}" for part in ("launch", "study", "bench"))]
-SLOW += [f"simulations/test_{part}.py" for part in ("server_app", "golden", "export")]
+SLOW += [
+    f"simulations/test_{part}.py" for part in ("server_app", "golden", "export", "secure_accuracy")
+]
 SLOW += [*TENSORFLOW, "clients/test_torch_after_tensorflow.py", "clients/torch"]
-SLOW += ["flwr_colearn/test_features.py", "test_packaging.py"]
+SLOW += ["flwr_colearn/test_features.py", "flwr_colearn/dynamic/test_protocol.py"]
+SLOW += ["test_packaging.py"]
 # Groups of pytest-xdist begin in this order: those that take longest, and deployments, which
 # mostly wait, before all others.
 ORDER = ("e2e", "simulations/launch", "tensorflow", "dropin", "simulations", "clients")
@@ -81,6 +84,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
             return group_of(nodeid)
 
     return Groups(config, log)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where slow tests are left out, TensorFlow is not imported for the package's doctests."""
+    if config.option.markexpr == "not slow":
+        keras = TESTS.parent / "flwr_colearn" / "keras"
+        config.option.ignore = [*(config.option.ignore or []), str(keras)]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -449,15 +449,12 @@ def _add_chunk(
 
 def _add_scaled(total: NDArray, term: NDArray, weight: float, scratch: NDArray) -> None:
     """Add weight * term to `total`, in float64."""
-    if weight != 1:
-        term = _scale(term, weight, out=scratch[: term.size])
-    np.add(total, term, out=total)
+    np.add(total, _scale(term, weight, out=scratch[: term.size]), out=total)
 
 
 def _scale(term: NDArray, weight: float, out: NDArray) -> NDArray:
     """Return weight * term, written to `out` in float64."""
-    if weight == 1:
-        # Faster than np.multiply, which converts only a few elements at a time to float64.
-        np.copyto(out, term)
-        return out
-    return np.multiply(term, weight, out=out, dtype=np.float64)
+    # The conversion of a whole chunk first is faster than an operation on mixed types, for which
+    # numpy converts a few elements at a time.
+    np.copyto(out, term)
+    return out if weight == 1 else np.multiply(out, weight, out=out)

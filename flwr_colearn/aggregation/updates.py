@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class Updates:
         # A round of a strategy that states no epochs counts as one.
         self._now, self._scale = float(epochs) or 1.0, None
         self._accepted = {}
-        self._places = _places(self._sent)
+        self._places = _places(tuple((name, array.size) for name, array in self._sent.items()))
 
     def admitted(self, arrays: Arrays, mean: RunningMean, weight: float) -> Update:
         """Return the update of a model that `mean` can add and whose norm is within the bound.
@@ -114,7 +115,8 @@ class Updates:
         ColearnError
             With the norm, the bound and where it comes from.
         """
-        if not self._refuses:
+        # An update of zero is within any bound, the first of which is a pass over the model.
+        if not self._refuses or update.norm == 0.0:
             return
         limit, source = self._limit()
         # Not `norm > limit`, which is false for NaN.
@@ -200,18 +202,19 @@ def contributions(
     }
 
 
-def _places(arrays: Arrays) -> dict[str, Any]:
+@lru_cache(maxsize=8)  # the same in every round, and drawn in a millisecond
+def _places(sizes: tuple[tuple[str, int], ...]) -> Mapping[str, Any]:
     """Return the coordinates of every array that are in the sample: all of a small model."""
-    total = sum(array.size for array in arrays.values())
+    total = sum(size for _, size in sizes)
     if total <= SAMPLE:
-        return {name: slice(None) for name in arrays}
+        return {name: slice(None) for name, _ in sizes}
     # A fixed seed, so that a resumed run has the same; sorted, which is faster to read.
     chosen = np.unique(np.random.default_rng(0).integers(total, size=SAMPLE))
     places, start = {}, 0
-    for name, array in arrays.items():
-        first, last = np.searchsorted(chosen, (start, start + array.size))
+    for name, size in sizes:
+        first, last = np.searchsorted(chosen, (start, start + size))
         places[name] = chosen[first:last] - start
-        start += array.size
+        start += size
     return places
 
 

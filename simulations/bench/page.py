@@ -75,6 +75,27 @@ SECTIONS = {
         ("side", "processes", "threads"),
         ("users/s",),
     ),
+    "communication": Section(
+        "Communication",
+        "MB in both directions and of all sites until a test accuracy: the median of the seeds.",
+        "rows",
+        ("task", "target %", "way"),
+        ("MB", "rounds"),
+    ),
+    "secure": Section(
+        "Secure aggregation",
+        "The cost of masks, and the bytes of a site as a ratio to a round without them.",
+        "rows",
+        ("participants", "MiB"),
+        ("ratio", "bytes up, ratio", "ms per mask and MiB"),
+    ),
+    "sites": Section(
+        "Sites",
+        "Accuracy of two sites with folders of their own in a deployment, together and alone.",
+        "runs",
+        ("seed",),
+        ("both", "delft", "utrecht"),
+    ),
 }
 
 
@@ -119,11 +140,44 @@ def page_of(measurements: dict[str, dict[str, Any]]) -> str:
         "`python -m simulations.bench NAME` writes such a file. A range is that of the medians of "
         "all measurements of one version.\n",
     ]
+    if headlines := headline(measurements):
+        parts += [
+            "Every ratio as its range over all measurements of the newest version in which it was measured:\n",
+            _markdown(headlines),
+        ]
     for benchmark, section in SECTIONS.items():
         chosen = {n: m for n, m in measurements.items() if m["benchmark"] == benchmark}
         if chosen:
             parts += [f"## {section.title}\n", section.text + "\n", *_tables(section, chosen)]
     return "\n".join(parts)
+
+
+def headline(measurements: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return every ratio as its range over the measurements of its newest version."""
+    rows: list[dict[str, Any]] = []
+    for benchmark, section in SECTIONS.items():
+        chosen = [m for m in measurements.values() if m["benchmark"] == benchmark]
+        newest: dict[str, dict[str, Any]] = {}
+        for row in sorted(ranges(section, chosen), key=lambda row: _release(row[VERSION])):
+            newest[", ".join(f"{column} {row[column]}" for column in section.key)] = row
+        rows += [
+            {
+                "benchmark": benchmark,
+                "of": measured,
+                "figure": figure,
+                "range": row[figure],
+                VERSION: row[VERSION],
+                "measurements": row["measurements"],
+            }
+            for measured, row in newest.items()
+            for figure in section.figures
+            if "ratio" in figure and row[figure] != "-"
+        ]
+    return rows
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def _tables(section: Section, measurements: dict[str, dict[str, Any]]) -> list[str]:
@@ -144,13 +198,18 @@ def ranges(section: Section, measurements: Iterable[dict[str, Any]]) -> list[dic
         {
             **dict(zip((VERSION, *section.key), key, strict=True)),
             **{
-                figure: _range([row[figure] for row in group if row.get(figure) is not None])
+                # A target that was not reached is a text.
+                figure: _range([row[figure] for row in group if _is_number(row.get(figure))])
                 for figure in section.figures
             },
             "measurements": len(group),
         }
         for key, group in groups.items()
     ]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def _range(values: Sequence[float]) -> str:

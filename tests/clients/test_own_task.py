@@ -88,7 +88,10 @@ def run(tmp_path, write, **config):
 
 @pytest.mark.parametrize(
     ("framework", "module", "write"),
-    [("torch", "xray", as_files), ("keras", "xray_keras", as_arrays)],
+    [
+        ("torch", "xray", as_files),
+        pytest.param("keras", "xray_keras", as_arrays, marks=pytest.mark.slow),
+    ],
 )
 def test_the_pages_task_and_model_train(hospital, tmp_path, framework, module, write):
     *_, last = run(

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -237,6 +238,7 @@ def test_systemd_finds_the_units_well_closed(unit):
 # Options of Flower's programs, wherever they are written
 
 
+@cache
 def options_of(program):
     done = subprocess.run([flower(program), "--help"], capture_output=True, text=True, timeout=120)
     return set(re.findall(r"--[a-z][a-z-]+", done.stdout))

@@ -5,7 +5,7 @@ import pytest
 
 from flwr_colearn import ColearnError, Guard, RunningMean
 from flwr_colearn.aggregation import Updates
-from flwr_colearn.aggregation.distance import squared_update
+from flwr_colearn.aggregation.distance import relative_change, squared_norm, squared_update
 from flwr_colearn.aggregation.updates import SAMPLE, contributions
 
 SENT = {"w": np.array([3.0, 4.0], np.float32), "bn.running_mean": np.zeros(2, np.float32)}
@@ -49,6 +49,26 @@ def test_squares_that_overflow_or_vanish_in_float32_are_not_lost():
     for step in (3e38, 1e-30):
         new, old = {"w": np.array([step, 0], np.float32)}, {"w": np.zeros(2, np.float32)}
         assert math.sqrt(squared_update(new, old)) == pytest.approx(step)
+
+
+@pytest.mark.parametrize("size", [1, 2048, 2049, 3000, 140_001])
+def test_the_relative_change_is_that_of_an_exact_sum(size):
+    rng = np.random.default_rng(size)
+    new, old = (rng.normal(size=size).astype(np.float32) for _ in range(2))
+    change = math.fsum((float(a) - float(b)) ** 2 for a, b in zip(new, old, strict=True))
+    model = math.fsum(float(b) ** 2 for b in old)
+    assert relative_change([new], [old]) == pytest.approx(math.sqrt(change / model), rel=1e-13)
+    assert squared_norm({"w": old}) == pytest.approx(model, rel=1e-13)
+
+
+def test_only_arrays_that_are_equal_have_no_update():
+    frozen = np.random.default_rng(0).random(3000).astype(np.float32)
+    assert squared_update({"w": frozen.copy()}, {"w": frozen}) == 0.0
+    assert squared_update({"w": np.zeros(3, np.float32)}) == 0.0
+    # The squares of these differences vanish in float32.
+    near = np.nextafter(np.zeros(3, np.float32), np.float32(1))
+    assert squared_update({"w": near}, {"w": np.zeros(3, np.float32)}) > 0.0
+    assert squared_update({"w": near}) > 0.0
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])

@@ -86,6 +86,12 @@ def page_of(*records, **values):
     return report_page([Run("run", records, **values)])
 
 
+@pytest.fixture(scope="module")
+def page():
+    """The page of two whole rounds; to draw it takes a second."""
+    return page_of(whole(1), whole(2))
+
+
 def captions(html):
     return re.findall(r"<figcaption>(.*?)</figcaption>", html)
 
@@ -177,15 +183,15 @@ def test_a_table_has_a_row_a_round_with_everything_that_happened():
     assert "Reinitialised: leiden The run ended: no better accuracy" in rows[1]
 
 
-def test_the_summary_adds_up():
-    text = Parsed(page_of(whole(1), whole(2))).text
+def test_the_summary_adds_up(page):
+    text = Parsed(page).text
     assert "run 2 4 2 accuracy 0.75 loss 0.5" in text
     assert "accuracy 0.75 in round 2 loss 0.5 in round 2 2 kB 4 kB 60 B 2 min 2 s" in text
     assert "2 restarted 2 refused" in text
 
 
-def test_curves_of_each_site_and_the_updates_are_drawn():
-    html = page_of(whole(1), whole(2))
+def test_curves_of_each_site_and_the_updates_are_drawn(page):
+    html = page
     assert {"accuracy", "norm of the update", "cosine to the mean update"} <= set(captions(html))
     figure = html[: html.index("<figcaption>norm of the update")].rpartition("<figure>")[2]
     assert len(points(figure)) == 2
@@ -209,13 +215,13 @@ def test_what_sites_share_of_their_training_and_of_their_own_models_is_shown():
     assert not any("alone" in caption for caption in captions(page_of(means)))
 
 
-def test_epsilon_levels_and_configuration_where_they_are_known():
+def test_epsilon_levels_and_configuration_where_they_are_known(page):
     values = {"epsilon": 0.125, "configuration": {"task": "digits"}}
     text = Parsed(page_of(whole(1), whole(2), **values)).text
     assert "run, epsilon 0.125" in text
     assert "Relative change at each T" in text
     assert "task digits" in text
-    assert "epsilon" not in Parsed(page_of(whole(1))).text
+    assert "epsilon" not in Parsed(page).text
 
 
 def test_several_runs_are_in_the_same_charts():
@@ -263,8 +269,8 @@ def test_control_characters_and_lone_surrogates_are_spelled_out(tmp_path):
     assert not re.search("[\u202e\x00]", page)
 
 
-def test_the_page_refers_to_nothing_elsewhere():
-    html = page_of(whole(1), whole(2))
+def test_the_page_refers_to_nothing_elsewhere(page):
+    html = page
     assert not re.search(r"https?:|//|@import|<script|<link|url\((?!#)", html)
     assert "default-src 'none'" in html
     assert 'name="viewport"' in html
@@ -272,8 +278,8 @@ def test_the_page_refers_to_nothing_elsewhere():
     assert "@media print" in html
 
 
-def test_every_reference_in_a_page_has_one_meaning():
-    html = page_of(whole(1), whole(2))
+def test_every_reference_in_a_page_has_one_meaning(page):
+    html = page
     meanings = {}
     for kind, name, rest in re.findall(r'<(\w+) id="([^"]*)"(.*?)</', html, re.DOTALL):
         assert meanings.setdefault(name, (kind, rest)) == (kind, rest)

@@ -40,6 +40,30 @@ def test_a_page_has_every_measurement_with_its_machine_and_versions():
         assert own.endswith(f"| 5 | {ratio} |")
 
 
+def test_every_ratio_is_at_the_top_as_the_range_of_its_newest_version():
+    found = page.headline(
+        {
+            "a": measured(version="1.9", rows=rows(k5=0.9, k20=0.8)),
+            "b": measured(version="1.10", rows=rows(k5=0.5)),
+            "c": measured(version="1.10", rows=rows(k5=0.35)),
+            "d": measured("peers", version="2.0", rows=[{"side": "x", "users/s": 3}]),
+        }
+    )
+    assert [tuple(row.values()) for row in found] == [
+        ("aggregation", "participants 5", "ratio", "0.35 to 0.5", "1.10", 2),
+        ("aggregation", "participants 20", "ratio", "0.8", "1.9", 1),
+    ]
+    text = page.page_of({"b": measured(rows=rows(k5=0.5))})
+    assert text.index("participants 5") < text.index("## Aggregation")
+
+
+def test_targets_that_were_not_reached_are_in_no_range():
+    cells = {"task": "digits", "target %": 98.5, "way": "FedAvg", "rounds": 3}
+    runs = [measured("communication", rows=[{**cells, "MB": mb}]) for mb in ("not reached", 2.5)]
+    [row] = page.ranges(page.SECTIONS["communication"], runs)
+    assert (row["MB"], row["rounds"]) == ("2.5", "3")
+
+
 @pytest.mark.parametrize(
     "content", [{"rows": []}, {"benchmark": "scale", "machine": {}}, measured("speed")]
 )
