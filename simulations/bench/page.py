@@ -142,7 +142,8 @@ def page_of(measurements: dict[str, dict[str, Any]]) -> str:
     ]
     if headlines := headline(measurements):
         parts += [
-            "Every ratio as its range over all measurements of the newest version in which it was measured:\n",
+            "Every ratio as its range over all measurements of the newest version in which it was "
+            "measured:\n",
             _markdown(headlines),
         ]
     for benchmark, section in SECTIONS.items():
