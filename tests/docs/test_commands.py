@@ -35,7 +35,7 @@ def test_the_commands_in_the_text_are_read_by_their_programs(page, command):
         check([*words, "--help"] if named_only else words)
 
 
-@pytest.mark.parametrize("key", NODE_KEYS)
+@pytest.mark.parametrize("key", sorted(NODE_KEYS))
 def test_a_key_of_the_node_config_is_read_by_the_code(key):
     sources = [*(ROOT / "flwr_colearn").rglob("*.py"), *(ROOT / "clients").rglob("*.py")]
     field = f"    {key.replace('-', '_')}: "  # of ParticipantSettings
