@@ -142,8 +142,7 @@ def page_of(measurements: dict[str, dict[str, Any]]) -> str:
     ]
     if headlines := headline(measurements):
         parts += [
-            "Every ratio as its range over all measurements of the newest version in which it was "
-            "measured:\n",
+            "Every ratio, as its range over all measurements of its newest version:\n",
             _markdown(headlines),
         ]
     for benchmark, section in SECTIONS.items():

@@ -153,6 +153,7 @@ def test_what_the_model_must_be_is_said(hospital, model, message):
         registry.server_trainer(settings, registry.server_task(settings))
 
 
+@pytest.mark.slow
 def test_keras_needs_arrays(hospital, tmp_path):
     as_files(tmp_path / "site", 6, 0)
     settings = ParticipantSettings(

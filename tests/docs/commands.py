@@ -12,6 +12,7 @@ import subprocess
 import tomllib
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
@@ -120,9 +121,15 @@ def study(words, length):
 
 
 def pytest_arguments(words, length):
-    for word in words[length:]:
-        if not word.startswith("-"):
-            assert_test_exists(word)
+    """The tests and the plugin that are named exist."""
+    parser = argparse.ArgumentParser()
+    for option in ("-p", "-m", "-k"):
+        parser.add_argument(option)
+    parser.add_argument("tests", nargs="*")
+    options, _ = parser.parse_known_args(words[length:])
+    assert not options.p or find_spec(options.p), f"no plugin {options.p}"
+    for test in options.tests:
+        assert_test_exists(test)
 
 
 def assert_test_exists(node):
