@@ -136,7 +136,7 @@ class _ToServer(QueueHandler):
     """Sends the records of Flower's log to the server, whose log is one."""
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        self.queue.put(record)
+        self.queue.put(record)  # type: ignore[attr-defined]
 
 
 class _Desk:
