@@ -1,4 +1,5 @@
 # make demo       co-learning on real images, five participants, through `flwr run`
+# make demo-fast  the same demo in one process, without `flwr run` and Ray: a few seconds
 # make test       lint, types and all tests, in one process more than there are processors
 # make test-fast  the tests for daily work, without those that take seconds or more
 # make docs       the pages of docs/ as a site that needs no network: site/index.html
@@ -13,10 +14,13 @@ PYTEST = OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 .venv/bin/python -m pytest \
 	--numprocesses $(WORKERS) --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-fast lint docs versions mutants clean
+.PHONY: demo demo-fast test test-fast lint docs versions mutants clean
 
 demo: .venv/demo.stamp
 	.venv/bin/python -m simulations.demo
+
+demo-fast: .venv/demo.stamp
+	.venv/bin/python -m simulations.demo --in-process
 
 test: lint
 	$(PYTEST)

@@ -1,33 +1,31 @@
-"""InProcessGrid: a Flower Grid that calls a ClientApp in this process for every participant."""
+"""InProcessGrid: a Flower Grid that calls a ClientApp for every participant, without Ray."""
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from logging import ERROR
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import Context, Message, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from .._flwr import (
-    CLIENT_RAISED,
-    assume_identity,
-    copied,
-    empty_run,
-    set_message_id,
-)
+from .._flwr import assume_identity, empty_run, set_message_id
 from ..aggregation import ECHO
 from ..errors import ColearnError, expected, whole_number
+from .app_reference import AnyApp, AppReference
+from .calling import Raised, call
+from .processes import ProcessPool
 
 
 class InProcessGrid(Grid):
-    """Runs a ClientApp for K participants in this process, deterministically, without Ray.
+    """Runs a ClientApp for K participants on this machine, without Ray.
 
-    Participants are called one after the other, each when its reply is pulled, with its own
-    `Context`, whose state lasts as long as the grid. The grid is for tests, for debugging a
-    ClientApp with a debugger, and for studies in which the participants share one GPU.
+    By default participants are called in this process, one after the other, each when its reply is
+    pulled, with its own `Context`, whose state lasts as long as the grid. That is for tests, for
+    debugging a ClientApp with a debugger, and for small studies. With ``processes=P`` participants
+    train side by side in P worker processes, with the same results; see docs/simulation.md.
 
     Since nobody can join, a strategy that wants more participants than there are ends with an error
     at once. A ClientApp that fails here fails again, so that participants are restarted only where
@@ -36,8 +34,10 @@ class InProcessGrid(Grid):
 
     Parameters
     ----------
-    client_app : ClientApp
-        The app, of the Message API or over a NumPyClient.
+    client_app : ClientApp, str or callable
+        The app, of the Message API or over a NumPyClient; its name, ``"package.module:app"``; or a
+        function without parameters that returns it. For worker processes it must be one that they
+        can import: a name, an app that is an attribute of a module, or a function that pickles.
     num_supernodes : int
         K. Participant k = 0 .. K-1 has node id k + 1, and ``partition-id`` k and
         ``num-partitions`` K in its node config, as in Flower's simulation.
@@ -45,6 +45,20 @@ class InProcessGrid(Grid):
         The run config of every participant.
     node_configs : sequence of mappings, optional
         Further entries of each participant's node config.
+    processes : int, optional
+        P, the number of worker processes; 1 for none, which is the default without `devices`. Each
+        worker keeps what its participants keep in memory. The cores are divided among them
+        (``OMP_NUM_THREADS``, unless it is set).
+    devices : sequence of str, optional
+        The devices of the worker processes, in turn: "cuda:0", "GPU:1", "cpu". A worker sees its
+        GPU only (``CUDA_VISIBLE_DEVICES``), as the first. Several workers may share one. By
+        default there is a worker for each.
+
+    With worker processes the grid must be closed at the end: use it in a ``with`` statement, or
+    call `close`. A grid that is not closed ends its processes and frees its shared memory when it
+    is deleted, and at the end of this process. A worker that dies is replaced, and the participant
+    that it called is called again with the context from before; when that has failed three times,
+    an error reply says so.
 
     Attributes
     ----------
@@ -56,7 +70,8 @@ class InProcessGrid(Grid):
     Raises
     ------
     ColearnError
-        If `num_supernodes` is not positive or `node_configs` has another length.
+        If `num_supernodes` or `processes` is not positive, `node_configs` has another length, or
+        worker processes cannot have the app or the devices.
 
     Examples
     --------
@@ -64,6 +79,11 @@ class InProcessGrid(Grid):
 
         grid = InProcessGrid(client_app, num_supernodes=5, run_config={"seed": 0})
         result = strategy.start(grid, initial_arrays)
+
+    In two processes::
+
+        with InProcessGrid("my_app.client:app", num_supernodes=5, processes=2) as grid:
+            result = strategy.start(grid, initial_arrays)
 
     Notes
     -----
@@ -80,17 +100,18 @@ class InProcessGrid(Grid):
 
     def __init__(
         self,
-        client_app: ClientApp,
+        client_app: AnyApp,
         num_supernodes: int,
         run_config: Mapping[str, Any] | None = None,
         node_configs: Sequence[Mapping[str, Any]] | None = None,
+        processes: int | None = None,
+        devices: Sequence[str] | None = None,
     ) -> None:
         k = whole_number("num_supernodes", num_supernodes, least=1)
         if node_configs is not None and len(node_configs) != k:
             raise expected("node_configs", f"one for each of {k} participants", len(node_configs))
         assume_identity()
         _keep_freed_memory()
-        self.client_app = client_app
         self._run: Any = empty_run(1)
         self._pushed: dict[str, Message] = {}
         self._raised: set[str] = set()
@@ -108,6 +129,44 @@ class InProcessGrid(Grid):
             )
             for index in range(k)
         }
+        self.client_app = client_app
+        self._pool = self._workers(AppReference(client_app), processes, devices)
+        if self._pool is None:
+            self.client_app = AppReference(client_app).load()
+
+    def _workers(
+        self, app: AppReference, processes: int | None, devices: Sequence[str] | None
+    ) -> ProcessPool | None:
+        """Return the worker processes, no more than participants; None for this process."""
+        if devices is not None and (isinstance(devices, str) or not devices):
+            raise expected("devices", "a list of devices such as ['cuda:0']", devices)
+        if processes is None:
+            processes = len(devices or [""])
+        processes = whole_number("processes", processes, least=1)
+        if devices is not None and len(devices) > processes:
+            raise expected("devices", f"at most one for each of {processes} processes", devices)
+        # The device of this process cannot be chosen any more.
+        if processes == 1 and devices is None:
+            return None
+        return ProcessPool(app, self.contexts, min(processes, len(self.contexts)), devices)
+
+    def close(self) -> None:
+        """End the worker processes and free their memory; without them nothing happens."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def __enter__(self) -> Self:
+        """Return the grid, which is closed at the end of the ``with`` statement."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the grid."""
+        self.close()
 
     def set_run(self, run: Any) -> None:
         """Set Flower's description of the run."""
@@ -141,18 +200,39 @@ class InProcessGrid(Grid):
             self._check_node(message.metadata.dst_node_id)
             set_message_id(message, str(uuid.uuid4()))
             pushed[message.metadata.message_id] = message
-        self._pushed.update(pushed)
+        if self._pool is None:
+            self._pushed.update(pushed)
+        else:
+            self._pool.push(list(pushed.values()))
         return list(pushed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Run the ClientApp on messages pushed before, and return the replies, each once."""
-        return [self._call(self._pushed.pop(id_)) for id_ in message_ids if id_ in self._pushed]
+        """Return the replies to messages pushed before, each once.
+
+        In this process the ClientApp runs on all of them. With worker processes those replies are
+        returned that are there; if no participant has replied the call waits for the first.
+        """
+        if self._pool is None:
+            return [self._call(self._pushed.pop(id_)) for id_ in message_ids if id_ in self._pushed]
+        replies = self._pool.pull(message_ids)
+        for node_id, message, raised in self._pool.take_raised():
+            self._log(node_id, message, raised)
+        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Run the ClientApp on every message and return the replies; `timeout` is not used."""
-        return self.pull_messages(self.push_messages(messages))
+        """Run the ClientApp on every message and return the replies, in the messages' order.
+
+        `timeout` is not used. In worker processes the ``time-limit`` in a message's config ends a
+        participant that hangs.
+        """
+        ids = self.push_messages(messages)
+        replies: dict[str, Message] = {}
+        while missing := [id_ for id_ in ids if id_ not in replies]:
+            for reply in self.pull_messages(missing):
+                replies[reply.metadata.reply_to_message_id] = reply
+        return [replies[id_] for id_ in ids]
 
     def _check_node(self, node_id: int) -> None:
         if node_id not in self.contexts:
@@ -162,31 +242,20 @@ class InProcessGrid(Grid):
 
     def _call(self, message: Message) -> Message:
         node_id = message.metadata.dst_node_id
-        # A copy, since all messages of a round share one content, which a ClientApp may change.
-        received = copied(message, _copy(message.content))
-        set_message_id(received, message.metadata.message_id)
-        try:
-            reply = self.client_app(received, self.contexts[node_id])
-            if not isinstance(reply, Message):
-                raise expected("ClientApp", "a Message in reply", reply)
-        # SystemExit too: in Flower it ends the participant's process, and here it would end the
-        # server and all participants. KeyboardInterrupt is the user's, who wants that.
-        except (Exception, SystemExit) as error:
-            # Flower also makes an error reply of every exception in a ClientApp.
-            reason = f"{type(error).__name__}: {error}"
-            self._log(node_id, message, error, reason)
-            reply = Message(Error(CLIENT_RAISED, reason), reply_to=received)
-        set_message_id(reply, str(uuid.uuid4()))
+        reply, raised = call(self.client_app, message, self.contexts[node_id])  # type: ignore[arg-type]
+        if raised is not None:
+            self._log(node_id, message, raised)
         return reply
 
-    def _log(self, node_id: int, message: Message, error: BaseException, reason: str) -> None:
+    def _log(self, node_id: int, message: Message, raised: Raised) -> None:
         """Log an exception, with its traceback unless that is in the log already."""
         # A ClientApp without participant_mod fails on the query for the name, which is expected.
         if ECHO in message.content:
             return
-        known = reason in self._raised or (isinstance(error, ColearnError) and error.logged)
-        self._raised.add(reason)
-        log(ERROR, "The ClientApp of node %s raised %s", node_id, reason, exc_info=not known)
+        known = raised.reason in self._raised or raised.logged
+        self._raised.add(raised.reason)
+        text = raised.reason if known else f"{raised.reason}\n{raised.traceback}"
+        log(ERROR, "The ClientApp of node %s raised %s", node_id, text)
 
 
 def _keep_freed_memory() -> None:
@@ -202,17 +271,3 @@ def _keep_freed_memory() -> None:
 
 
 _LARGEST_THAT_COUNTS = 2**25 - 2**16
-
-
-def _copy(content: RecordDict) -> RecordDict:
-    """Copy the records, but not the immutable bytes of arrays."""
-    return RecordDict(
-        {
-            name: type(record)({key: _own(value) for key, value in record.items()})
-            for name, record in content.items()
-        }
-    )
-
-
-def _own(value: Any) -> Any:
-    return value[:] if isinstance(value, list) else value

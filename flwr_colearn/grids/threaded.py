@@ -7,6 +7,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from .._flwr import copied, set_message_id
+from ..errors import ColearnError
 from ..records import kind_of, records_of
 from .all_reduce import GROUP, RANK, AllReduceGroup, new_group
 from .in_process import InProcessGrid
@@ -29,6 +30,12 @@ class ThreadedGrid(InProcessGrid):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self._pool is not None:
+            self.close()
+            raise ColearnError(
+                "ThreadedGrid: expected one process, whose threads exchange sums, found more; "
+                "leave out 'processes' and 'devices'"
+            )
         self.exchanged = 0
         self._replies: dict[str, Message] = {}
 

@@ -157,7 +157,8 @@ class RecoveringGrid(WrappingGrid):
         attempts = Attempts(
             self.grid,
             self._types.cast(batch),
-            timeout,
+            # On a closed grid participants wait for one another, which is no failure.
+            None if is_closed(self.grid) else timeout,
             self.recovery,
             self.directory,
             self.check,

@@ -60,8 +60,11 @@ def main(grid: Grid, context: Context) -> None:
 def in_process() -> None:
     """Run the strategy that the command line names in this process."""
     work, folder = task()
-    grid = InProcessGrid(client_app, work.users, run_config=work_config(work))
-    measure(grid, work, sys.argv[3], folder)
+    # By name, since this module is the program, and its workers need the module's own app.
+    app = "simulations.bench.peers_app:client_app"
+    processes, config = int(sys.argv[4]), work_config(work)
+    with InProcessGrid(app, work.users, config, processes=processes) as grid:
+        measure(grid, work, sys.argv[3], folder)
 
 
 def measure(grid: Grid, work: Work, strategy: str, folder: Path) -> None:

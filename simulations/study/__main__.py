@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(calibrate(participants, settings, options.calibrate))
         return
     output = options.output or Path("outputs") / f"study-{path.stem}"
-    units = run_study(options.arms, options.seeds, participants, settings, output)
+    units = run_study(
+        options.arms, options.seeds, participants, settings, output, options.processes
+    )
     try:
         print(write_report(units, output, path.stem))
     except (ModuleNotFoundError, ColearnError) as error:  # a machine that only trains needs neither

@@ -30,6 +30,10 @@ def parse_arguments(arguments: Sequence[str], description: str | None) -> argpar
         metavar="N",
         help="train N rounds with T fixed, and print the epsilon that doubles T after each",
     )
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="P",
+        help="train the participants of a round side by side in P processes (default 1)",
+    )  # fmt: skip
     parser.add_argument("--examples", type=int, help="overrides the config's examples")
     parser.add_argument("--total-epochs", type=int, help="overrides the config's total-epochs")
     for way in ("up", "down"):

@@ -31,25 +31,30 @@ def run_study(
     participants: ParticipantSettings,
     settings: RunSettings,
     output: Path,
+    processes: int = 1,
 ) -> list[ArmUnit]:
-    """Run the units that `output` does not hold yet, and return all of them."""
+    """Run the units that `output` does not hold yet, in so many processes, and return all."""
     units = []
     plan = [(arm, seed) for seed in seeds for arm in arms]
     for arm, seed in tqdm(plan, desc="arms x seeds"):
         seeded = replace(participants, seed=seed)
         path, config = output / "units" / f"{arm}-{seed}.json", unit_config(seeded, settings)
-        run = partial(run_from_checkpoint, arm, seeded, settings, path)
+        run = partial(run_from_checkpoint, arm, seeded, settings, path, processes)
         units.append(load_or_run(path, ArmUnit, config, run))
     check_same_data({unit.data: f"{unit.arm}, seed {unit.seed}" for unit in units})
     return units
 
 
 def run_from_checkpoint(
-    arm: str, participants: ParticipantSettings, settings: RunSettings, path: Path
+    arm: str,
+    participants: ParticipantSettings,
+    settings: RunSettings,
+    path: Path,
+    processes: int = 1,
 ) -> ArmUnit:
     """Run a unit, with its checkpoint beside its result."""
     config, data = unit_config(participants, settings), data_digest(load_task(participants))
-    return run_unit(arm, participants, settings, checkpoint_beside(path, config, data))
+    return run_unit(arm, participants, settings, checkpoint_beside(path, config, data), processes)
 
 
 def rows(units: Sequence[ArmUnit]) -> Iterator[dict[str, object]]:

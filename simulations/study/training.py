@@ -51,7 +51,8 @@ class ArmUnit:
         Of all arrays of one model.
     round_seconds : list of float
         Seconds of every round, for one participant: participants take turns here, so this is a
-        round's time over their number, evaluation included. Empty without rounds.
+        round's time over their number, evaluation included. Empty without rounds,
+        and with several processes, whose participants disturb one another.
     examples : int
         Trained on, over all participants and epochs.
     seconds : float
@@ -101,6 +102,7 @@ def run_unit(
     participants: ParticipantSettings,
     settings: RunSettings,
     scratch: Path | None = None,
+    processes: int = 1,
 ) -> ArmUnit:
     """Train one arm with one seed.
 
@@ -114,6 +116,8 @@ def run_unit(
         Folder for checkpoints, from which an interrupted training goes on; removed at the end. Not
         used where participants keep something that is in no checkpoint: their optimizer, their
         own part of the model, or what compression rounded away. Those begin anew.
+    processes : int, default 1
+        The number of worker processes in which participants train side by side.
     """
     if keeps_state(participants, settings):
         scratch = None
@@ -131,7 +135,7 @@ def run_unit(
     if arm.alone:
         epochs, metrics = train_alone(arm, participants, settings, scratch)
     else:
-        history = train_averaged(name, arm, participants, settings, scratch)
+        history = train_averaged(name, arm, participants, settings, scratch, processes=processes)
         epochs = [record.epochs_done for record in history]
         metrics = curves_of(history)
         grown = doublings(history.records)
@@ -139,7 +143,8 @@ def run_unit(
         if not arm.pooled_data:
             rounds, moved = len(history), history.bytes_total
             k = settings.num_participants
-            round_seconds = [round(record.seconds / k, 3) for record in history]
+            if processes == 1:
+                round_seconds = [round(record.seconds / k, 3) for record in history]
     unit = ArmUnit(
         name,
         participants.seed,
@@ -181,6 +186,7 @@ def train_averaged(
     settings: RunSettings,
     scratch: Path | None = None,
     evaluating: Evaluating | None = None,
+    processes: int = 1,
 ) -> History:
     """Train an arm whose participants exchange models.
 
@@ -194,13 +200,14 @@ def train_averaged(
     strategy = make_strategy(
         replace(settings, arm=name), trainer, None, scratch, participants.scheme
     )
-    grid = InProcessGrid(app, settings.num_participants, run_config=participants.to_config())
-    strategy.start(
-        grid,
-        to_record(trainer),
-        num_rounds=settings.num_server_rounds or None,
-        timeout=float("inf"),
-        evaluate_fn=evaluating(strategy) if evaluating else evaluate_with(trainer),
-        resume="auto",
-    )
+    k, config = settings.num_participants, participants.to_config()
+    with InProcessGrid(app, k, config, processes=processes) as grid:
+        strategy.start(
+            grid,
+            to_record(trainer),
+            num_rounds=settings.num_server_rounds or None,
+            timeout=float("inf"),
+            evaluate_fn=evaluating(strategy) if evaluating else evaluate_with(trainer),
+            resume="auto",
+        )
     return strategy.history

@@ -24,15 +24,15 @@ def run_demo(monkeypatch, output, run_app):
 
 
 def test_the_report_says_what_the_summary_says(tmp_path, capsys):
-    demo.report(SUMMARY, tmp_path, seconds=34.6)
+    demo.report(SUMMARY, tmp_path, 34.6, "by flwr run")
     text = " ".join(capsys.readouterr().out.split())
-    assert "5 participants, scikit-learn's handwritten digits (35 s)" in text
+    assert "5 participants, scikit-learn's handwritten digits (by flwr run, 35 s)" in text
     assert "test accuracy 98.4 %" in text
     assert "rounds 11" in text
     assert "local epochs T_i 1, 1, 2, 56 (60 in all)" in text
     assert "bytes up and down 1,000,000" in text
-    assert "4,000,000 with T=1 (60 rounds): 75 % saved" in text
-    assert "as many as here with T=5.5 (11 rounds)" in text
+    assert "averaging for the same local epochs 5,454,545 with T=1 (60 rounds)" in text
+    assert "has 18 % of that 909,090 with T=6 (10 rounds); co-learning has 110 % of that" in text
     for name in ("history.jsonl", "report.html", "accuracy.png", "model.npz"):
         assert str(tmp_path / name) in text
 

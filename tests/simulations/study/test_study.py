@@ -187,6 +187,15 @@ def test_vanilla_with_the_cyclical_rate_is_co_learning_of_one_participant_with_a
     assert history.records[-1].server_metrics == evaluator.evaluate()
 
 
+def test_participants_in_processes_train_the_same_models():
+    one, two = (
+        train_averaged("clr-ile", ARMS["clr-ile"], PARTICIPANTS, SETTINGS, processes=processes)
+        for processes in (1, 2)
+    )
+    assert [record.server_metrics for record in two] == [record.server_metrics for record in one]
+    assert two.bytes_total == one.bytes_total
+
+
 def test_the_ensemble_is_the_mean_of_the_probabilities_of_models_trained_alone():
     test_set = digits.load().test_set
     inputs, targets = tensors_of(test_set).tensors

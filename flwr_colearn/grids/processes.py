@@ -1,0 +1,447 @@
+"""ProcessPool: the worker processes of an InProcessGrid, seen from the server."""
+
+import atexit
+import logging
+import multiprocessing
+import signal
+import time
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from logging import DEBUG, INFO, WARNING
+from multiprocessing import connection, resource_tracker
+from multiprocessing.shared_memory import SharedMemory
+from typing import Any
+
+from flwr.app import Context, Error, Message
+from flwr.common import log
+
+from .._flwr import CLIENT_CRASHED, set_message_id
+from ..errors import ColearnError
+from ..records import config_of, number_in
+from .app_reference import AppReference
+from .calling import Raised
+from .devices import environment_of, variables_set
+from .parcels import Frozen, Parcel, created, read, removed, size_of, written
+from .worker import Done, Started, Task, overflow_of, serve
+
+IN_FLIGHT = 2
+"""The tasks that a worker has at a time: it begins the second without waiting for the server."""
+
+MOST_DEATHS = 3
+"""The deaths of workers after which a message counts as failed, or the start-up does."""
+
+CHECK = 1.0
+"""The seconds after which the server looks whether workers live, besides their connections."""
+
+CLOSING = 2.0
+"""The seconds in which idle workers must have ended; they are killed then."""
+
+
+@dataclass
+class Batch:
+    """Messages that were pushed together, in one segment, in which common arrays are once."""
+
+    number: int
+    segment: SharedMemory
+    left: int
+
+
+@dataclass
+class Job:
+    """A message on its way to a participant, until there is a reply."""
+
+    message: Message
+    parcel: Parcel
+    batch: Batch
+    deaths: int = 0
+    began: float = 0.0
+
+    @property
+    def message_id(self) -> str:
+        """The message's id."""
+        return self.message.metadata.message_id
+
+    @property
+    def node_id(self) -> int:
+        """The participant."""
+        return self.message.metadata.dst_node_id
+
+    @property
+    def limit(self) -> float:
+        """The seconds that the participant may take; 0 for any number."""
+        return number_in(config_of(self.message.content), "time-limit")
+
+    def failed(self, reason: str) -> Message:
+        """Return an error reply."""
+        reply = Message(Error(CLIENT_CRASHED, reason), reply_to=self.message)
+        set_message_id(reply, str(uuid.uuid4()))
+        return reply
+
+
+@dataclass
+class Worker:
+    """One worker process; after its death the next one takes its place.
+
+    Attributes
+    ----------
+    number : int
+        Of the worker, from 0.
+    app : bytes
+        A pickled `AppReference`.
+    environment : dict
+        Environment variables.
+    waiting, running : deque of Job
+        The jobs of its participants: those it has not got yet, and those it has; of the latter the
+        first is the one that it works at.
+    known : dict
+        The contexts that the process has, by node.
+    outboxes : deque of SharedMemory
+        The segments for its replies, of which the first was used least recently.
+    largest : int
+        The bytes of the largest reply that did not fit into an outbox.
+    deaths : int
+        The deaths at start-up, one after the other.
+    started : bool
+        Whether the process has the ClientApp.
+    """
+
+    number: int
+    app: bytes
+    environment: dict[str, str]
+    waiting: deque[Job] = field(default_factory=deque)
+    running: deque[Job] = field(default_factory=deque)
+    known: dict[int, Frozen] = field(default_factory=dict)
+    outboxes: deque[SharedMemory] = field(default_factory=deque)
+    largest: int = 0
+    deaths: int = 0
+    started: bool = False
+
+    def start(self) -> None:
+        """Start a process."""
+        spawn = multiprocessing.get_context("spawn")
+        self.channel, theirs = spawn.Pipe()
+        level = logging.getLogger("flwr").getEffectiveLevel()
+        # Not a daemon: it may have processes of its own, such as those that load data.
+        self.process = spawn.Process(
+            target=serve, args=(theirs, self.app, level), name=f"colearn-{self.number}"
+        )
+        self.known.clear()
+        self.started = False
+        with variables_set(self.environment), _without_interrupts():
+            self.process.start()
+        theirs.close()
+
+    @property
+    def load(self) -> int:
+        """The number of jobs."""
+        return len(self.waiting) + len(self.running)
+
+    def outbox(self, size: int) -> SharedMemory:
+        """Return a segment of at least this size for a reply, which nobody uses."""
+        size = max(size, self.largest)
+        # As many tasks are in flight as there are outboxes, so that the first one is free.
+        free = [self.outboxes.popleft()] if len(self.outboxes) >= IN_FLIGHT else []
+        if not free or free[0].size < size:
+            removed(free)
+            free = [created(size)]
+        self.outboxes.extend(free)
+        return free[0]
+
+    def overflow(self) -> Iterator[SharedMemory]:
+        """Yield the segments that the process made for large replies."""
+        for outbox in self.outboxes:
+            with suppress(FileNotFoundError):
+                yield SharedMemory(overflow_of(outbox.name))
+
+    def end(self, seconds: float = 0.0) -> None:
+        """End the process; an idle one ends by itself when the connection is closed."""
+        self.channel.close()
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        removed(self.overflow())
+
+
+class ProcessPool:
+    """Worker processes that call a ClientApp for their participants.
+
+    A participant belongs to the worker that has the fewest messages when the first one arrives for
+    it. A worker that dies is replaced, and its messages are sent again with the contexts from
+    before, which the server has; so a repeated training has the same result. A message during
+    which `MOST_DEATHS` workers died gets an error reply with Flower's code for a crashed ClientApp.
+
+    Parameters
+    ----------
+    app : AppReference
+        The ClientApp.
+    contexts : dict of int to Context
+        The participants' contexts by node id; updated with every reply.
+    processes : int
+        The number of workers.
+    devices : sequence of str, optional
+        The workers' devices, in turn.
+    """
+
+    def __init__(
+        self,
+        app: AppReference,
+        contexts: dict[int, Context],
+        processes: int,
+        devices: Sequence[str] | None = None,
+    ) -> None:
+        self.contexts = contexts
+        portable = app.portable()
+        names = [None if not devices else devices[i % len(devices)] for i in range(processes)]
+        self.workers = [
+            Worker(number, portable, environment_of(name, processes))
+            for number, name in enumerate(names)
+        ]
+        self._homes: dict[int, Worker] = {}
+        self._jobs: dict[str, Job] = {}
+        self._replies: dict[str, Message] = {}
+        self._spare: list[SharedMemory] = []
+        self._batches: dict[int, Batch] = {}  # those of which replies are missing, by number
+        self._numbered = 0
+        self._raised: list[tuple[int, Message, Raised]] = []
+        # At the end of this process too, before multiprocessing waits for its children.
+        self._finalizer = weakref.finalize(self, _close, self.workers, self._batches, self._spare)
+        atexit.register(self._finalizer)
+        resource_tracker.ensure_running()
+        for worker in self.workers:
+            worker.start()
+        log(INFO, "In process: %s worker processes, started", processes)
+
+    def close(self) -> None:
+        """End the processes and free the shared memory."""
+        atexit.unregister(self._finalizer)
+        self._finalizer()
+
+    def push(self, messages: Sequence[Message]) -> None:
+        """Send messages to the workers of their participants."""
+        if not self._finalizer.alive:
+            raise ColearnError("InProcessGrid: expected an open grid, found it closed")
+        if not messages:
+            return
+        frozen = [Frozen.of(message) for message in messages]
+        batch = self._new_batch(size_of(frozen), len(messages))
+        parcels = written(frozen, batch.segment)
+        for message, parcel in zip(messages, parcels, strict=True):
+            job = Job(message, parcel, batch)
+            self._jobs[job.message_id] = job
+            self._home_of(job.node_id).waiting.append(job)
+        self._dispatch()
+
+    def pull(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies that are there; if there is none at all, wait for the first.
+
+        Raises
+        ------
+        ColearnError
+            If the workers cannot start.
+        """
+        ids = list(message_ids)
+        if any(id_ in self._jobs for id_ in ids):
+            self._receive(0)
+            while not self._replies:
+                self._receive(CHECK)
+        return [self._replies.pop(id_) for id_ in ids if id_ in self._replies]
+
+    def take_raised(self) -> list[tuple[int, Message, Raised]]:
+        """Return the exceptions since the last call, with node and message."""
+        raised, self._raised = self._raised, []
+        return raised
+
+    # Batches ------------------------------------------------------------------------------------
+
+    def _new_batch(self, size: int, messages: int) -> Batch:
+        # Memory that was in use before needs no new pages.
+        fitting = [each for each in self._spare if each.size >= size]
+        if fitting:
+            segment = min(fitting, key=lambda each: each.size)
+            self._spare.remove(segment)
+        else:
+            removed(self._spare)
+            self._spare.clear()
+            segment = created(size)
+        self._numbered += 1
+        batch = self._batches[self._numbered] = Batch(self._numbered, segment, messages)
+        return batch
+
+    def _home_of(self, node_id: int) -> Worker:
+        if node_id not in self._homes:
+            self._homes[node_id] = min(self.workers, key=lambda worker: worker.load)
+        return self._homes[node_id]
+
+    # Workers ------------------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        for worker in self.workers:
+            while worker.waiting and worker.started and len(worker.running) < IN_FLIGHT:
+                self._send(worker, worker.waiting.popleft())
+
+    def _send(self, worker: Worker, job: Job) -> None:
+        node = job.node_id
+        context = Frozen.of(self.contexts[node])
+        told = [] if context.is_same(worker.known.get(node)) else [context]
+        # A reply is about as large as the message.
+        outbox = worker.outbox(max(job.batch.segment.size, size_of(told)))
+        parcel = written(told, outbox)[0] if told else None
+        worker.known[node] = context
+        if not worker.running:
+            self._begin(job)
+        worker.running.append(job)
+        task = Task(job.message_id, node, job.parcel, parcel, outbox.name, job.batch.number)
+        with suppress(OSError):  # a dead worker is found when it is read from
+            worker.channel.send(task)
+
+    def _begin(self, job: Job) -> None:
+        job.began = time.monotonic()
+        log(DEBUG, "Participant %s begins: %s", job.node_id, job.message.metadata.message_type)
+
+    def _receive(self, seconds: float) -> None:
+        """Process what the workers sent; wait for it at most so many seconds."""
+        channels = {worker.channel: worker for worker in self.workers}
+        for channel in connection.wait(list(channels), seconds):
+            self._read(channels[channel])  # type: ignore[index]
+        for worker in self.workers:
+            self._check(worker)
+        self._dispatch()
+
+    def _read(self, worker: Worker) -> None:
+        """Process all that a worker has sent."""
+        try:
+            while worker.channel.poll():
+                self._process(worker, worker.channel.recv())
+        except (EOFError, OSError):
+            self._died(worker)
+
+    def _check(self, worker: Worker) -> None:
+        """Replace a worker that has died, or that works too long at one message."""
+        job = worker.running[0] if worker.running else None
+        if worker.process.exitcode is not None:
+            self._read(worker)
+        elif job is not None and 0 < job.limit < time.monotonic() - job.began:
+            worker.running.popleft()
+            self._answer(job, job.failed(f"no reply within {job.limit:g} s"))
+            self._replace(worker)
+
+    def _process(self, worker: Worker, received: Any) -> None:
+        if isinstance(received, logging.LogRecord):
+            logging.getLogger(received.name).handle(received)
+        elif isinstance(received, Started):
+            self._started(worker, received)
+        elif isinstance(received, Done):
+            self._done(worker, received)
+
+    def _started(self, worker: Worker, received: Started) -> None:
+        if received.failure:
+            self.close()
+            raise ColearnError(
+                "client_app: expected an app that a new process can import, found in worker "
+                f"{worker.number}:\n{received.failure}"
+            )
+        worker.started, worker.deaths = True, 0
+
+    def _done(self, worker: Worker, done: Done) -> None:
+        job = worker.running.popleft()
+        reply_at = done.reply.segment
+        segments = {segment.name: segment for segment in worker.outboxes}
+        segment = segments.get(reply_at) or SharedMemory(reply_at)
+        reply = read(segment, done.reply).thawed()
+        if done.context is not None:
+            context = read(segment, done.context).thawed()
+            self.contexts[job.node_id] = context
+            worker.known[job.node_id] = Frozen.of(context)
+        if reply_at not in segments:
+            worker.largest = max(worker.largest, segment.size)
+            removed([segment])
+        if done.raised is not None:
+            self._raised.append((job.node_id, job.message, done.raised))
+        seconds = time.monotonic() - job.began
+        log(DEBUG, "Participant %s has replied after %.1f s", job.node_id, seconds)
+        self._answer(job, reply)
+        if worker.running:
+            self._begin(worker.running[0])
+
+    def _answer(self, job: Job, reply: Message) -> None:
+        self._replies[job.message_id] = reply
+        del self._jobs[job.message_id]
+        job.batch.left -= 1
+        if not job.batch.left:
+            del self._batches[job.batch.number]
+            self._spare.append(job.batch.segment)
+
+    def _died(self, worker: Worker) -> None:
+        """Replace a worker that has died."""
+        worker.process.join()
+        how = _how_ended(worker.process.exitcode)
+        if not worker.started:
+            self._died_at_start(worker, how)
+        elif worker.running:
+            job = worker.running[0]
+            job.deaths += 1
+            log(WARNING, "In process: a worker %s with participant %s", how, job.node_id)
+            if job.deaths >= MOST_DEATHS:
+                worker.running.popleft()
+                self._answer(job, job.failed(f"the worker process {how}, {job.deaths} times"))
+        self._replace(worker)
+
+    def _died_at_start(self, worker: Worker, how: str) -> None:
+        worker.deaths += 1
+        log(WARNING, "In process: a worker %s at its start", how)
+        if worker.deaths >= MOST_DEATHS:
+            self.close()
+            raise ColearnError(
+                f"InProcessGrid: expected worker processes to start, found that one {how}, "
+                f"{worker.deaths} times; what it wrote is above. A program needs 'if __name__ == "
+                '"__main__":\' around what it does, since every worker imports it'
+            )
+
+    def _replace(self, worker: Worker) -> None:
+        """Start a worker again, with the jobs that it had."""
+        worker.end()
+        worker.waiting.extendleft(reversed(worker.running))
+        worker.running.clear()
+        worker.start()
+
+
+def _how_ended(exitcode: int | None) -> str:
+    if exitcode is None or exitcode >= 0:
+        return f"ended with exit code {exitcode}"
+    name = signal.Signals(-exitcode).name
+    hint = ", as when memory runs out" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}"
+
+
+def _close(workers: Sequence[Worker], batches: dict[int, Batch], spare: list[SharedMemory]) -> None:
+    """End processes and free memory; those that train are ended at once."""
+    for worker in workers:
+        worker.channel.close()
+    until = time.monotonic() + CLOSING
+    for worker in workers:
+        idle = worker.started and not worker.running
+        worker.end(max(0.0, until - time.monotonic()) if idle else 0.0)
+        removed(worker.outboxes)
+    removed(batch.segment for batch in batches.values())
+    removed(spare)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach: the server ends them, without their tracebacks.
+
+    Ctrl-C goes to all processes of a terminal, and a blocked signal stays blocked in new ones.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+__all__ = ["ProcessPool"]
