@@ -54,12 +54,6 @@ class InProcessGrid(Grid):
         GPU only (``CUDA_VISIBLE_DEVICES``), as the first. Several workers may share one. By
         default there is a worker for each.
 
-    With worker processes the grid must be closed at the end: use it in a ``with`` statement, or
-    call `close`. A grid that is not closed ends its processes and frees its shared memory when it
-    is deleted, and at the end of this process. A worker that dies is replaced, and the participant
-    that it called is called again with the context from before; when that has failed three times,
-    an error reply says so.
-
     Attributes
     ----------
     closed : bool
@@ -87,6 +81,12 @@ class InProcessGrid(Grid):
 
     Notes
     -----
+    With worker processes the grid must be closed at the end: use it in a ``with`` statement, or
+    call `close`. A grid that is not closed ends its processes and frees its shared memory when it
+    is deleted, and at the end of this process. A worker that dies is replaced, and the participant
+    that it called is called again with the context from before; when that has failed three times,
+    an error reply says so.
+
     With glibc, the process does not return up to 64 MiB of freed memory to the system, since the
     next participant needs as much again.
     """

@@ -27,6 +27,7 @@ SHORTER = {
     "num_rounds=500": "num_rounds=8",
     "num_rounds=20": "num_rounds=2",
     "total_epochs=120": "total_epochs=12",
+    "my_app.client:app": f"{__name__}:adding",  # which worker processes can import
 }
 
 
@@ -71,6 +72,9 @@ def app_adding(steps):
         return Message(RecordDict({"metrics": MetricRecord({"num-examples": 1})}), message)
 
     return app
+
+
+adding = app_adding([1, 2, 3, 4, 5])
 
 
 class Learner(NumPyClient):
