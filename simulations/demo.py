@@ -6,6 +6,7 @@ without Flower's runtime and Ray, whose start takes most of the other's time.
 
 import argparse
 import json
+import os
 import sys
 import time
 import tomllib
@@ -48,6 +49,8 @@ def main() -> int:
 
 def in_process(overrides: dict[str, Any]) -> None:
     """Run the app with its default run config in this process."""
+    # On networks this small threads cost more than they save; PyTorch reads this at its import.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from flwr.app import Context, RecordDict
 
     from flwr_colearn import InProcessGrid
