@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from clients.tasks.registry import load_task, shards
+from clients.objective import Objective
+from clients.tasks.registry import load_task, server_trainer, shards
 from flwr_colearn import ColearnError
-from simulations.study.converged import command, page, tables, variants
+from simulations.study.converged import command, page, tables, training, variants
 from simulations.study.converged.training import Run, run_config, training_examples
 from simulations.study.converged.variants import read_study, studies
 
@@ -124,6 +125,22 @@ def test_the_training_examples_are_those_of_all_participants(study):
     assert sorted(found.inputs.sum((1, 2, 3))) == sorted(
         task.train_set.inputs[wanted].sum((1, 2, 3))
     )
+
+
+def test_training_examples_are_evaluated_by_the_objective_for_other_data(study, monkeypatch):
+    """As those of speech commands, whose own one is defined on the test set only."""
+    participants = study.variant("co-learning").participants
+    own, evaluated = Objective(headline="another"), []
+    task = replace(load_task(participants), own_objective=own)
+
+    def trainer(settings, task=task):
+        evaluated.append(task.objective)
+        return server_trainer(settings, task)
+
+    monkeypatch.setattr(training, "load_task", lambda settings: task)
+    monkeypatch.setattr(training, "server_trainer", trainer)
+    training.Measured(participants, 2)
+    assert evaluated == [task.objective, own]
 
 
 def test_a_unit_that_is_there_is_read_and_not_trained_again(study, results, monkeypatch):
