@@ -32,6 +32,9 @@ ARMS = {
 JUDGED = {claim: finder for claim, finder in CLAIMS.items() if claim[0] in "1245"}
 """The claims that need no evaluation in every round and no times."""
 
+FEWEST_SEEDS = 3
+"""The seeds from which on a difference is shown and a claim judged."""
+
 
 def read_runs(study: Study, results: Path) -> Runs:
     """Return the runs of a study that there are, by variant, in the order of seeds.
@@ -92,7 +95,10 @@ def answers(found: Mapping[Study, Runs]) -> list[dict[str, str]]:
 
 def _difference(first: Sequence[Run] | None, second: Sequence[Run] | None) -> str:
     found = difference(first or (), second or ())
-    return "not run" if found is None else f"{found} ({found.seeds} seeds)"
+    if found is None:
+        return "not run"
+    few = found.seeds < FEWEST_SEEDS
+    return f"too few seeds ({found.seeds})" if few else f"{found} ({found.seeds} seeds)"
 
 
 def _against_rival(ours: Sequence[Run] | None, runs: Runs) -> str:
@@ -113,11 +119,12 @@ def _both(ours: Sequence[Run] | None, theirs: Sequence[Run] | None, quantity: An
 
 
 def as_arms(runs: Runs) -> list[Any]:
-    """Return the runs of the paper's arms in the form that claims are judged from."""
+    """Return the runs of the arms with enough seeds, in the form that claims are judged from."""
     return [
         SimpleNamespace(arm=arm, seed=run.seed, score=run.score, headline=run.headline)
         for name, arm in ARMS.items()
-        for run in runs.get(name, ())
+        if len(runs.get(name, ())) >= FEWEST_SEEDS
+        for run in runs[name]
     ]
 
 
@@ -149,7 +156,8 @@ it save against federated averaging, and what would the ensemble, which exchange
 Federated averaging has T=1 where nothing else is said; the fair rival is its fixed T with about
 as many rounds as co-learning, which has to be known beforehand.
 All are trained until their curves are flat, which the tables below show. Differences are in points
-of the task's metric, paired by seed, with the standard error of their mean. Rounds, MB (of arrays,
+of the task's metric, paired by seed, with the standard error of their mean, and are shown, as
+verdicts are, from three seeds on. Rounds, MB (of arrays,
 up and down, over all sites) and hours are co-learning's and federated averaging's of the first
 seed; the hours are those in which a site sends and receives a model of ResNet-152's size, 233 MB,
 in so many rounds over 100 Mbit/s.

@@ -298,7 +298,13 @@ def test_the_page_shows_every_study_and_the_verdicts(study, results, tmp_path, m
     description.parent.mkdir()
     description.write_text(QUICK)
     monkeypatch.setattr(page, "FOLDER", description.parent)
+    few = "\n".join(page.write_sections(results))  # of two seeds
+    assert "too few seeds (2)" in few
+    assert "The ensemble loses about 10 points" not in few
+    monkeypatch.setattr(page, "FEWEST_SEEDS", 2)
     text = "\n".join(page.write_sections(results))
+    assert "too few seeds" not in text
+    assert "(2 seeds)" in text
     assert "## Digits" in text
     assert "A note." in text
     assert "| Digits " in text
