@@ -300,7 +300,7 @@ def test_the_page_shows_every_study_and_the_verdicts(study, results, tmp_path, m
     monkeypatch.setattr(page, "FOLDER", description.parent)
     few = "\n".join(page.write_sections(results))  # of two seeds
     assert "too few seeds (2)" in few
-    assert "The ensemble loses about 10 points" not in few
+    assert "| 4. The ensemble loses about 10 points to vanilla |         | not run |" in few
     monkeypatch.setattr(page, "FEWEST_SEEDS", 2)
     text = "\n".join(page.write_sections(results))
     assert "too few seeds" not in text
