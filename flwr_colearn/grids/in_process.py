@@ -228,6 +228,9 @@ class InProcessGrid(Grid):
         participant that hangs.
         """
         ids = self.push_messages(messages)
+        if self._pool is None:
+            # Once: a subclass that delays replies has none for some messages.
+            return list(self.pull_messages(ids))
         replies: dict[str, Message] = {}
         while missing := [id_ for id_ in ids if id_ not in replies]:
             for reply in self.pull_messages(missing):

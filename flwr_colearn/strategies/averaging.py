@@ -36,7 +36,6 @@ from ..managed import Managed
 from ..normalization import PARTIAL, Normalization, Pooled
 from ..policy import DEFAULT_GUARD, DEFAULT_RECOVERY, Guard, Recovery, guard_under
 from ..records import Outgoing, number_in
-from ..recovery import Members, choose_members
 from ..roles import Role, Roles, named_roles
 from ..stock import warn_of_private_statistics
 from ..traffic import Event
@@ -45,6 +44,7 @@ from .algorithm import Algorithm, Progress, plan_record
 from .arguments import number_of, participant_arguments, patience
 from .foreign_loop import refuse_in_foreign_loop
 from .outer import OuterStep
+from .roster import Roster
 from .shared_model import SharedModel
 
 FRACTION = "fraction_train"
@@ -132,9 +132,6 @@ class Averaging(FedAvg, Managed[RoundLog]):
         The records of the rounds so far.
     progress : Progress
         The progress of the run.
-    last_nodes : list of int
-        The nodes of the last round's participants, which come first in the next. With `rotate` all
-        nodes that have trained, those of the last round at the end.
     random : random.Random
         The random generator for the choice among spare nodes.
 
@@ -201,15 +198,15 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 outer,
             )
         self.weighting = as_weighting(weighting)
-        self.wait_for_participants = patience(wait_for_participants)
         self.checkpoints = as_folder(checkpoints)
         self.algorithm = algorithm
         self.log = RoundLog(history)
-        self.rotate = rotate
         self._adherence = Adherence(strict)
         self.progress = Progress()
         self.random = random.Random()
-        self.last_nodes: list[int] = []
+        self._roster = Roster(
+            type(self).__name__, self.random, patience(wait_for_participants), rotate
+        )
         self._shared = SharedModel()
         self._outer = OuterStep(outer)
         self._outgoing = Outgoing()
@@ -218,13 +215,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self._told: Mapping[str, float] = {}
         self._timeout: float | None = None
         self._grid: ConnectedGrid | None = None
-        self._missing: list[int] = []
-        # With `rotate`, the nodes that have trained and do not in this round.
-        self._waiting: list[int] = []
-        self._connected = 0
         self._accounted = False
-        # The participants that a quorum has waited for in vain, and that are not back.
-        self._absent = 0
         self._evaluated: ArrayRecord | None = None
 
     @property
@@ -306,7 +297,10 @@ class Averaging(FedAvg, Managed[RoundLog]):
         if private and server_round == 1 and self._shared.untrained:
             warn_of_private_statistics(self._shared.untrained)
         self._renew_mean(server_round, record.local_epochs)
-        members = self._choose_members(grid)
+        members = self._roster.choose(
+            grid, self.num_participants, self.min_available_nodes, self._features.recovery
+        )
+        self._accounted = False
         self.log.open(record)
         reason = "it was not connected when the round began"
         self.log.note_events(
@@ -516,7 +510,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         state = {
             "progress": self.progress.to_json(),
             "random": self.random.getstate(),
-            "nodes": self.last_nodes,
+            "nodes": self._roster.nodes,
             "examples": self._told if self._mean is None else self._mean.examples.state(),
             "guard": self._guarded if updates is None else updates.state(),
             **self._shared.state(),
@@ -526,7 +520,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
     def restore_strategy_state(self, state: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
         """Restore the state that `strategy_state` returned."""
         self.progress = Progress.from_json(state["progress"])
-        self.last_nodes = [int(node) for node in state["nodes"]]
+        self._roster.nodes = [int(node) for node in state["nodes"]]
         version, numbers, gauss = state["random"]
         self.random.setstate((version, tuple(numbers), gauss))
         if self.progress.round:
@@ -652,13 +646,12 @@ class Averaging(FedAvg, Managed[RoundLog]):
         assert self._mean is not None
         self._accounted = True
         traffic = self._grid.take()
-        self._absent += traffic.gone
         self.log.note_traffic(traffic)
         # Before the traffic's refusals are added, after which the participant was restarted.
         lost = {event.participant for event in self._mean.events if event.kind == "refusal"}
         lost |= {event.participant for event in traffic.events if event.kind == "absence"}
         self._mean.note(traffic.events)
-        self._note_nodes()
+        self._roster.renew(self._grid.node_ids, traffic.gone)
         if epochs := self.log.record.local_epochs:
             self.progress = self.progress.timed(traffic.seconds, epochs)
         self._note_adherence(traffic.durations)
@@ -682,52 +675,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
         absent = {event.participant for event in traffic.events if event.kind == "absence"}
         self.log.record.participants = sorted(set(traffic.names.values()) - absent)
         self._note_adherence(traffic.durations)
-        self._note_nodes()
-
-    def _choose_members(self, grid: Grid) -> Members:
-        """Return the nodes of the round, and remember whose turn it is."""
-        members = choose_members(
-            grid,
-            self.num_participants,
-            self.last_nodes,
-            self.random,
-            self._features.recovery,
-            self.wait_for_participants,
-            self.min_available_nodes,
-            self._absent,
-            self.rotate,
-        )
-        self._missing = members.missing
-        self._waiting = [n for n in self.last_nodes if n not in members.nodes and self.rotate]
-        self.last_nodes = self._waiting + members.nodes
-        self._say_who_trains(members.connected)
-        self._accounted = False
-        self._absent = self.num_participants - len(members.nodes)
-        return members
-
-    def _say_who_trains(self, connected: int) -> None:
-        """Log, when the number changes, that more participants are connected than train."""
-        if connected > self.num_participants and connected != self._connected:
-            log(
-                WARNING,
-                "%s: %s of %s connected sites train%s",
-                type(self).__name__,
-                self.num_participants,
-                connected,
-                ", in turn"
-                if self.rotate
-                else f", the same in every round; num_participants={connected} trains all, "
-                "rotate=True lets them take turns",
-            )
-        self._connected = connected
-
-    def _note_nodes(self) -> None:
-        """Remember the nodes of the round, after any replacement."""
-        assert self._grid is not None
-        nodes = self._grid.node_ids
-        # Missing nodes too, so that their participants take part again when they reconnect.
-        others = [node for node in self._waiting if node not in nodes]
-        self.last_nodes = others + nodes if self.rotate else nodes + self._missing
+        self._roster.renew(self._grid.node_ids)
 
     def _check_plan(self, reply: Message) -> None:
         """Raise a ColearnError for a reply of other epochs than the plan's, if this is strict."""
@@ -758,8 +706,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
     def _clear(self) -> None:
         """Reset the state of an earlier run."""
         self.progress, self._mean, self._guarded, self._told = Progress(), None, None, {}
-        self.last_nodes, self._missing, self._absent = [], [], 0
-        self._waiting, self._connected = [], 0
+        self._roster.clear()
         self._shared.clear()
         self._outer.clear()
         self._adherence.clear()

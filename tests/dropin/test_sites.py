@@ -190,8 +190,7 @@ def test_an_app_that_raises_in_this_process_is_called_once_and_has_one_traceback
     app, _ = raising(mods)
     with pytest.raises(ColearnError, match="KeyError"):
         CoLearn(5, **RULES).start(InProcessGrid(app, 5), record_of(INITIAL))
-    tracebacks = [r for r in flower_log.records if r.exc_info]
-    assert len(tracebacks) == 1
+    assert flower_log.text.count("Traceback (most recent call last)") == 1
     assert "learning-rate" in flower_log.text
     assert "restart" not in flower_log.text.replace("0 restarts", "")
     assert len(flower_log.text.splitlines()) < 80
@@ -240,7 +239,7 @@ def test_an_evaluation_that_raises_everywhere_has_one_traceback(flower_log):
 
     strategy = CoLearn(4, **RULES)
     strategy.start(InProcessGrid(app, 4), record_of(INITIAL), num_rounds=2)
-    assert len([r for r in flower_log.records if r.exc_info]) == 1
+    assert flower_log.text.count("Traceback (most recent call last)") == 1
     assert flower_log.text.count("raised ValueError: no test data") == 8
 
 
