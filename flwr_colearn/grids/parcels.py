@@ -7,6 +7,7 @@ to a `multiprocessing.shared_memory` segment, from which the other process copie
 import io
 import os
 import pickle
+import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -169,6 +170,8 @@ def created(size: int, name: str | None = None) -> SharedMemory:
         If there is not so much shared memory. Without this check the process would be killed by
         SIGBUS when it writes to the segment.
     """
+    # The server's process id tells whose a segment is, for whoever looks into /dev/shm.
+    name = name or f"colearn-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     segment = SharedMemory(name, create=True, size=size)
     path = SHARED / segment.name.lstrip("/")
     try:

@@ -1,25 +1,44 @@
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from flwr_colearn import ColearnError, Compression, InProcessGrid, Int8, Recovery, ThreadedGrid
 from tests.faults import MODEL, K, outcome, participants, record_of, strategy_of
-from tests.flwr_colearn.grids.workers_app import counting, dies_always, dies_once
+from tests.flwr_colearn.grids.workers_app import (
+    counting,
+    dies_always,
+    dies_at_start,
+    dies_once,
+    enlarging,
+    hanging,
+    raising,
+)
 
 
-def segments():
-    return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
+def segments(pid):
+    return [name for name in os.listdir("/dev/shm") if name.startswith(f"colearn-{pid}-")]
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
-    before = segments()
     yield
-    assert segments() <= before
+    assert not segments(os.getpid())
     assert not multiprocessing.active_children()
+
+
+def messages(nodes, **config):
+    content = RecordDict({"config": ConfigRecord(config)})
+    return [Message(content, node, "train") for node in nodes]
 
 
 def trained(app, processes, rounds=4, **kwargs):
@@ -48,6 +67,99 @@ def test_a_worker_that_is_killed_costs_nothing(tmp_path):
 def test_a_participant_that_always_kills_its_worker_ends_the_run_and_not_the_server():
     with pytest.raises(ColearnError, match=r"was ended by SIGKILL.* 3 times"):
         trained(dies_always, 2, recovery=Recovery(max_restarts=0))
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_worker_that_dies_at_its_start_is_replaced(tmp_path, deaths):
+    one = trained(participants, 1)
+    assert trained(partial(dies_at_start, tmp_path, deaths), 2) == one
+    assert len(list(tmp_path.iterdir())) == deaths
+
+
+def test_workers_that_always_die_at_their_start_end_the_run(tmp_path):
+    with pytest.raises(ColearnError, match=r"expected worker processes to start, found.*3 times"):
+        trained(partial(dies_at_start, tmp_path, 1000), 2)
+
+
+def test_a_reply_larger_than_its_message_arrives_whole():
+    with InProcessGrid(partial(enlarging, 100_000), 3, processes=2) as grid:
+        for _ in range(3):
+            replies = grid.send_and_receive(messages([1, 2, 3]))
+            for node, reply in zip([1, 2, 3], replies, strict=True):
+                array = reply.content["arrays"]["w"].numpy()
+                np.testing.assert_array_equal(array, np.arange(100_000) + node)
+
+
+def test_a_participant_that_hangs_is_ended_at_its_time_limit(tmp_path):
+    with InProcessGrid(partial(hanging, tmp_path, [2]), 3, processes=2) as grid:
+        assert not any(r.has_error() for r in grid.send_and_receive(messages([1, 3])))
+        began = time.monotonic()
+        replies = grid.send_and_receive(
+            messages([1, 2, 3], **{"server-round": 1, "time-limit": 1.0})
+        )
+        assert time.monotonic() - began < 60
+        assert [reply.has_error() for reply in replies] == [False, True, False]
+        assert "no reply within 1 s" in replies[1].error.reason
+        assert not any(r.has_error() for r in grid.send_and_receive(messages([1, 3])))
+
+
+def test_exceptions_are_logged_by_the_server_with_one_traceback(flower_log):
+    with InProcessGrid(raising, 3, processes=2) as grid:
+        replies = grid.send_and_receive(messages([1, 2, 3]))
+    assert [reply.error.reason for reply in replies] == ["ValueError: no data"] * 3
+    assert flower_log.text.count("raised ValueError: no data") == 3
+    assert flower_log.text.count("Traceback (most recent call last)") == 1
+
+
+def test_a_closed_grid_says_so_and_can_be_closed_again():
+    grid = InProcessGrid(raising, 2, processes=2)
+    assert grid.send_and_receive([]) == []
+    grid.close()
+    grid.close()
+    with pytest.raises(ColearnError, match="expected an open grid, found it closed"):
+        grid.push_messages(messages([1]))
+
+
+PROGRAM = """
+from functools import partial
+from flwr.app import Message, RecordDict
+from flwr_colearn import InProcessGrid
+from tests.flwr_colearn.grids.workers_app import hanging
+
+if __name__ == "__main__":
+    with InProcessGrid(partial(hanging, {folder!r}, [1, 2]), 2, processes=2) as grid:
+        grid.send_and_receive([Message(RecordDict(), node, "train") for node in (1, 2)])
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_of_a_program_that_is_interrupted_or_killed(tmp_path, end):
+    (tmp_path / "marks").mkdir()
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(folder=str(tmp_path / "marks")))
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    server = subprocess.Popen(
+        [sys.executable, str(program)],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        while len(list((tmp_path / "marks").iterdir())) < 2:
+            assert server.poll() is None
+            time.sleep(0.1)
+        started = psutil.Process(server.pid).children(recursive=True)
+        assert segments(server.pid)
+        if end == signal.SIGINT:
+            os.killpg(server.pid, end)  # as a terminal does
+        else:
+            server.kill()
+        assert server.wait(60) != 0
+        _, alive = psutil.wait_procs(started, timeout=60)
+        assert not alive
+        assert not segments(server.pid)
+    finally:
+        server.kill()
 
 
 def test_an_app_that_is_in_no_module_is_refused():

@@ -2,9 +2,12 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
-from flwr.app import ConfigRecord
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from tests.faults import participants, train
 
@@ -42,3 +45,50 @@ def counting():
         return call_next(message, context)
 
     return participants(mods=[count])
+
+
+def dies_at_start(folder, times):
+    """An app of which so many workers die before they have it."""
+    marks = len(list(Path(folder).iterdir()))
+    if marks < times:
+        (Path(folder) / str(marks)).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return participants()
+
+
+def enlarging(size):
+    """An app whose replies have so many numbers, whatever it receives."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        array = np.arange(size, dtype=np.float64) + context.node_id
+        content = RecordDict({"arrays": ArrayRecord({"w": Array(array)})})
+        return Message(content, reply_to=message)
+
+    return app
+
+
+def hanging(folder, nodes):
+    """An app in which some participants never reply."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        if context.node_id in nodes:
+            (Path(folder) / f"{context.node_id}-{os.getpid()}").touch()
+            time.sleep(600)
+        return Message(RecordDict(), reply_to=message)
+
+    return app
+
+
+def raising():
+    """An app that raises in every training."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        raise ValueError("no data")
+
+    return app
