@@ -30,10 +30,7 @@ def parse_arguments(arguments: Sequence[str], description: str | None) -> argpar
         metavar="N",
         help="train N rounds with T fixed, and print the epsilon that doubles T after each",
     )
-    parser.add_argument(
-        "--processes", type=int, default=1, metavar="P",
-        help="train the participants of a round side by side in P processes (default 1)",
-    )  # fmt: skip
+    add_processes_argument(parser)
     parser.add_argument("--examples", type=int, help="overrides the config's examples")
     parser.add_argument("--total-epochs", type=int, help="overrides the config's total-epochs")
     for way in ("up", "down"):
@@ -76,3 +73,11 @@ def settings_of(config: Mapping[str, Any], where: str) -> tuple[ParticipantSetti
             f"epochs, found {settings.stop_patience}"
         )
     return ParticipantSettings.from_config(config), settings
+
+
+def add_processes_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the number of processes in which the participants of a round train."""
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="P",
+        help="train the participants of a round side by side in P processes (default 1)",
+    )  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from simulations.study.arguments import seeds
+from simulations.study.arguments import add_processes_argument, seeds
 from simulations.study.converged.training import Run, run_config, train
 from simulations.study.converged.variants import Study, read_study, studies, with_seed
 from simulations.study.units import load_or_run
@@ -25,16 +25,21 @@ RESULTS = Path("docs/results/converged")
 
 
 def run_study(
-    study: Study, names: Sequence[str], wanted: Iterable[int], data_dir: str | None, results: Path
+    study: Study,
+    names: Sequence[str],
+    wanted: Iterable[int],
+    data_dir: str | None,
+    results: Path,
+    processes: int = 1,
 ) -> list[Run]:
-    """Run the units that the results do not hold yet, and return all of them."""
+    """Run the units that the results do not hold yet, in so many processes, and return all."""
     chosen = [study.variant(name) for name in names] or study.variants
     plan = [(variant, seed) for seed in wanted for variant in chosen]
     runs = []
     for variant, seed in tqdm(plan, desc="variants x seeds"):
         seeded = with_seed(variant, seed, data_dir)
         path = unit_path(results, study, variant.name, seed)
-        run = partial(train, seeded, study.every, path)
+        run = partial(train, seeded, study.every, path, processes)
         runs.append(load_or_run(path, Run, run_config(seeded, study.every), run))
     return runs
 
@@ -61,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--data-dir", help="overrides the config's data-dir")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default {RESULTS}")
+    add_processes_argument(parser)
     options = parser.parse_args(arguments)
     study = read_study(known[options.study])
-    run_study(study, options.variants, options.seeds, options.data_dir, options.results)
+    run_study(
+        study, options.variants, options.seeds, options.data_dir, options.results, options.processes
+    )

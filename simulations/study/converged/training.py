@@ -105,8 +105,11 @@ def run_config(variant: Variant, every: int) -> dict[str, Any]:
     return {**config, "arm": variant.settings.arm, "every": every}
 
 
-def train(variant: Variant, every: int, path: Path) -> Run:
-    """Train a variant; `path` is that of its result, beside which its checkpoints are."""
+def train(variant: Variant, every: int, path: Path, processes: int = 1) -> Run:
+    """Train a variant; `path` is that of its result, beside which its checkpoints are.
+
+    Participants that train alone, as those of the ensemble, are trained in this process.
+    """
     started = time.perf_counter()
     participants, settings, arm = variant.participants, variant.settings, variant.arm
     task = load_task(participants)
@@ -120,7 +123,9 @@ def train(variant: Variant, every: int, path: Path) -> Run:
         history = History()
     else:
         name = settings.arm
-        history = train_averaged(name, arm, participants, settings, kept, measured.shared)
+        history = train_averaged(
+            name, arm, participants, settings, kept, measured.shared, processes
+        )
         epochs, metrics = curves_of(history)
     exchanged = [] if arm.pooled_data else history.records
     run = Run(

@@ -163,12 +163,19 @@ def test_units_of_different_data_are_refused(study, results, tmp_path):
         page.read_runs(study, tmp_path)
 
 
+def test_a_unit_is_the_same_in_two_processes(study, results, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the workers would have of two cores too
+    (two,) = command.run_study(study, ["fedavg-1"], [0], None, tmp_path, processes=2)
+    (one,) = [run for run in page.read_runs(study, results)["fedavg-1"] if run.seed == 0]
+    assert replace(two, seconds=0) == replace(one, seconds=0)
+
+
 def test_an_interrupted_unit_goes_on_from_its_last_round(study, results, tmp_path, monkeypatch):
     rounds = []
     follow = command.train.__globals__["train_averaged"]
 
     def interrupted(*arguments):
-        *rest, evaluating = arguments
+        *rest, evaluating, processes = arguments
 
         def killed(strategy):
             evaluate = evaluating(strategy)
@@ -181,7 +188,7 @@ def test_an_interrupted_unit_goes_on_from_its_last_round(study, results, tmp_pat
 
             return once
 
-        return follow(*rest, killed)
+        return follow(*rest, killed, processes)
 
     monkeypatch.setitem(command.train.__globals__, "train_averaged", interrupted)
     with pytest.raises(KeyboardInterrupt):
