@@ -1,20 +1,12 @@
 """A PyTorch data set of image files, which are decoded, cropped and scaled while training."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import (
-    CenterCrop,
-    Compose,
-    PILToTensor,
-    RandomHorizontalFlip,
-    RandomResizedCrop,
-    Resize,
-)
 
 from clients.data import Examples
 from clients.settings import ParticipantSettings
@@ -83,9 +75,14 @@ def image_files(examples: Examples, settings: ParticipantSettings) -> ImageFiles
     return ImageFiles(examples, size, settings.augment)
 
 
-def _plain(size: int) -> Compose:
+def _plain(size: int) -> Any:
+    # Here, since torchvision takes a second to import, and Flower starts a process a message.
+    from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+
     return Compose([Resize(round(size * 8 / 7)), CenterCrop(size), PILToTensor()])
 
 
-def _augmented(size: int) -> Compose:
+def _augmented(size: int) -> Any:
+    from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, RandomResizedCrop
+
     return Compose([RandomResizedCrop(size), RandomHorizontalFlip(), PILToTensor()])

@@ -3,8 +3,6 @@
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision import models
-from torchvision.models.vgg import cfgs, make_layers
 
 from flwr_colearn import ColearnError
 
@@ -38,6 +36,9 @@ def vgg19_bn(num_classes: int = 10) -> nn.Module:
     It has 20,040,522 parameters for 10 classes. ImageNet's three linear layers (119 million) are
     left out, because after five poolings one position of 512 channels remains.
     """
+    # Here, since torchvision takes a second to import, and Flower starts a process a message.
+    from torchvision.models.vgg import cfgs, make_layers
+
     model = nn.Sequential(
         make_layers(cfgs["E"], batch_norm=True), nn.Flatten(), nn.Linear(512, num_classes)
     )
@@ -54,6 +55,8 @@ def resnet152(num_classes: int = 10) -> nn.Module:
     The 7x7 first convolution has stride 1 and no pooling follows, so the four stages work on 32,
     16, 8 and 4 pixels. Neither change affects the number of parameters.
     """
+    from torchvision import models
+
     model = models.resnet152(num_classes=num_classes)
     model.conv1.stride = (1, 1)
     model.maxpool = nn.Identity()
@@ -86,6 +89,8 @@ def inception_resnet_v2(num_classes: int = 10) -> nn.Module:
 
 def vgg19(num_classes: int = 1000) -> nn.Module:
     """Return torchvision's VGG-19 without batch norm (143,667,240 parameters for 1000 classes)."""
+    from torchvision import models
+
     return models.vgg19(num_classes=num_classes)  # type: ignore[no-any-return]
 
 

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 
 def small_cnn() -> nn.Module:
@@ -81,11 +80,15 @@ def resnet8_half(num_classes: int = 10) -> nn.Module:
 
 
 def _three_blocks(num_classes: int, width: int, stride: int) -> nn.Module:
-    def halved(inputs: int, outputs: int) -> BasicBlock:
+    # Here, since torchvision takes a second to import, and Flower starts a process a message.
+    from torchvision.models.resnet import BasicBlock
+
+    def halved(inputs: int, outputs: int) -> nn.Module:
         shortcut = nn.Sequential(
             nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs)
         )
-        return BasicBlock(inputs, outputs, stride=2, downsample=shortcut)
+        block: nn.Module = BasicBlock(inputs, outputs, stride=2, downsample=shortcut)
+        return block
 
     return nn.Sequential(
         nn.Conv2d(3, width, 3, stride=stride, padding=1, bias=False),
