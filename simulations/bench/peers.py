@@ -76,7 +76,8 @@ def sides(pfl_python: Path | None, cores: int) -> Iterator[Side]:
     for strategy, title in (("fedavg", "in process, FedAvg"), ("colearn", "in process, CoLearn")):
         for threads in sorted({1, cores}):
             yield Side(title, 1, threads, program(ours, threads, strategy, "1"))
-        yield Side(title, cores, 1, program(ours, 1, strategy, str(cores)))
+        if cores > 1:
+            yield Side(title, cores, 1, program(ours, 1, strategy, str(cores)))
     if pfl_python:
         single = [str(pfl_python), "-m", "simulations.bench.pfl_side"]
         for threads in sorted({1, cores}):

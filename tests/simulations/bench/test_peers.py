@@ -20,11 +20,14 @@ def test_the_model_is_the_one_whose_size_pfl_prints():
     assert sum(p.numel() for p in SmallCnn().parameters()) == 1_626_442
 
 
-def test_both_strategies_in_process_do_all_the_work(tmp_path):
-    result = table(tmp_path)
-    fedavg, colearn, pfl, ray = result["rows"]
+@pytest.mark.parametrize(("cores", "ways"), [(1, 1), (2, 3)])
+def test_both_strategies_in_process_do_all_the_work(tmp_path, cores, ways):
+    """With two cores in one thread, in two threads, and in two processes."""
+    result = table(tmp_path, "--cores", str(cores))
+    *ours, pfl, ray = result["rows"]
+    assert len(ours) == 2 * ways
     assert result["steps"] == 2 * 2 * 5  # rounds with the warm-up, users, batches
-    for row in (fedavg, colearn):
+    for row in ours:
         assert row["users/s"] > 0
         assert row["CPU ms a user"] > 0
     assert "not run, see --pfl-python" in pfl["side"]
