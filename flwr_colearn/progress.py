@@ -6,8 +6,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from flwr.common.logger import FLOWER_LOGGER
-
 T = TypeVar("T")
 
 TICK = 1.0
@@ -115,7 +113,7 @@ def _logs_above(tqdm: Any) -> Callable[[], None]:
 
 
 def _terminal_handlers() -> Iterator["logging.StreamHandler[Any]"]:
-    for handler in FLOWER_LOGGER.handlers:
+    for handler in logging.getLogger("flwr").handlers:
         if isinstance(handler, logging.StreamHandler) and _is_terminal(handler.stream):
             yield handler
 
