@@ -1,5 +1,5 @@
 # make demo       co-learning on real images, five participants, through `flwr run`
-# make demo-fast  the same demo in one process, without `flwr run` and Ray: a few seconds
+# make demo-fast  the same demo in one process, without `flwr run` and Ray: ten seconds
 # make test       lint, types and all tests, in one process more than there are processors
 # make test-fast  the tests for daily work, without those that take seconds or more
 # make docs       the pages of docs/ as a site that needs no network: site/index.html

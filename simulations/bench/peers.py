@@ -62,12 +62,15 @@ class Side:
         The number of processes that train, and of torch's threads in each of them.
     run : callable
         The function ``(work, folder)`` that does the work and writes its results to the folder.
+    apart : bool
+        Whether participants train in other processes than the one whose CPU time is measured.
     """
 
     name: str
     processes: int
     threads: int
     run: Callable[[Work, Path], Any]
+    apart: bool = False
 
 
 def sides(pfl_python: Path | None, cores: int) -> Iterator[Side]:
@@ -77,7 +80,7 @@ def sides(pfl_python: Path | None, cores: int) -> Iterator[Side]:
         for threads in sorted({1, cores}):
             yield Side(title, 1, threads, program(ours, threads, strategy, "1"))
         if cores > 1:
-            yield Side(title, cores, 1, program(ours, 1, strategy, str(cores)))
+            yield Side(title, cores, 1, program(ours, 1, strategy, str(cores)), apart=True)
     if pfl_python:
         single = [str(pfl_python), "-m", "simulations.bench.pfl_side"]
         for threads in sorted({1, cores}):
@@ -86,7 +89,7 @@ def sides(pfl_python: Path | None, cores: int) -> Iterator[Side]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cores}"]
         workers = [str(pfl_python), *torchrun, *single[1:]]
         yield Side("pfl-research, torchrun", cores, 1, program(workers, 1))
-    yield Side(RAY, cores, 1, in_ray)
+    yield Side(RAY, cores, 1, in_ray, apart=True)
 
 
 def left_out(options: argparse.Namespace) -> dict[str, str]:
@@ -172,8 +175,7 @@ def row_of(side: Side, work: Work, runs: list[dict[str, Any]]) -> dict[str, Any]
         # slowest of them.
         "fastest round, users/s": round(work.cohort / min(seconds), 2),
         "slowest round, users/s": round(work.cohort / max(seconds), 2),
-        # The CPU time is that of the server's process; Ray's participants run in others.
-        "CPU ms a user": None if side.run is in_ray else round(1000 * cpu / work.cohort, 1),
+        "CPU ms a user": None if side.apart else round(1000 * cpu / work.cohort, 1),
         "start-up s": round(statistics.median(run["start-up"] for run in runs), 1),
     }
 
