@@ -110,6 +110,10 @@ class Task:
     own_objective: Objective | None = None
     agreement: str = ""
 
+    def for_other_data(self) -> "Task":
+        """Return the task with the objective that is defined on other data than `test_set` too."""
+        return replace(self, objective=self.own_objective or self.objective)
+
 
 def with_validation(task: Task, size: int) -> Task:
     """Return the task with its last `size` training examples in place of the test set.
@@ -130,10 +134,9 @@ def with_validation(task: Task, size: int) -> Task:
             f"training examples, and at least 1, found {size}"
         )
     return replace(
-        task,
+        task.for_other_data(),
         train_set=take(task.train_set, np.arange(rest)),
         test_set=take(task.train_set, np.arange(rest, rest + size)),
-        objective=task.own_objective or task.objective,
     )
 
 

@@ -36,6 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def browser() -> str | None:
+    """Return the path of an installed Chromium; None if there is none."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
 def shoot(report: Path, picture: Path, size: tuple[int, int], dark: bool = False) -> None:
     """Draw the top of a report, `size` pixels wide and high.
 
@@ -44,8 +49,8 @@ def shoot(report: Path, picture: Path, size: tuple[int, int], dark: bool = False
     ColearnError
         If Chromium is not installed, or the report is not there.
     """
-    browser = next(filter(None, map(shutil.which, NAMES)), None)
-    if browser is None:
+    program = browser()
+    if program is None:
         raise ColearnError(f"expected one of {', '.join(NAMES)} to be installed, found none")
     if not report.is_file():
         raise ColearnError(f"expected a report, found no file {report}; make demo writes one")
@@ -56,7 +61,7 @@ def shoot(report: Path, picture: Path, size: tuple[int, int], dark: bool = False
         common = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         url = report.absolute().as_uri()
         subprocess.run(
-            [browser, *common, *flags, url], check=True, timeout=120, capture_output=True
+            [program, *common, *flags, url], check=True, timeout=120, capture_output=True
         )
         _reduce(raw, picture)
 

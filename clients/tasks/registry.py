@@ -198,12 +198,11 @@ def _common_task(settings: ParticipantSettings) -> Task:
     test = task.test_set if len(task.test_set) else task.train_set
     if not len(test):
         raise ColearnError(f"node config 'common-test': expected examples in {folder}, found none")
-    return replace(task, test_set=test, objective=task.own_objective or task.objective)
+    return replace(task.for_other_data(), test_set=test)
 
 
 def _participant_trainer(settings: ParticipantSettings, task: Task) -> Trainer:
-    task = replace(task, objective=task.own_objective or task.objective)
-    return framework(settings).participant_trainer(settings, task)
+    return framework(settings).participant_trainer(settings, task.for_other_data())
 
 
 def server_trainer(settings: ParticipantSettings, task: Task | None = None) -> Trainer:

@@ -41,12 +41,16 @@ class AppReference:
         ColearnError
             If there is no ClientApp of that name, or the function returns another object.
         """
-        if not isinstance(self.app, str) and not _is_function(self.app):
+        found: Any
+        if isinstance(self.app, str):
+            found = _named(self.app)
+        elif _is_function(self.app):
+            found = self.app()
+        else:
             return self.app  # type: ignore[return-value]
-        found = _named(self.app) if isinstance(self.app, str) else self.app()
         if not callable(found):
             raise expected(f"client_app {self.app!r}", "a ClientApp", found)
-        return found
+        return found  # type: ignore[no-any-return]
 
     def portable(self) -> bytes:
         """Return the reference, pickled, for a process that has none of this one's objects.
@@ -56,8 +60,8 @@ class AppReference:
         ColearnError
             If the app is in no imported module, or the function cannot be pickled.
         """
-        is_app = not isinstance(self.app, str) and not _is_function(self.app)
-        app = _name_of(self.app) if is_app else self.app
+        named = isinstance(self.app, str) or _is_function(self.app)
+        app = self.app if named else _name_of(self.app)
         try:
             return pickle.dumps(AppReference(app))
         except Exception as error:  # pickle raises many types

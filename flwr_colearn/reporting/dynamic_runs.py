@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import Field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
 from ..dynamic import DynamicHistory, DynamicRecord
-from ..errors import ColearnError
 from .page import Cell
-from .runs import Run, number
+from .runs import Run, checked, number
 
 MOST_ROWS = 400
 """The number of rounds in the table: a run may have many thousands of a few mini-batches each."""
@@ -133,21 +132,11 @@ def read_dynamic(path: str | Path) -> list[DynamicRecord]:
     ColearnError
         If it has no rounds, or a field of another type than a `DynamicRecord`.
     """
-    records = DynamicHistory.read(path).records
-    if not records:
-        raise ColearnError(f"history {path}: expected at least one complete round, found none")
-    for record in records:
-        for each in fields(record):
-            value = getattr(record, each.name)
-            if not _fits(each.name, value):
-                raise ColearnError(
-                    f"history {path}, round {record.round}: expected '{each.name}' as "
-                    f"DynamicRecord has it, found {str(value)[:80]!r}"
-                )
-    return records
+    return checked(DynamicHistory.read(path).records, path, _fits)
 
 
-def _fits(name: str, value: Any) -> bool:
+def _fits(each: Field[Any], value: Any) -> bool:
+    name = each.name
     if name in _WHOLE:
         return type(value) is int
     if name in (*_DISTANCES, *_OPTIONAL):

@@ -1,14 +1,17 @@
 """Run, the records of a run as a report has them, and their series of numbers."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from ..dynamic import DynamicRecord
 from ..errors import ColearnError
 from ..history import History, RoundRecord
+
+R = TypeVar("R", RoundRecord, DynamicRecord)
 
 ALONE = "alone-"
 """The beginning of the names of metrics of a participant's own model."""
@@ -171,11 +174,36 @@ def read_records(path: str | Path) -> list[RoundRecord]:
     ColearnError
         If it has no rounds, or a field of another type than a `RoundRecord`.
     """
-    records = History.read(path).records
+    return checked(History.read(path).records, path, _fits)
+
+
+def checked(records: list[R], path: str | Path, fits: Callable[[Field[Any], Any], bool]) -> list[R]:
+    """Return the records that were read from a history.
+
+    Parameters
+    ----------
+    records : list of a dataclass
+        The records of its rounds.
+    path : str or Path
+        The file, for the error.
+    fits : callable
+        ``(field, value)``: whether a field may have that value.
+
+    Raises
+    ------
+    ColearnError
+        If there are none, or a field has another type than ours.
+    """
     if not records:
         raise ColearnError(f"history {path}: expected at least one complete round, found none")
     for record in records:
-        _check(record, path)
+        for each in fields(record):
+            value = getattr(record, each.name)
+            if not fits(each, value):
+                raise ColearnError(
+                    f"history {path}, round {record.round}: expected '{each.name}' as "
+                    f"{type(record).__name__} has it, found {str(value)[:80]!r}"
+                )
     return records
 
 
@@ -189,18 +217,8 @@ def is_dynamic(path: str | Path) -> bool:
     return '"mini_batches"' in first and '"local_epochs"' not in first
 
 
-def _check(record: RoundRecord, path: str | Path) -> None:
-    """Raise a ColearnError if a field of a record that was read is of another type than ours."""
-    for each in fields(record):
-        value = getattr(record, each.name)
-        if not _fits(each.name, value, each.default_factory):
-            raise ColearnError(
-                f"history {path}, round {record.round}: expected '{each.name}' as RoundRecord has "
-                f"it, found {str(value)[:80]!r}"
-            )
-
-
-def _fits(name: str, value: Any, factory: Any) -> bool:
+def _fits(each: Field[Any], value: Any) -> bool:
+    name, factory = each.name, each.default_factory
     if name in _COUNTS:
         return type(value) is int
     if name in _BYTES:

@@ -179,11 +179,7 @@ class Measured:
         task = load_task(participants)
         self._objective, self._outputs = task.objective, averaged_outputs(participants)
         self._test = evaluate_with(server_trainer(participants))
-        seen = replace(
-            task,
-            test_set=training_examples(participants, task),
-            objective=task.own_objective or task.objective,
-        )
+        seen = replace(task.for_other_data(), test_set=training_examples(participants, task))
         self._train = evaluate_with(server_trainer(participants, seen))
 
     def shared(self, strategy: CoLearn) -> Callable[[int, ArrayRecord], MetricRecord | None]:

@@ -1,7 +1,6 @@
 """The report in a real browser, Chromium, where one is installed: width, colours, hostile texts."""
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,8 +13,7 @@ from simulations import screenshot
 
 DOCS = Path(screenshot.__file__).resolve().parents[1] / "docs"
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), "")
+CHROMIUM = screenshot.browser()
 
 pytestmark = [
     pytest.mark.slow,
