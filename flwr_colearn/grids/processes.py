@@ -282,9 +282,11 @@ class ProcessPool:
     def _dispatch(self) -> None:
         for worker in self.workers:
             while worker.waiting and worker.started and len(worker.running) < IN_FLIGHT:
-                self._send(worker, worker.waiting.popleft())
+                self._send(worker)
 
-    def _send(self, worker: Worker, job: Job) -> None:
+    def _send(self, worker: Worker) -> None:
+        """Send a worker its next job."""
+        job = worker.waiting[0]
         node = job.node_id
         context = Frozen.of(self.contexts[node])
         told = [] if context.is_same(worker.known.get(node)) else [context]
@@ -292,6 +294,8 @@ class ProcessPool:
         outbox = worker.outbox(max(job.batch.segment.size, size_of(told)))
         parcel = written(told, outbox)[0] if told else None
         worker.known[node] = context
+        # Only now: without room for the outbox the job goes on waiting.
+        worker.waiting.popleft()
         if not worker.running:
             self._begin(job)
         worker.running.append(job)
@@ -322,9 +326,12 @@ class ProcessPool:
 
     def _check(self, worker: Worker) -> None:
         """Replace a worker that has died, or that works too long at one message."""
-        job = worker.running[0] if worker.running else None
-        if worker.process.exitcode is not None:
+        job, process = worker.running[0] if worker.running else None, worker.process
+        if process.exitcode is not None:
             self._read(worker)
+            # Its connection has no end while a process that it has forked holds it too.
+            if worker.process is process:
+                self._died(worker)
         elif job is not None and 0 < job.limit < time.monotonic() - job.began:
             worker.running.popleft()
             self._answer(job, job.failed(f"no reply within {job.limit:g} s"))

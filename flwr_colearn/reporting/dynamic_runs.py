@@ -135,8 +135,8 @@ def read_dynamic(path: str | Path) -> list[DynamicRecord]:
     return checked(DynamicHistory.read(path).records, path, _fits)
 
 
-def _fits(each: Field[Any], value: Any) -> bool:
-    name = each.name
+def _fits(entry: Field[Any], value: Any) -> bool:
+    name = entry.name
     if name in _WHOLE:
         return type(value) is int
     if name in (*_DISTANCES, *_OPTIONAL):

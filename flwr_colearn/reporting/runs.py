@@ -217,8 +217,8 @@ def is_dynamic(path: str | Path) -> bool:
     return '"mini_batches"' in first and '"local_epochs"' not in first
 
 
-def _fits(each: Field[Any], value: Any) -> bool:
-    name, factory = each.name, each.default_factory
+def _fits(entry: Field[Any], value: Any) -> bool:
+    name, factory = entry.name, entry.default_factory
     if name in _COUNTS:
         return type(value) is int
     if name in _BYTES:

@@ -1,3 +1,4 @@
+import errno
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from tests.faults import MODEL, K, outcome, participants, record_of, strategy_of
 from tests.flwr_colearn.grids.workers_app import (
     counting,
     dies_always,
+    dies_and_leaves_a_child,
     dies_at_start,
     dies_once,
     enlarging,
@@ -79,6 +81,35 @@ def test_a_worker_that_dies_at_its_start_is_replaced(tmp_path, deaths):
 def test_workers_that_always_die_at_their_start_end_the_run(tmp_path):
     with pytest.raises(ColearnError, match=r"expected worker processes to start, found.*3 times"):
         trained(partial(dies_at_start, tmp_path, 1000), 2)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_is_replaced_though_a_process_that_it_forked_holds_its_connection(tmp_path):
+    try:
+        with InProcessGrid(partial(dies_and_leaves_a_child, tmp_path), 2, processes=2) as grid:
+            replies = grid.send_and_receive(messages([1]))
+            assert not replies[0].has_error()
+    finally:
+        os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+
+
+@pytest.mark.timeout(60)
+def test_a_lack_of_shared_memory_is_an_error_every_time_and_loses_no_message(monkeypatch):
+    with InProcessGrid(partial(enlarging, 10), 2, processes=2) as grid:
+        ids = grid.push_messages(messages([1, 2]))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", no_room)
+            for _ in range(2):
+                with pytest.raises(ColearnError, match=r"found no room.*--shm-size"):
+                    grid.pull_messages(ids)
+        replies = []
+        while len(replies) < 2:
+            replies += grid.pull_messages(ids)
+        assert {reply.content["arrays"]["w"].numpy()[0] for reply in replies} == {1.0, 2.0}
+
+
+def no_room(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_reply_larger_than_its_message_arrives_whole():

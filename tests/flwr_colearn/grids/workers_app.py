@@ -83,6 +83,24 @@ def hanging(folder, nodes):
     return app
 
 
+def dies_and_leaves_a_child(folder):
+    """An app whose first training forks a process that outlives the worker, as a loader may."""
+    app, mark = ClientApp(), Path(folder) / "child"
+
+    @app.train()
+    def train(message, context):
+        if not mark.exists():
+            child = os.fork()
+            if not child:
+                time.sleep(600)
+                os._exit(0)
+            mark.write_text(str(child))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Message(RecordDict(), reply_to=message)
+
+    return app
+
+
 def raising():
     """An app that raises in every training."""
     app = ClientApp()
