@@ -151,6 +151,13 @@ def test_a_closed_grid_says_so_and_can_be_closed_again():
         grid.push_messages(messages([1]))
 
 
+def test_a_grid_that_is_closed_while_participants_train_leaves_nothing(tmp_path):
+    with InProcessGrid(partial(hanging, tmp_path, [1, 2]), 2, processes=2) as grid:
+        grid.send_and_receive(messages([1, 2], **{"server-round": 1, "time-limit": 0.1}))
+        grid.push_messages(messages([1, 2]))
+        assert segments(os.getpid())
+
+
 PROGRAM = """
 from functools import partial
 from flwr.app import Message, RecordDict
