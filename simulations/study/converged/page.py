@@ -155,12 +155,12 @@ What users ask: how much accuracy does co-learning lose against training on pool
 it save against federated averaging, and what would the ensemble, which exchanges nothing, lose?
 Federated averaging has T=1 where nothing else is said; the fair rival is its fixed T with about
 as many rounds as co-learning, which has to be known beforehand.
-All arms of a task are trained for the same local epochs; how flat their curves are at the end is
-in the tables below. Differences are in points of the task's metric, paired by seed, with the
-standard error of their mean; differences and verdicts are shown from three seeds on. Rounds, MB (of
-arrays, up and down, over all sites) and hours are co-learning's and federated averaging's of the
-first seed; the hours are those in which a site sends and receives a model of ResNet-152's size,
-233 MB, in so many rounds over 100 Mbit/s.
+All arms of a task are trained for the same local epochs, but for pooled data at equal steps; how
+flat their curves are at the end is in the tables below. Differences are in points of the task's
+metric, paired by seed, with the standard error of their mean; differences and verdicts are shown
+from three seeds on. Rounds, MB (of arrays, up and down, over all sites) and hours are
+co-learning's and federated averaging's of the first seed; the hours are those in which a site
+sends and receives a model of ResNet-152's size, 233 MB, in so many rounds over 100 Mbit/s.
 """
 
 CLAIMS_INTRODUCTION = """The paper's claims from these runs, all with the same T0; the ones about
