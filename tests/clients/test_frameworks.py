@@ -284,7 +284,7 @@ print(json.dumps(sorted({"torch", "torchvision", "tensorflow", "tf_slim"} & set(
 @pytest.mark.parametrize(
     ("names", "imported"),
     [
-        (["torch"], ["torch", "torchvision"]),
+        (["torch"], ["torch"]),  # torchvision comes with the networks that need it
         (["keras", "slim"], ["tensorflow", "tf_slim"]),  # in one process: each start takes seconds
     ],
     ids=str,

@@ -159,12 +159,15 @@ def test_a_grid_that_is_closed_while_participants_train_leaves_nothing(tmp_path)
 
 
 PROGRAM = """
+import signal
 from functools import partial
 from flwr.app import Message, RecordDict
 from flwr_colearn import InProcessGrid
 from tests.flwr_colearn.grids.workers_app import hanging
 
 if __name__ == "__main__":
+    # As in a terminal: a program that is started in the background ignores the signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with InProcessGrid(partial(hanging, {folder!r}, [1, 2]), 2, processes=2) as grid:
         grid.send_and_receive([Message(RecordDict(), node, "train") for node in (1, 2)])
 """
