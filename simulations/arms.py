@@ -1,4 +1,4 @@
-"""The arms of the study: pairs of a learning-rate schedule and an epoch rule, and what is added."""
+"""The arms of the paper's study: pairs of a learning-rate schedule and an epoch rule."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,8 +39,6 @@ class Arm:
     alone : bool
         Whether every participant trains separately and models are never averaged: the ensemble,
         and vanilla learning with the exponential rate.
-    anneal, outer : str
-        In place of the run config's ``anneal`` and ``outer``, if not empty.
     """
 
     title: str
@@ -48,11 +46,9 @@ class Arm:
     increasing: bool = False
     pooled_data: bool = False
     alone: bool = False
-    anneal: str = ""
-    outer: str = ""
 
 
-PAPER_ARMS = {
+ARMS = {
     "clr-ile": Arm("CLR+ILE (co-learning)", cyclical=True, increasing=True),
     "clr-fle": Arm("CLR+FLE", cyclical=True),
     "elr-ile": Arm("ELR+ILE", increasing=True),
@@ -62,16 +58,6 @@ PAPER_ARMS = {
     "ensemble": Arm("ensemble (ELR)", alone=True),
 }
 """The seven arms of the paper's study, by name."""
-
-FURTHER_ARMS = {
-    "clr-ile-nesterov": Arm("CLR+ILE, Nesterov", True, True, outer="nesterov"),
-    "clr-ile-rate": Arm("CLR+ILE, server rate", True, True, outer="rate"),
-    "clr-ile-cosine": Arm("CLR+ILE, eta by cosine", True, True, anneal="cosine"),
-    "clr-ile-exponential": Arm("CLR+ILE, eta exponential", True, True, anneal="exponential"),
-}
-"""Co-learning with an addition that is not in the paper, each by itself."""
-
-ARMS = PAPER_ARMS | FURTHER_ARMS
 
 
 def arm_named(name: str) -> Arm:
@@ -127,15 +113,15 @@ def epoch_rule(arm: Arm, settings: RunSettings) -> EpochRule:
     return IncreasingEpochs(initial, float(settings.epsilon), maximum=maximum or None)
 
 
-def outer_optimizer(arm: Arm, settings: RunSettings) -> OuterOptimizer | None:
-    """Return the arm's `outer` for ``CoLearn``; None for the plain average.
+def outer_optimizer(settings: RunSettings) -> OuterOptimizer | None:
+    """Return the `outer` for ``CoLearn``; None for the plain average.
 
     Raises
     ------
     ColearnError
         If there is none of that name, or its settings are invalid.
     """
-    name = arm.outer or settings.outer
+    name = settings.outer
     if not name:
         return None
     if name == "nesterov":
@@ -146,7 +132,7 @@ def outer_optimizer(arm: Arm, settings: RunSettings) -> OuterOptimizer | None:
 
 
 def _rate(arm: Arm, settings: RunSettings) -> LearningRate:
-    anneal = arm.anneal or settings.anneal
+    anneal = settings.anneal
     if not settings.total_epochs and (anneal or not arm.cyclical):
         raise ColearnError(
             "run config 'total-epochs': expected the planned local epochs, since an exponential or "

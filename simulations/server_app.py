@@ -120,7 +120,7 @@ def make_strategy(
     return CoLearn(
         len(settings.participant_names or ()) or settings.num_participants,
         **schedules(arm, settings),
-        outer=outer_optimizer(arm, settings),
+        outer=outer_optimizer(settings),
         weighting=settings.weighting,  # type: ignore[arg-type]  # CoLearn checks it
         roles=trainer.roles(),
         history=history,

@@ -20,8 +20,7 @@ class RunSettings(FromConfig):
     Attributes
     ----------
     arm : str
-        The arm: "clr-ile" (co-learning), "clr-fle", "elr-ile" or "elr-fle" (federated averaging);
-        or one that is not in the paper, see `simulations.arms.FURTHER_ARMS`.
+        The arm: "clr-ile" (co-learning), "clr-fle", "elr-ile" or "elr-fle" (federated averaging).
     num_participants : int
         K, the number of participants.
     num_server_rounds : int

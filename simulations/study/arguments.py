@@ -7,7 +7,7 @@ from typing import Any
 
 from clients.settings import ParticipantSettings
 from flwr_colearn import ColearnError
-from simulations.arms import ARMS, PAPER_ARMS
+from simulations.arms import ARMS
 from simulations.settings import RunSettings, check_keys
 
 OVERRIDES = ("data_dir", "examples", "total_epochs", "compression_up", "compression_down")
@@ -47,8 +47,8 @@ def add_unit_arguments(parser: argparse.ArgumentParser) -> None:
         help="seeds 0 .. N-1, or A .. B-1 (default 3)",
     )  # fmt: skip
     parser.add_argument(
-        "--arms", nargs="+", choices=ARMS, default=list(PAPER_ARMS), metavar="ARM",
-        help="default the seven of the paper; further ones: simulations.arms.FURTHER_ARMS",
+        "--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM",
+        help="arms of the paper's study (default all seven)",
     )  # fmt: skip
     parser.add_argument("--data-dir", help="overrides the config's data-dir")
 

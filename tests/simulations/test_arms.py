@@ -1,4 +1,6 @@
+import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -15,7 +17,7 @@ from flwr_colearn import (
     PlateauEpochs,
     ServerRate,
 )
-from simulations.arms import ARMS, PAPER_ARMS, arm_named, at_one_site, outer_optimizer, schedules
+from simulations.arms import ARMS, arm_named, at_one_site, outer_optimizer, schedules
 from simulations.settings import RunSettings
 
 SETTINGS = RunSettings(
@@ -35,10 +37,6 @@ ILE, FLE = IncreasingEpochs(3, epsilon=0.01), FixedEpochs(3)
         ("vanilla-elr", ELR, FLE, True, True),
         ("vanilla-clr", CLR, ILE, True, False),
         ("ensemble", ELR, FLE, False, True),
-        ("clr-ile-nesterov", CLR, ILE, False, False),
-        ("clr-ile-rate", CLR, ILE, False, False),
-        ("clr-ile-cosine", Annealed(CLR, CosineRate(1.0, 40)), ILE, False, False),
-        ("clr-ile-exponential", Annealed(CLR, ExponentialRate(1.0, 0.5, 40)), ILE, False, False),
     ],
 )
 def test_an_arm_is_a_pair_of_a_rate_and_an_epoch_rule(name, rate, epochs, pooled, alone):
@@ -53,29 +51,23 @@ def test_an_arm_is_a_pair_of_a_rate_and_an_epoch_rule(name, rate, epochs, pooled
 
 
 def test_these_are_all_the_arms_of_the_study_and_each_has_a_title_of_its_own():
-    assert len(PAPER_ARMS) == 7
-    assert len({arm.title for arm in ARMS.values()}) == len(ARMS) == 11
-    assert list(ARMS)[:7] == list(PAPER_ARMS)
+    assert len({arm.title for arm in ARMS.values()}) == len(ARMS) == 7
 
 
-def test_an_arm_or_the_run_config_names_the_outer_optimizer():
-    found = {name: outer_optimizer(arm, SETTINGS) for name, arm in ARMS.items()}
-    added = {name: optimizer for name, optimizer in found.items() if optimizer is not None}
-    assert added == {"clr-ile-nesterov": Nesterov(0.7, 0.9), "clr-ile-rate": ServerRate(0.7)}
-    by_config = replace(SETTINGS, outer="nesterov", outer_rate=0.5, outer_momentum=0.8)
-    assert outer_optimizer(ARMS["elr-fle"], by_config) == Nesterov(0.5, 0.8)
-    assert outer_optimizer(ARMS["clr-ile-rate"], by_config) == ServerRate(0.5)
-    _, alone = at_one_site(ParticipantSettings(), by_config)
-    assert outer_optimizer(ARMS["vanilla-clr"], alone) is None
+def test_the_run_config_names_the_outer_optimizer():
+    assert outer_optimizer(SETTINGS) is None
+    named = replace(SETTINGS, outer="nesterov", outer_rate=0.5, outer_momentum=0.8)
+    assert outer_optimizer(named) == Nesterov(0.5, 0.8)
+    assert outer_optimizer(replace(named, outer="rate")) == ServerRate(0.5)
+    _, alone = at_one_site(ParticipantSettings(), named)
+    assert outer_optimizer(alone) is None
 
 
 def test_the_run_config_may_anneal_the_cyclical_arms_only():
-    annealed = replace(SETTINGS, anneal="cosine")
-    for name, arm in PAPER_ARMS.items():
-        rate = schedules(arm, annealed)["learning_rate"]
-        assert rate == (Annealed(CLR, CosineRate(1.0, 40)) if "clr" in name else ELR)
-    exponential = schedules(ARMS["clr-ile-exponential"], annealed)["learning_rate"]
-    assert exponential == Annealed(CLR, ExponentialRate(1.0, 0.5, 40))
+    factors = {"cosine": CosineRate(1.0, 40), "exponential": ExponentialRate(1.0, 0.5, 40)}
+    for (name, arm), (anneal, factor) in itertools.product(ARMS.items(), factors.items()):
+        rate = schedules(arm, replace(SETTINGS, anneal=anneal))["learning_rate"]
+        assert rate == (Annealed(CLR, factor) if "clr" in name else ELR)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +75,7 @@ def test_the_run_config_may_anneal_the_cyclical_arms_only():
     [
         (
             {"anneal": "linear"},
-            schedules,
+            partial(schedules, ARMS["clr-ile"]),
             "'anneal': expected '', 'cosine' or 'exponential', found",
         ),
         ({"outer": "adam"}, outer_optimizer, "'outer': expected '', 'nesterov' or 'rate', found"),
@@ -92,7 +84,7 @@ def test_the_run_config_may_anneal_the_cyclical_arms_only():
 )
 def test_an_unknown_addition_is_refused_by_its_key(changed, make, message):
     with pytest.raises(ColearnError, match=message):
-        make(ARMS["clr-ile"], replace(SETTINGS, **changed))
+        make(replace(SETTINGS, **changed))
 
 
 def test_t_can_be_bounded():
@@ -116,7 +108,7 @@ def test_a_budget_in_steps():
 @pytest.mark.parametrize("name", ARMS)
 def test_an_exponential_rate_needs_the_planned_total_and_a_cyclical_one_does_not(name):
     arm, settings = ARMS[name], RunSettings(total_epochs=0)
-    if arm.cyclical and not arm.anneal:
+    if arm.cyclical:
         assert schedules(arm, settings)["total_epochs"] is None
     else:
         with pytest.raises(ColearnError, match="'total-epochs': expected the planned local epochs"):

@@ -20,7 +20,7 @@ from clients.torch.trainer import TorchTrainer
 from clients.trainer import derive_seed, follow
 from flwr_colearn import ColearnError, CyclicalRate, LocalPlan
 from flwr_colearn.reporting import calibration_of
-from simulations.arms import ARMS, FURTHER_ARMS, PAPER_ARMS
+from simulations.arms import ARMS
 from simulations.server_app import to_record
 from simulations.settings import RunSettings
 from simulations.study import __main__ as study
@@ -90,12 +90,12 @@ def run_quick(quick, *options):
 
 
 def test_all_seven_arms_are_run_and_written(folder, units):
-    assert list(units) == list(PAPER_ARMS)
+    assert list(units) == list(ARMS)
     for arm, unit in units.items():
         assert json.loads((folder / "units" / f"{arm}-0.json").read_text()) == unit
     with (folder / "results.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert [row["arm"] for row in table] == [arm.title for arm in PAPER_ARMS.values()]
+    assert [row["arm"] for row in table] == [arm.title for arm in ARMS.values()]
     assert [row["accuracy %"] for row in table] == [
         f"{100 * unit['metrics']['accuracy'][-1]:.2f}" for unit in units.values()
     ]
@@ -131,15 +131,6 @@ def test_arms_differ_in_what_they_are_named_after_only(units):
     assert first["clr-ile"] == first["clr-fle"]
     assert first["elr-ile"] == first["elr-fle"]
     assert units["clr-fle"]["metrics"]["accuracy"] != units["elr-fle"]["metrics"]["accuracy"]
-
-
-def test_the_further_arms_are_run_by_name_and_differ_from_co_learning(quick):
-    units = {unit["arm"]: unit for unit in run_quick(quick, "--arms", "clr-ile", *FURTHER_ARMS)}
-    assert list(units) == ["clr-ile", *FURTHER_ARMS]
-    losses = {arm: unit["metrics"]["accuracy"] for arm, unit in units.items()}
-    assert len({str(values) for values in losses.values()}) > 2
-    models = {unit["bytes"] / unit["rounds"] for unit in units.values()}
-    assert len(models) == 1  # nothing more is exchanged
 
 
 def test_a_study_with_an_early_end_is_refused(quick):
