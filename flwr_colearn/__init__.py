@@ -5,7 +5,7 @@ its train config and iterates it. The other names are the arguments and parts of
 """
 
 from ._version import __version__
-from .aggregation import Nesterov, OuterOptimizer, RunningMean, ServerRate, relative_change
+from .aggregation import RunningMean, relative_change
 from .best import Best, BestModel, RunResult
 from .checkpoint import CheckpointFolder
 from .compression import (
@@ -116,11 +116,9 @@ __all__ = [
     "LocalPlan",
     "LocalStatistics",
     "ModelAveraging",
-    "Nesterov",
     "Normalization",
     "NormalizationGrid",
     "Observations",
-    "OuterOptimizer",
     "PackedCodec",
     "PlateauEpochs",
     "Pooled",
@@ -136,7 +134,6 @@ __all__ = [
     "RunResult",
     "RunningMean",
     "SecureAggregation",
-    "ServerRate",
     "Sink",
     "Synchronised",
     "SynchronousSGD",

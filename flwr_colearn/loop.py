@@ -318,10 +318,8 @@ class _Run:
         else:
             replies = list(grid.send_and_receive(messages, timeout=within))
         average, metrics = self._aggregated(server_round, replies)
-        if average is not None:
-            average = manager.advance(average)
-            if self.grid.transport.normalization.due(server_round):
-                average = self._recalibrated(server_round, average, within)
+        if average is not None and self.grid.transport.normalization.due(server_round):
+            average = self._recalibrated(server_round, average, within)
         return average, metrics
 
     def _aggregated(

@@ -119,13 +119,6 @@ class Managed(Generic[L]):
         """Raise a ColearnError unless `reply` is a usable answer to the train message `sent`."""
         check_train_reply(sent, reply)
 
-    def advance(self, average: ArrayRecord) -> ArrayRecord:
-        """Return the new shared model, which a round's average leads to.
-
-        It is called after the aggregation, of which a privacy wrapper's noise is a part.
-        """
-        return average
-
     def measure(self, arrays: ArrayRecord) -> None:
         """Measure what depends on the model before the round; `arrays` is the new shared model.
 

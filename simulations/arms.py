@@ -14,10 +14,7 @@ from flwr_colearn import (
     FixedEpochs,
     IncreasingEpochs,
     LearningRate,
-    Nesterov,
-    OuterOptimizer,
     PlateauEpochs,
-    ServerRate,
 )
 from simulations.settings import RunSettings
 
@@ -77,10 +74,9 @@ def at_one_site(
     participants: ParticipantSettings, settings: RunSettings
 ) -> tuple[ParticipantSettings, RunSettings]:
     """Return the settings of vanilla learning: one participant with all the data."""
-    # No compression, since no model is exchanged; it would only add rounding errors. Of one model
-    # there is no average either, to or beyond which a step could lead.
+    # No compression, since no model is exchanged; it would only add rounding errors.
     alone = replace(
-        settings, num_participants=1, compression_up="float32", compression_down="float32", outer=""
+        settings, num_participants=1, compression_up="float32", compression_down="float32"
     )
     # Partitions by class need several participants; for one, "iid" is the whole data set.
     return replace(participants, partition="iid"), alone
@@ -111,24 +107,6 @@ def epoch_rule(arm: Arm, settings: RunSettings) -> EpochRule:
     if settings.epsilon == "auto":
         return PlateauEpochs(initial, maximum=maximum or PlateauEpochs.maximum)
     return IncreasingEpochs(initial, float(settings.epsilon), maximum=maximum or None)
-
-
-def outer_optimizer(settings: RunSettings) -> OuterOptimizer | None:
-    """Return the `outer` for ``CoLearn``; None for the plain average.
-
-    Raises
-    ------
-    ColearnError
-        If there is none of that name, or its settings are invalid.
-    """
-    name = settings.outer
-    if not name:
-        return None
-    if name == "nesterov":
-        return Nesterov(settings.outer_rate, settings.outer_momentum)
-    if name == "rate":
-        return ServerRate(settings.outer_rate)
-    raise ColearnError(f"run config 'outer': expected '', 'nesterov' or 'rate', found {name!r}")
 
 
 def _rate(arm: Arm, settings: RunSettings) -> LearningRate:

@@ -26,7 +26,7 @@ from flwr_colearn import (
 )
 from flwr_colearn.compression import Compression, codec_named
 from flwr_colearn.reporting import Run, TensorBoard, curve, save_figure, save_report
-from simulations.arms import arm_named, outer_optimizer, schedules
+from simulations.arms import arm_named, schedules
 from simulations.run_folder import RunFolder
 from simulations.settings import RunSettings
 
@@ -120,7 +120,6 @@ def make_strategy(
     return CoLearn(
         len(settings.participant_names or ()) or settings.num_participants,
         **schedules(arm, settings),
-        outer=outer_optimizer(settings),
         weighting=settings.weighting,  # type: ignore[arg-type]  # CoLearn checks it
         roles=trainer.roles(),
         history=history,

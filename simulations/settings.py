@@ -42,11 +42,6 @@ class RunSettings(FromConfig):
     anneal : str
         How eta of the "clr" arms anneals over `total_epochs`: "cosine" to 0, or "exponential" to
         eta*r; empty for the paper's constant eta.
-    outer : str
-        The step from the shared model to the average: "nesterov", or "rate" for a server's learning
-        rate; empty for the paper's plain average.
-    outer_rate, outer_momentum : float
-        The rate and the momentum of `outer`.
     weighting : str
         The weights of the average: "uniform" or "weighted" (by the number of examples).
     compression_up, compression_down : str
@@ -115,9 +110,6 @@ class RunSettings(FromConfig):
     learning_rate: float = 0.05
     decay: float = 0.25
     anneal: str = ""
-    outer: str = ""
-    outer_rate: float = 0.7
-    outer_momentum: float = 0.9
     weighting: str = "uniform"
     compression_up: str = "float32"
     compression_down: str = "float32"

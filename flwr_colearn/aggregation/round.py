@@ -126,11 +126,6 @@ class RoundMean:
         return 1 if self.weighting == "uniform" else examples
 
     @property
-    def weights(self) -> list[str]:
-        """The names of the trainable arrays that have a mean."""
-        return self._mean.weights
-
-    @property
     def count(self) -> int:
         """The number of models in the mean."""
         return self._mean.count

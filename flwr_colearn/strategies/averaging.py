@@ -15,7 +15,6 @@ from flwr.serverapp.strategy import FedAvg
 from .._flwr import called_privately
 from ..adherence import Adherence
 from ..aggregation import (
-    OuterOptimizer,
     RoundMean,
     Weighting,
     aggregated,
@@ -43,7 +42,6 @@ from ..transport import ConnectedGrid, Transport
 from .algorithm import Algorithm, Progress, plan_record
 from .arguments import number_of, participant_arguments, patience
 from .foreign_loop import refuse_in_foreign_loop
-from .outer import OuterStep
 from .roster import Roster
 from .shared_model import SharedModel
 
@@ -109,10 +107,6 @@ class Averaging(FedAvg, Managed[RoundLog]):
         `flwr_colearn.Transport`; K is their number. By default any K SuperNodes take part.
     guard : Guard, optional
         The bounds of one participant's update, see `flwr_colearn.Guard`; ``None`` for none.
-    outer : OuterOptimizer, optional
-        The step from the shared model to, or beyond, the mean: `flwr_colearn.Nesterov` or
-        `flwr_colearn.ServerRate`. Trainable arrays take it; statistics are the pooled ones. By
-        default the mean is the new shared model.
     rotate : bool, default False
         Whether the participants of a round are those that have not trained for longest, where more
         than K are connected. By default the same K train in every round, since participants have
@@ -166,7 +160,6 @@ class Averaging(FedAvg, Managed[RoundLog]):
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
         guard: Guard | None = DEFAULT_GUARD,
-        outer: OuterOptimizer | None = None,
         rotate: bool = False,
         strict: bool = False,
         algorithm: Algorithm | None = None,
@@ -190,13 +183,6 @@ class Averaging(FedAvg, Managed[RoundLog]):
                 "SynchronousSGD",
                 normalization,
             )
-        if outer is not None and self.exchanges_steps:
-            raise expected(
-                f"outer of {type(self).__name__}",
-                "None, since every step is one of an optimizer on the server already; use its "
-                "momentum",
-                outer,
-            )
         self.weighting = as_weighting(weighting)
         self.checkpoints = as_folder(checkpoints)
         self.algorithm = algorithm
@@ -208,7 +194,6 @@ class Averaging(FedAvg, Managed[RoundLog]):
             type(self).__name__, self.random, patience(wait_for_participants), rotate
         )
         self._shared = SharedModel()
-        self._outer = OuterStep(outer)
         self._outgoing = Outgoing()
         self._mean: RoundMean | None = None
         self._guarded: Mapping[str, Any] | None = None
@@ -264,7 +249,6 @@ class Averaging(FedAvg, Managed[RoundLog]):
         if not self.transport.compression.is_plain:
             compression = self.transport.compression
             log(INFO, "\t├──> Compression: %s; participants need participant_mod", compression)
-        self._outer.log_summary(lambda line: log(INFO, line))
         super().summary()
 
     # Flower's hooks -----------------------------------------------------------------------------
@@ -343,9 +327,6 @@ class Averaging(FedAvg, Managed[RoundLog]):
             log(WARNING, "%s left out the replies of all participants", type(self).__name__)
             return None, None
         average = self._outgoing.record(self._mean.mean())
-        # Flower's own loop has no later hook for it.
-        if self._timeout is None:
-            average = self.advance(average)
         record.contributions = self._mean.contributions
         # Sorted by participant, so that the order of arrival does not change the last bits.
         metrics = sorted(accepted, key=itemgetter(0))
@@ -476,13 +457,6 @@ class Averaging(FedAvg, Managed[RoundLog]):
         assert self._mean is not None
         self._mean.check(sent, reply)
 
-    def advance(self, average: ArrayRecord) -> ArrayRecord:
-        """Return the new shared model: the average, or where a step of `outer` leads to."""
-        # Without a mean a subclass has hooks of its own, and so a shared model of its own.
-        if self._mean is None:
-            return average
-        return self._outer.taken(average, self._shared, self._mean.weights)
-
     def measure(self, arrays: ArrayRecord) -> None:
         """Measure the relative change of the shared model."""
         if self.log.is_open:
@@ -498,13 +472,12 @@ class Averaging(FedAvg, Managed[RoundLog]):
         """Return the settings that a resumed run must have in common with the saved one."""
         return {
             **({} if self.algorithm is None else self.algorithm.configuration()),
-            **self._outer.configuration(),
             "weighting": self.weighting,
             "number of participants": str(self.num_participants),
         }
 
     def strategy_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the strategy's state in types of JSON, and the momentum of every array."""
+        """Return the strategy's state in types of JSON, and no arrays."""
         # A resumed run has no mean before its first training, and may be saved before that.
         updates = None if self._mean is None else self._mean.updates
         state = {
@@ -515,7 +488,7 @@ class Averaging(FedAvg, Managed[RoundLog]):
             "guard": self._guarded if updates is None else updates.state(),
             **self._shared.state(),
         }
-        return state, self._outer.arrays()
+        return state, {}
 
     def restore_strategy_state(self, state: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
         """Restore the state that `strategy_state` returned."""
@@ -526,7 +499,6 @@ class Averaging(FedAvg, Managed[RoundLog]):
         if self.progress.round:
             self._shared.restore(state)
         self._guarded, self._told = state.get("guard"), state.get("examples", {})
-        self._outer.restore(arrays)
 
     # Steps --------------------------------------------------------------------------------------
 
@@ -552,7 +524,6 @@ class Averaging(FedAvg, Managed[RoundLog]):
         refuse_in_foreign_loop(self.transport, connected, total, self.checkpoints, private)
         if private:
             check_private_weighting(self.weighting)
-            self._outer.check_private()
             if connected is not None:
                 connected.check_privacy()
         if self._grid is not None:
@@ -708,6 +679,5 @@ class Averaging(FedAvg, Managed[RoundLog]):
         self.progress, self._mean, self._guarded, self._told = Progress(), None, None, {}
         self._roster.clear()
         self._shared.clear()
-        self._outer.clear()
         self._adherence.clear()
         self.log.clear()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..aggregation import OuterOptimizer, Weighting
+from ..aggregation import Weighting
 from ..checkpoint import CheckpointFolder
 from ..compression import Compression
 from ..epoch_rules import EpochRule
@@ -83,9 +83,6 @@ class CoLearn(Averaging):
     roles, names, history, wait_for_participants, recovery, checkpoints, compression, \
 normalization, participants, guard, rotate, strict
         See `Averaging`.
-    outer : OuterOptimizer, optional
-        `flwr_colearn.Nesterov` or `flwr_colearn.ServerRate`, which are not in the paper; see
-        `Averaging`. By default the mean is the new shared model (eq. 2).
     **kwargs
         The arguments of ``flwr.serverapp.strategy.FedAvg``, except `fraction_train`, which must
         stay 1, since all participants train in every round.
@@ -128,7 +125,6 @@ normalization, participants, guard, rotate, strict
         normalization: Normalization = Pooled(),  # noqa: B008
         participants: Sequence[str] | None = None,
         guard: Guard | None = DEFAULT_GUARD,
-        outer: OuterOptimizer | None = None,
         rotate: bool = False,
         strict: bool = False,
         **kwargs: Any,
@@ -146,7 +142,6 @@ normalization, participants, guard, rotate, strict
             normalization=normalization,
             participants=participants,
             guard=guard,
-            outer=outer,
             rotate=rotate,
             strict=strict,
             algorithm=algorithm_of(local_epochs, learning_rate, total_epochs, local_steps),

@@ -30,7 +30,6 @@ from flwr_colearn import (
     FixedEpochs,
     History,
     InProcessGrid,
-    Nesterov,
     RunResult,
     SynchronousSGD,
     run,
@@ -303,7 +302,7 @@ STRATEGIES = {
     "FedAdam": lambda: FedAdam(eta=0.01),
     "Krum": lambda: Krum(num_malicious_nodes=0),
     "Averaging": lambda: Averaging(K),
-    "CoLearn with Nesterov": lambda: strategy_of(outer=Nesterov()),
+    "CoLearn": lambda: strategy_of(),
     "privacy": lambda: DifferentialPrivacyServerSideFixedClipping(
         strategy_of(), noise_multiplier=0.1, clipping_norm=1.0, num_sampled_clients=K
     ),

@@ -24,7 +24,6 @@ from flwr_colearn import (
     History,
     IncreasingEpochs,
     LocalStatistics,
-    Nesterov,
     Quorum,
     Recovery,
 )
@@ -251,18 +250,6 @@ def test_a_run_may_be_killed_again_and_again(tmp_path_factory, clock, uninterrup
             except Killed:
                 continue
         assert server.start() == uninterrupted
-
-
-@pytest.mark.parametrize("point", POINTS)
-def test_the_momentum_of_an_outer_optimizer_is_resumed_with_its_bits(
-    point, server, tmp_path, clock, uninterrupted
-):
-    server.arguments = {"outer": Nesterov()}
-    expected = Server(tmp_path / "whole", clock, outer=Nesterov()).start()
-    assert expected[0] != uninterrupted[0]
-    with pytest.raises(Killed):
-        server.start(kill=(point, 4))
-    assert server.start() == expected
 
 
 def test_a_run_killed_while_it_was_resuming_is_resumed(server, uninterrupted, monkeypatch):

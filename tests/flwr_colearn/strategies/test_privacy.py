@@ -24,10 +24,8 @@ from flwr_colearn import (
     CyclicalRate,
     IncreasingEpochs,
     InProcessGrid,
-    Nesterov,
     Quorum,
     Recovery,
-    ServerRate,
     Transport,
 )
 from flwr_colearn import run as run_any
@@ -273,67 +271,3 @@ def test_flower_refuses_its_accountant_as_documented():
         DifferentialPrivacyServerSideFixedClipping(
             strategy_of(), 1.0, 1.0, K, accountant=SimpleNamespace(config=config)
         )
-
-
-# An outer optimizer ----------------------------------------------------------------------------
-
-
-class Watched(DifferentialPrivacyServerSideFixedClipping):
-    """Notes what the wrapper returns, which is all that differential privacy covers."""
-
-    def aggregate_train(self, server_round, replies):
-        arrays, metrics = super().aggregate_train(server_round, replies)
-        self.returned.append(arrays.to_numpy_ndarrays())
-        return arrays, metrics
-
-
-def test_in_our_loop_the_step_comes_after_the_noise():
-    np.random.seed(0)
-    shared = []
-    wrapper = Watched(
-        strategy_of(outer=Nesterov()),
-        noise_multiplier=0.5,
-        clipping_norm=1.0,
-        num_sampled_clients=K,
-    )
-    wrapper.returned = []
-    run_any(
-        wrapper,
-        InProcessGrid(small_net.message_app(), K),
-        small_net.named(small_net.initial()),
-        num_rounds=4,
-        evaluate_fn=lambda _, arrays: shared.append(arrays.to_numpy_ndarrays()),
-    )
-    velocity = [0.0] * 4
-    for old, average, new in zip(shared, wrapper.returned, shared[1:], strict=False):
-        change = [b.astype(np.float64) - a for a, b in zip(old, average, strict=True)]
-        velocity = [0.9 * v + c for v, c in zip(velocity, change, strict=True)]
-        for start, part, speed, found in zip(old, change, velocity, new, strict=True):
-            assert found == pytest.approx(start + 0.7 * (part + 0.9 * speed), rel=1e-5, abs=1e-6)
-
-
-def start_of_its_own(outer):
-    """Run a wrapper's own start, which is Flower's loop; return all shared models."""
-    shared = []
-    DifferentialPrivacyServerSideFixedClipping(
-        strategy_of(outer=outer), noise_multiplier=0.0, clipping_norm=0.1, num_sampled_clients=K
-    ).start(
-        InProcessGrid(small_net.message_app(), K),
-        small_net.named(small_net.initial()),
-        num_rounds=2,
-        evaluate_fn=lambda _, arrays: shared.append(arrays.to_numpy_ndarrays()),
-    )
-    return shared
-
-
-def test_in_flowers_loop_a_server_rate_takes_a_part_of_the_noised_way():
-    start, whole, _ = start_of_its_own(None)
-    _, half, _ = start_of_its_own(ServerRate(0.5))
-    for old, mean, found in zip(start, whole, half, strict=True):
-        assert found == pytest.approx((old + mean) / 2, abs=1e-6)
-
-
-@pytest.mark.parametrize("outer", [Nesterov(0.1, 0.0), ServerRate(1.01)], ids=str)
-def test_in_flowers_loop_a_step_that_the_noise_does_not_cover_is_refused(outer):
-    with pytest.raises(ColearnError, match=r"outer in the own loop .* flwr_colearn\.run"):
-        start_of_its_own(outer)
