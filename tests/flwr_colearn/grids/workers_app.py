@@ -110,3 +110,16 @@ def raising():
         raise ValueError("no data")
 
     return app
+
+
+def reporting():
+    """An app whose replies have the process and the environment variables that were asked for."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        found = {name: os.environ.get(name) for name in message.content["config"]["names"]}
+        content = RecordDict({"config": ConfigRecord({"pid": os.getpid(), **found})})
+        return Message(content, reply_to=message)
+
+    return app
