@@ -204,6 +204,7 @@ class ProcessPool:
         self._homes: dict[int, Worker] = {}
         self._jobs: dict[str, Job] = {}
         self._replies: dict[str, Message] = {}
+        self._asked: set[str] = set()  # messages asked for since a reply came or was taken
         self._spare: list[SharedMemory] = []
         self._batches: dict[int, Batch] = {}  # those of which replies are missing, by number
         self._numbered = 0
@@ -223,8 +224,7 @@ class ProcessPool:
 
     def push(self, messages: Sequence[Message]) -> None:
         """Send messages to the workers of their participants."""
-        if not self._finalizer.alive:
-            raise ColearnError("InProcessGrid: expected an open grid, found it closed")
+        self._check_open()
         if not messages:
             return
         frozen = [Frozen.of(message) for message in messages]
@@ -242,14 +242,33 @@ class ProcessPool:
         Raises
         ------
         ColearnError
-            If the workers cannot start.
+            If the workers cannot start, or the pool is closed.
         """
         ids = list(message_ids)
-        if any(id_ in self._jobs for id_ in ids):
+        if not self._jobs.keys().isdisjoint(ids):
+            self._check_open()
             self._receive(0)
-            while not self._replies:
+            while not self._has_news(ids):
                 self._receive(CHECK)
-        return [self._replies.pop(id_) for id_ in ids if id_ in self._replies]
+        self._asked.update(ids)
+        replies = [self._replies.pop(id_) for id_ in ids if id_ in self._replies]
+        if replies:
+            self._asked.clear()
+        return replies
+
+    def _has_news(self, ids: Sequence[str]) -> bool:
+        """Return whether a reply is there for these messages, or for others that may be asked for.
+
+        Whoever asks for the same messages again has not taken the replies that are there, which
+        belong to nobody, such as those of a run that was interrupted.
+        """
+        if not self._replies.keys().isdisjoint(ids):
+            return True
+        return bool(self._replies) and not self._asked.issuperset(ids)
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise ColearnError("InProcessGrid: expected an open grid, found it closed")
 
     def take_raised(self) -> list[tuple[int, Message, Raised]]:
         """Return the exceptions since the last call, with node and message."""
@@ -377,6 +396,7 @@ class ProcessPool:
 
     def _answer(self, job: Job, reply: Message) -> None:
         self._replies[job.message_id] = reply
+        self._asked.clear()
         del self._jobs[job.message_id]
         job.batch.left -= 1
         if not job.batch.left:
