@@ -163,3 +163,19 @@ def reporting():
         return Message(content, reply_to=message)
 
     return app
+
+
+def echoing():
+    """An app whose participants return what they receive and what they kept, as new arrays."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        received = message.content["arrays"]
+        kept = context.state.get("arrays", received)
+        arrays = ArrayRecord({name: Array(array.numpy()) for name, array in received.items()})
+        context.state["arrays"] = arrays
+        content = RecordDict({**message.content, "arrays": arrays, "kept": kept})
+        return Message(content, reply_to=message)
+
+    return app
