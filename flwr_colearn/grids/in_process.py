@@ -16,7 +16,7 @@ from ..aggregation import ECHO
 from ..errors import ColearnError, expected, whole_number
 from .app_reference import AnyApp, AppReference
 from .calling import Raised, call
-from .processes import ProcessPool
+from .pool import ProcessPool
 
 
 class InProcessGrid(Grid):

@@ -2,34 +2,26 @@
 
 import atexit
 import logging
-import multiprocessing
-import signal
 import time
-import uuid
 import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from logging import DEBUG, INFO, WARNING
 from multiprocessing import connection, resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Message
 from flwr.common import log
 
-from .._flwr import CLIENT_CRASHED, set_message_id
 from ..errors import ColearnError
-from ..records import config_of, number_in
 from .app_reference import AppReference
 from .calling import Raised
-from .devices import environment_of, variables_set
-from .parcels import Frozen, Parcel, created, read, removed, size_of, written
-from .worker import Done, Started, Task, overflow_of, serve
-
-IN_FLIGHT = 2
-"""The tasks that a worker has at a time: it begins the second without waiting for the server."""
+from .devices import environment_of
+from .jobs import Batch, Job
+from .parcels import Frozen, created, read, removed, size_of, written
+from .worker import Done, Started, Task
+from .worker_process import IN_FLIGHT, WorkerProcess, how_ended
 
 MOST_DEATHS = 3
 """The deaths of workers after which a message counts as failed, or the start-up does."""
@@ -39,132 +31,6 @@ CHECK = 1.0
 
 CLOSING = 2.0
 """The seconds in which idle workers must have ended; they are killed then."""
-
-
-@dataclass
-class Batch:
-    """Messages that were pushed together, in one segment, in which common arrays are once."""
-
-    number: int
-    segment: SharedMemory
-    left: int
-
-
-@dataclass
-class Job:
-    """A message on its way to a participant, until there is a reply."""
-
-    message: Message
-    parcel: Parcel
-    batch: Batch
-    deaths: int = 0
-    began: float = 0.0
-
-    @property
-    def message_id(self) -> str:
-        """The message's id."""
-        return self.message.metadata.message_id
-
-    @property
-    def node_id(self) -> int:
-        """The participant."""
-        return self.message.metadata.dst_node_id
-
-    @property
-    def limit(self) -> float:
-        """The seconds that the participant may take; 0 for any number."""
-        return number_in(config_of(self.message.content), "time-limit")
-
-    def failed(self, reason: str) -> Message:
-        """Return an error reply."""
-        reply = Message(Error(CLIENT_CRASHED, reason), reply_to=self.message)
-        set_message_id(reply, str(uuid.uuid4()))
-        return reply
-
-
-@dataclass
-class Worker:
-    """One worker process; after its death the next one takes its place.
-
-    Attributes
-    ----------
-    number : int
-        Of the worker, from 0.
-    app : bytes
-        A pickled `AppReference`.
-    environment : dict
-        Environment variables.
-    waiting, running : deque of Job
-        The jobs of its participants: those it has not got yet, and those it has; of the latter the
-        first is the one that it works at.
-    known : dict
-        The contexts that the process has, by node.
-    outboxes : deque of SharedMemory
-        The segments for its replies, of which the first was used least recently.
-    largest : int
-        The bytes of the largest reply that did not fit into an outbox.
-    deaths : int
-        The deaths at start-up, one after the other.
-    started : bool
-        Whether the process has the ClientApp.
-    """
-
-    number: int
-    app: bytes
-    environment: dict[str, str]
-    waiting: deque[Job] = field(default_factory=deque)
-    running: deque[Job] = field(default_factory=deque)
-    known: dict[int, Frozen] = field(default_factory=dict)
-    outboxes: deque[SharedMemory] = field(default_factory=deque)
-    largest: int = 0
-    deaths: int = 0
-    started: bool = False
-
-    def start(self) -> None:
-        """Start a process."""
-        spawn = multiprocessing.get_context("spawn")
-        self.channel, theirs = spawn.Pipe()
-        level = logging.getLogger("flwr").getEffectiveLevel()
-        # Not a daemon: it may have processes of its own, such as those that load data.
-        self.process = spawn.Process(
-            target=serve, args=(theirs, self.app, level), name=f"colearn-{self.number}"
-        )
-        self.known.clear()
-        self.started = False
-        with variables_set(self.environment), _without_interrupts():
-            self.process.start()
-        theirs.close()
-
-    @property
-    def load(self) -> int:
-        """The number of jobs."""
-        return len(self.waiting) + len(self.running)
-
-    def outbox(self, size: int) -> SharedMemory:
-        """Return a segment of at least this size for a reply, which nobody uses."""
-        size = max(size, self.largest)
-        # As many tasks are in flight as there are outboxes, so that the first one is free.
-        free = [self.outboxes.popleft()] if len(self.outboxes) >= IN_FLIGHT else []
-        if not free or free[0].size < size:
-            removed(free)
-            free = [created(size)]
-        self.outboxes.extend(free)
-        return free[0]
-
-    def overflow(self) -> Iterator[SharedMemory]:
-        """Yield the segments that the process made for large replies."""
-        for outbox in self.outboxes:
-            with suppress(FileNotFoundError):
-                yield SharedMemory(overflow_of(outbox.name))
-
-    def end(self, seconds: float = 0.0) -> None:
-        """End the process; an idle one ends by itself when the connection is closed."""
-        self.channel.close()
-        self.process.join(seconds)
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join()
-        removed(self.overflow())
 
 
 class ProcessPool:
@@ -198,10 +64,10 @@ class ProcessPool:
         portable = app.portable()
         names = [None if not devices else devices[i % len(devices)] for i in range(processes)]
         self.workers = [
-            Worker(number, portable, environment_of(name, processes))
+            WorkerProcess(number, portable, environment_of(name, processes))
             for number, name in enumerate(names)
         ]
-        self._homes: dict[int, Worker] = {}
+        self._homes: dict[int, WorkerProcess] = {}
         self._jobs: dict[str, Job] = {}
         self._replies: dict[str, Message] = {}
         self._asked: set[str] = set()  # messages asked for since a reply came or was taken
@@ -291,7 +157,7 @@ class ProcessPool:
         batch = self._batches[self._numbered] = Batch(self._numbered, segment, messages)
         return batch
 
-    def _home_of(self, node_id: int) -> Worker:
+    def _home_of(self, node_id: int) -> WorkerProcess:
         if node_id not in self._homes:
             self._homes[node_id] = min(self.workers, key=lambda worker: worker.load)
         return self._homes[node_id]
@@ -303,7 +169,7 @@ class ProcessPool:
             while worker.waiting and worker.started and len(worker.running) < IN_FLIGHT:
                 self._send(worker)
 
-    def _send(self, worker: Worker) -> None:
+    def _send(self, worker: WorkerProcess) -> None:
         """Send a worker its next job."""
         job = worker.waiting[0]
         node = job.node_id
@@ -335,7 +201,7 @@ class ProcessPool:
             self._check(worker)
         self._dispatch()
 
-    def _read(self, worker: Worker) -> None:
+    def _read(self, worker: WorkerProcess) -> None:
         """Process all that a worker has sent."""
         try:
             while worker.channel.poll():
@@ -343,7 +209,7 @@ class ProcessPool:
         except (EOFError, OSError):
             self._died(worker)
 
-    def _check(self, worker: Worker) -> None:
+    def _check(self, worker: WorkerProcess) -> None:
         """Replace a worker that has died, or that works too long at one message."""
         job, process = worker.running[0] if worker.running else None, worker.process
         if process.exitcode is not None:
@@ -356,7 +222,7 @@ class ProcessPool:
             self._answer(job, job.failed(f"no reply within {job.limit:g} s"))
             self._replace(worker)
 
-    def _process(self, worker: Worker, received: Any) -> None:
+    def _process(self, worker: WorkerProcess, received: Any) -> None:
         if isinstance(received, logging.LogRecord):
             logging.getLogger(received.name).handle(received)
         elif isinstance(received, Started):
@@ -364,7 +230,7 @@ class ProcessPool:
         elif isinstance(received, Done):
             self._done(worker, received)
 
-    def _started(self, worker: Worker, received: Started) -> None:
+    def _started(self, worker: WorkerProcess, received: Started) -> None:
         if received.failure:
             self.close()
             raise ColearnError(
@@ -373,7 +239,7 @@ class ProcessPool:
             )
         worker.started, worker.deaths = True, 0
 
-    def _done(self, worker: Worker, done: Done) -> None:
+    def _done(self, worker: WorkerProcess, done: Done) -> None:
         job = worker.running.popleft()
         reply_at = done.reply.segment
         segments = {segment.name: segment for segment in worker.outboxes}
@@ -403,10 +269,10 @@ class ProcessPool:
             del self._batches[job.batch.number]
             self._spare.append(job.batch.segment)
 
-    def _died(self, worker: Worker) -> None:
+    def _died(self, worker: WorkerProcess) -> None:
         """Replace a worker that has died."""
         worker.process.join()
-        how = _how_ended(worker.process.exitcode)
+        how = how_ended(worker.process.exitcode)
         if not worker.started:
             self._died_at_start(worker, how)
         elif worker.running:
@@ -418,7 +284,7 @@ class ProcessPool:
                 self._answer(job, job.failed(f"the worker process {how}, {job.deaths} times"))
         self._replace(worker)
 
-    def _died_at_start(self, worker: Worker, how: str) -> None:
+    def _died_at_start(self, worker: WorkerProcess, how: str) -> None:
         worker.deaths += 1
         log(WARNING, "In process: a worker %s at its start", how)
         if worker.deaths >= MOST_DEATHS:
@@ -429,7 +295,7 @@ class ProcessPool:
                 '"__main__":\' around what it does, since every worker imports it'
             )
 
-    def _replace(self, worker: Worker) -> None:
+    def _replace(self, worker: WorkerProcess) -> None:
         """Start a worker again, with the jobs that it had."""
         worker.end()
         worker.waiting.extendleft(reversed(worker.running))
@@ -437,15 +303,9 @@ class ProcessPool:
         worker.start()
 
 
-def _how_ended(exitcode: int | None) -> str:
-    if exitcode is None or exitcode >= 0:
-        return f"ended with exit code {exitcode}"
-    name = signal.Signals(-exitcode).name
-    hint = ", as when memory runs out" if name == "SIGKILL" else ""
-    return f"was ended by {name}{hint}"
-
-
-def _close(workers: Sequence[Worker], batches: dict[int, Batch], spare: list[SharedMemory]) -> None:
+def _close(
+    workers: Sequence[WorkerProcess], batches: dict[int, Batch], spare: list[SharedMemory]
+) -> None:
     """End processes and free memory; those that train are ended at once."""
     for worker in workers:
         worker.channel.close()
@@ -456,19 +316,6 @@ def _close(workers: Sequence[Worker], batches: dict[int, Batch], spare: list[Sha
         removed(worker.outboxes)
     removed(batch.segment for batch in batches.values())
     removed(spare)
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Start processes that Ctrl-C does not reach: the server ends them, without their tracebacks.
-
-    Ctrl-C goes to all processes of a terminal, and a blocked signal stays blocked in new ones.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 __all__ = ["ProcessPool"]
