@@ -127,7 +127,7 @@ def test_a_reply_in_time_counts_though_the_server_looks_for_it_late(tmp_path):
         grid.send_and_receive(messages([1, 2, 3]))
         before = len(list(tmp_path.iterdir()))
         # The third message waits at a worker that has another one.
-        ids = grid.push_messages(messages([1, 2, 3], **{"time-limit": 1.0}))
+        ids = grid.push_messages(messages([1, 2, 3], **{"server-round": 1, "time-limit": 1.0}))
         while len(list(tmp_path.iterdir())) < before + 3:
             time.sleep(0.1)
         time.sleep(2.0)
