@@ -1,4 +1,4 @@
-"""Job: a message that worker processes are to answer; Batch: messages that were pushed together."""
+"""Job: a message for a worker process; Batch: messages that were pushed together."""
 
 import uuid
 from dataclasses import dataclass

@@ -16,10 +16,11 @@ from flwr.common import log
 
 from ..errors import ColearnError
 from .app_reference import AppReference
+from .batches import Batches
 from .calling import Raised
 from .devices import environment_of
-from .jobs import Batch, Job
-from .parcels import Frozen, created, read, removed, size_of, written
+from .jobs import Job
+from .parcels import Frozen, read, removed, size_of, written
 from .worker import Done, Started, Task
 from .worker_process import IN_FLIGHT, WorkerProcess, how_ended
 
@@ -71,12 +72,10 @@ class ProcessPool:
         self._jobs: dict[str, Job] = {}
         self._replies: dict[str, Message] = {}
         self._asked: set[str] = set()  # messages asked for since a reply came or was taken
-        self._spare: list[SharedMemory] = []
-        self._batches: dict[int, Batch] = {}  # those of which replies are missing, by number
-        self._numbered = 0
+        self._batches = Batches()
         self._raised: list[tuple[int, Message, Raised]] = []
         # At the end of this process too, before multiprocessing waits for its children.
-        self._finalizer = weakref.finalize(self, _close, self.workers, self._batches, self._spare)
+        self._finalizer = weakref.finalize(self, _close, self.workers, self._batches)
         atexit.register(self._finalizer)
         resource_tracker.ensure_running()
         for worker in self.workers:
@@ -91,13 +90,7 @@ class ProcessPool:
     def push(self, messages: Sequence[Message]) -> None:
         """Send messages to the workers of their participants."""
         self._check_open()
-        if not messages:
-            return
-        frozen = [Frozen.of(message) for message in messages]
-        batch = self._new_batch(size_of(frozen), len(messages))
-        parcels = written(frozen, batch.segment)
-        for message, parcel in zip(messages, parcels, strict=True):
-            job = Job(message, parcel, batch)
+        for job in self._batches.jobs_of(messages):
             self._jobs[job.message_id] = job
             self._home_of(job.node_id).waiting.append(job)
         self._dispatch()
@@ -140,22 +133,6 @@ class ProcessPool:
         """Return the exceptions since the last call, with node and message."""
         raised, self._raised = self._raised, []
         return raised
-
-    # Batches ------------------------------------------------------------------------------------
-
-    def _new_batch(self, size: int, messages: int) -> Batch:
-        # Memory that was in use before needs no new pages.
-        fitting = [each for each in self._spare if each.size >= size]
-        if fitting:
-            segment = min(fitting, key=lambda each: each.size)
-            self._spare.remove(segment)
-        else:
-            removed(self._spare)
-            self._spare.clear()
-            segment = created(size)
-        self._numbered += 1
-        batch = self._batches[self._numbered] = Batch(self._numbered, segment, messages)
-        return batch
 
     def _home_of(self, node_id: int) -> WorkerProcess:
         if node_id not in self._homes:
@@ -264,10 +241,7 @@ class ProcessPool:
         self._replies[job.message_id] = reply
         self._asked.clear()
         del self._jobs[job.message_id]
-        job.batch.left -= 1
-        if not job.batch.left:
-            del self._batches[job.batch.number]
-            self._spare.append(job.batch.segment)
+        self._batches.answered(job)
 
     def _died(self, worker: WorkerProcess) -> None:
         """Replace a worker that has died."""
@@ -303,9 +277,7 @@ class ProcessPool:
         worker.start()
 
 
-def _close(
-    workers: Sequence[WorkerProcess], batches: dict[int, Batch], spare: list[SharedMemory]
-) -> None:
+def _close(workers: Sequence[WorkerProcess], batches: Batches) -> None:
     """End processes and free memory; those that train are ended at once."""
     for worker in workers:
         worker.channel.close()
@@ -314,8 +286,7 @@ def _close(
         idle = worker.started and not worker.running
         worker.end(max(0.0, until - time.monotonic()) if idle else 0.0)
         removed(worker.outboxes)
-    removed(batch.segment for batch in batches.values())
-    removed(spare)
+    batches.remove()
 
 
 __all__ = ["ProcessPool"]
