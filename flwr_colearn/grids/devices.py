@@ -4,10 +4,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 
 from ..errors import expected
 
-_GPU = re.compile(r"(?:cuda|gpu)(?::(\d+))?", re.IGNORECASE)
+_DEVICE = re.compile(r"(cpu|cuda|gpu)(?::(\d+))?", re.IGNORECASE)
+_GPU_NAME = re.compile(r"\d+$|GPU-|MIG-")
 _THREADS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 """Variables of the number of threads in torch and numpy (OpenMP, MKL, OpenBLAS), and TensorFlow."""
 
@@ -46,16 +48,25 @@ def environment_of(device: str | None, processes: int) -> dict[str, str]:
 
 
 def _visible(device: str) -> str:
-    if device.lower().partition(":")[0] == "cpu":
+    """Return the value of CUDA_VISIBLE_DEVICES with which a process sees one device only."""
+    wanted, seen = _DEVICE.fullmatch(device), _gpus_seen()
+    if wanted is not None and wanted[1].lower() == "cpu":
         return ""
-    match = _GPU.fullmatch(device)
-    number = int(match[1] or 0) if match else None
+    number = int(wanted[2] or 0) if wanted else None
     # Numbers count the GPUs that this process sees, as in torch.
-    outer = os.environ.get("CUDA_VISIBLE_DEVICES")
-    seen = None if outer is None else [each.strip() for each in outer.split(",") if each.strip()]
     if number is None or (seen is not None and number >= len(seen)):
         raise expected("devices", "'cpu' or a visible GPU such as 'cuda:0'", device)
     return str(number) if seen is None else seen[number]
+
+
+def _gpus_seen() -> list[str] | None:
+    """Return the GPUs to which this process is restricted; None without a restriction."""
+    outer = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if outer is None:
+        return None
+    names = [name.strip() for name in outer.split(",") if name.strip()]
+    # CUDA ignores all that follows an invalid name; -1 is the usual one to hide all GPUs.
+    return list(takewhile(_GPU_NAME.match, names))
 
 
 @contextmanager

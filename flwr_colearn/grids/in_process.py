@@ -16,7 +16,7 @@ from ..aggregation import ECHO
 from ..errors import ColearnError, expected, whole_number
 from .app_reference import AnyApp, AppReference
 from .calling import Raised, call
-from .processes import ProcessPool
+from .pool import ProcessPool
 
 
 class InProcessGrid(Grid):
@@ -138,7 +138,7 @@ class InProcessGrid(Grid):
         self, app: AppReference, processes: int | None, devices: Sequence[str] | None
     ) -> ProcessPool | None:
         """Return the worker processes, no more than participants; None for this process."""
-        if devices is not None and (isinstance(devices, str) or not devices):
+        if devices is not None and not _are_names(devices):
             raise expected("devices", "a list of devices such as ['cuda:0']", devices)
         if processes is None:
             processes = len(devices or [""])
@@ -259,6 +259,12 @@ class InProcessGrid(Grid):
         self._raised.add(raised.reason)
         text = raised.reason if known else f"{raised.reason}\n{raised.traceback}"
         log(ERROR, "The ClientApp of node %s raised %s", node_id, text)
+
+
+def _are_names(devices: object) -> bool:
+    """Return whether an object is a list of strings that has any."""
+    several = isinstance(devices, Sequence) and not isinstance(devices, str) and devices
+    return bool(several) and all(isinstance(each, str) for each in several)
 
 
 def _keep_freed_memory() -> None:

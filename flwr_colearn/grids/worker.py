@@ -5,6 +5,7 @@ import os
 import pickle
 import threading
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from logging.handlers import QueueHandler
 from multiprocessing import connection, parent_process
@@ -102,12 +103,10 @@ def serve(channel: Connection, app: bytes, level: int) -> None:
         line.put(Started(traceback.format_exc()))
         return
     line.put(Started())
-    while True:
-        try:
-            task = channel.recv()
-        except EOFError:
-            return
-        line.put(desk.done(task))
+    # Closed by the server, the connection ends, or is reset if the server has not read all of it.
+    with suppress(EOFError, ConnectionError):
+        while True:
+            line.put(desk.done(channel.recv()))
 
 
 def _end_with_server() -> None:

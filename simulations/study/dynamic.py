@@ -16,9 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.clientapp import ClientApp
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,6 +29,7 @@ from clients.torch.online import dump, load, make_online_app
 from clients.torch.streams import Interleaved, Stream
 from flwr_colearn import InProcessGrid, ModelAveraging
 from flwr_colearn.dynamic import Serial
+from simulations.study.arguments import add_processes_argument
 from simulations.study.dynamic_figures import save_over_time, save_tradeoff
 from simulations.study.dynamic_operators import operator_named
 from simulations.study.dynamic_tasks import Setting, build_model, build_streams, held_out
@@ -142,26 +145,44 @@ class Probing:
         return self.stream.batch(index)
 
 
-def run_unit(name: str, setting: Setting, data_dir: str) -> DynamicUnit:
-    """Train with one operator."""
-    operator = operator_named(name, setting.learners)
-    torch.manual_seed(setting.seed)
-    model, probes = build_model(setting), list[float]()
+def learners_app(setting: Setting, data_dir: str, serial: bool, threads: int) -> ClientApp:
+    """Return the ClientApp of all learners, or of one that has the streams of all, if serial.
+
+    In a worker process too PyTorch has so many threads.
+    """
+    torch.set_num_threads(threads)
+    model, streams = _initial_model(setting), build_streams(setting, data_dir)
 
     def measure(step: int) -> float:
         inputs, targets = held_out(setting, data_dir, step)
         return _score(model, inputs[:PROBE_EXAMPLES], targets[:PROBE_EXAMPLES])[0]
 
-    streams: list[Stream] = [
-        Probing(stream, measure, probes) for stream in build_streams(setting, data_dir)
-    ]
-    serial_steps = setting.learners if isinstance(operator, Serial) else 1
-    if serial_steps > 1:
-        streams = [Interleaved(tuple(streams))]
-    rounds = setting.steps * serial_steps // operator.check_every
-
     def build(context: Context) -> tuple[nn.Module, Stream]:
-        return model, streams[int(context.node_config["partition-id"])]
+        losses = _measured(context)
+        probing: list[Stream] = [Probing(stream, measure, losses) for stream in streams]
+        index = int(context.node_config["partition-id"])
+        return model, Interleaved(tuple(probing)) if serial else probing[index]
+
+    return make_online_app(build, setting.learning_rate)
+
+
+def _initial_model(setting: Setting) -> nn.Module:
+    torch.manual_seed(setting.seed)
+    return build_model(setting)
+
+
+def _measured(context: Context) -> list[float]:
+    """Return the list of held-out losses in a learner's state, which comes back to the server."""
+    record = context.state.setdefault("held-out", MetricRecord({"losses": []}))
+    return cast(list[float], record["losses"])
+
+
+def run_unit(name: str, setting: Setting, data_dir: str, processes: int = 1) -> DynamicUnit:
+    """Train with one operator, the learners in so many processes."""
+    operator = operator_named(name, setting.learners)
+    model, serial = _initial_model(setting), isinstance(operator, Serial)
+    serial_steps, learners = (setting.learners, 1) if serial else (1, setting.learners)
+    rounds = setting.steps * serial_steps // operator.check_every
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         if server_round < rounds:
@@ -170,10 +191,12 @@ def run_unit(name: str, setting: Setting, data_dir: str) -> DynamicUnit:
         accuracy = _score(model, *held_out(setting, data_dir, setting.steps))[1]
         return MetricRecord({"accuracy": accuracy})
 
-    strategy = ModelAveraging(operator, len(streams), seed=setting.seed)
-    grid = InProcessGrid(make_online_app(build, setting.learning_rate), len(streams))
+    strategy = ModelAveraging(operator, learners, seed=setting.seed)
+    app = partial(learners_app, setting, data_dir, serial, torch.get_num_threads())
     started = time.perf_counter()
-    strategy.start(grid, dump(model), num_rounds=rounds, evaluate_fn=evaluate)
+    with InProcessGrid(app, learners, processes=processes) as grid:
+        strategy.start(grid, dump(model), num_rounds=rounds, evaluate_fn=evaluate)
+        probes = [loss for context in grid.contexts.values() for loss in _measured(context)]
     history, moved = strategy.history.records, strategy.history.transfers
     return DynamicUnit(
         name,
@@ -200,9 +223,14 @@ def _score(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, fl
 
 
 def run_study(
-    operators: Sequence[str], setting: Setting, seeds: int, data_dir: str, output: Path
+    operators: Sequence[str],
+    setting: Setting,
+    seeds: int,
+    data_dir: str,
+    output: Path,
+    processes: int = 1,
 ) -> list[DynamicUnit]:
-    """Run the units that `output` does not hold yet, and return all of them.
+    """Run the units that `output` does not hold yet, in so many processes, and return all of them.
 
     Raises
     ------
@@ -214,7 +242,7 @@ def run_study(
     for name, seed in tqdm(plan, desc="operators x seeds"):
         seeded = replace(setting, seed=seed)
         path = output / "units" / f"{name}-{seed}.json"
-        run = partial(run_unit, name, seeded, data_dir)
+        run = partial(run_unit, name, seeded, data_dir, processes)
         units.append(load_or_run(path, DynamicUnit, asdict(seeded), run))
     return units
 
@@ -289,6 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="default outputs/dynamic-STUDY")
     for name, kind in (("learners", int), ("steps", int), ("learning-rate", float)):
         parser.add_argument(f"--{name}", type=kind, help="instead of the study's")
+    add_processes_argument(parser)
     options = parser.parse_args(arguments)
     logging.getLogger("flwr").setLevel(logging.WARNING)  # one progress bar says it all
     study = STUDIES[options.study]
@@ -298,7 +327,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in operators:
         operator_named(name, setting.learners)
     output = options.output or Path("outputs") / f"dynamic-{options.study}"
-    units = run_study(operators, setting, options.seeds, options.data_dir, output)
+    units = run_study(
+        operators, setting, options.seeds, options.data_dir, output, options.processes
+    )
     print(write_report(units, setting, output, f"{options.study}, m = {setting.learners}"))
     print(f"\nResults, table and pictures are in {output}")
 

@@ -19,7 +19,7 @@ from clients.settings import ParticipantSettings
 from flwr_colearn import History
 from simulations.arms import arm_named
 from simulations.settings import CONF, RunSettings, read_config
-from simulations.study.arguments import settings_of
+from simulations.study.arguments import add_processes_argument, settings_of
 from simulations.study.training import train_averaged
 
 LAST = 3
@@ -28,12 +28,16 @@ LAST = 3
 
 @dataclass(frozen=True)
 class Study:
-    """A task, and what to run on it: the T of fixed runs, and the rounds of each run."""
+    """A task, and what to run on it: the T of fixed runs, and the rounds of each run.
+
+    The participants of a round train in so many `processes`.
+    """
 
     participants: ParticipantSettings
     settings: RunSettings
     fixed: Sequence[int]
     rounds: int
+    processes: int = 1
 
     def level(self, local_epochs: int) -> list[float]:
         """Return the relative changes of a run with T fixed."""
@@ -51,7 +55,10 @@ class Study:
 
     def _run(self, arm: str, **changes: Any) -> History:
         bounded = replace(self.settings, num_server_rounds=self.rounds, total_epochs=0)
-        return train_averaged(arm, arm_named(arm), self.participants, replace(bounded, **changes))
+        settings = replace(bounded, **changes)
+        return train_averaged(
+            arm, arm_named(arm), self.participants, settings, processes=self.processes
+        )
 
 
 def results(study: Study) -> dict[str, object]:
@@ -79,13 +86,15 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--examples", type=int, help="overrides the config's examples")
     parser.add_argument("--data-dir", help="overrides the config's data-dir")
     parser.add_argument("--output", type=Path, help="default outputs/epsilon-TASK.json")
+    add_processes_argument(parser)
     options = parser.parse_args(arguments)
     logging.getLogger("flwr").setLevel(logging.WARNING)
     config = read_config(CONF / f"{options.task}.toml")
     for key in ("examples", "data_dir"):
         if getattr(options, key) is not None:
             config[key.replace("_", "-")] = getattr(options, key)
-    study = Study(*settings_of(config, options.task), options.fixed, options.rounds)
+    sides = settings_of(config, options.task)
+    study = Study(*sides, options.fixed, options.rounds, options.processes)
     found = results(study)
     output = options.output or Path("outputs") / f"epsilon-{options.task}.json"
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from clients.settings import ParticipantSettings
 from flwr_colearn.normalization import SCHEMES
 from simulations.settings import CONF, RunSettings, check_keys, read_config
+from simulations.study.arguments import add_processes_argument
 from simulations.study.normalization_cells import (
     PARTITIONS,
     TRAININGS,
@@ -58,14 +59,16 @@ def cells(
                         yield cell
 
 
-def run_study(plan: Sequence[Cell], output: Path, minutes: float) -> list[Unit]:
-    """Run the units that `output` does not hold yet, as far as the time allows."""
+def run_study(plan: Sequence[Cell], output: Path, minutes: float, processes: int = 1) -> list[Unit]:
+    """Run the units that `output` does not hold yet, as far as the time allows, in processes."""
     units, started = [], time.monotonic()
     for cell in tqdm(plan, desc="cells"):
         name = f"{cell.training}-{cell.participants.partition}-{cell.scheme}"
         path = output / "units" / f"{name}-{cell.participants.seed}.json"
         if path.exists() or time.monotonic() - started < 60 * minutes:
-            units.append(load_or_run(path, Unit, config_of(cell), partial(run_cell, cell)))
+            units.append(
+                load_or_run(path, Unit, config_of(cell), partial(run_cell, cell, processes))
+            )
     return units
 
 
@@ -142,6 +145,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--examples", type=int, help="overrides the config's examples")
     parser.add_argument("--test-examples", type=int, default=0, help="default 0: all")
     parser.add_argument("--total-epochs", type=int, help="overrides the config's total-epochs")
+    add_processes_argument(parser)
     return parser.parse_args(arguments)
 
 
@@ -171,6 +175,6 @@ def main(arguments: Sequence[str]) -> None:
             options.test_examples,
         )
     )
-    units = run_study(plan, output, options.minutes)
+    units = run_study(plan, output, options.minutes, options.processes)
     print(write_report(units, plan, output, f"{task}: normalization schemes"))
     print(f"\n{len(units)} of {len(plan)} units; results, table and picture are in {output}")

@@ -4,10 +4,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from torch.utils.data import TensorDataset
@@ -141,8 +142,11 @@ class Cell:
         return scheme_named(self.scheme, **parameters.get(self.scheme, {}))
 
 
-def run_cell(cell: Cell) -> Unit:
-    """Train and evaluate one cell."""
+def run_cell(cell: Cell, processes: int = 1) -> Unit:
+    """Train and evaluate one cell, whose participants train in so many processes.
+
+    Layers that are synchronised need participants that are threads of one process.
+    """
     started = time.perf_counter()
     scheme, settings, participants = cell.normalization(), cell.settings, cell.participants
     plain = server_trainer(participants)
@@ -153,12 +157,16 @@ def run_cell(cell: Cell) -> Unit:
         evaluator.test_set = TensorDataset(
             *(t[: cell.test_examples] for t in evaluator.test_set.tensors)
         )
-    kind = ThreadedGrid if scheme.all_reduces else InProcessGrid
     k = settings.num_participants
-    grid = kind(client_app(participants, scheme, k), k)
+    app = partial(client_app, participants, scheme, k, torch.get_num_threads())
     strategy = strategy_of(cell, scheme, evaluator)
     initial = to_record(evaluator)
-    shared = train(cell, strategy, grid, initial)
+    with (
+        ThreadedGrid(app, k)
+        if scheme.all_reduces
+        else InProcessGrid(app, k, processes=processes) as grid
+    ):
+        shared = train(cell, strategy, grid, initial)
     history: History = strategy.history
     overall = local = whole = None
     if shared is not None:
@@ -229,8 +237,14 @@ def strategy_of(cell: Cell, scheme: Normalization, evaluator: TorchTrainer) -> A
     return Averaging(k, roles=roles, normalization=scheme, fraction_evaluate=0.0, recovery=None)
 
 
-def client_app(participants: ParticipantSettings, scheme: Normalization, k: int) -> ClientApp:
-    """Return a ClientApp of participants whose models are converted as the scheme asks."""
+def client_app(
+    participants: ParticipantSettings, scheme: Normalization, k: int, threads: int
+) -> ClientApp:
+    """Return a ClientApp of participants whose models are converted as the scheme asks.
+
+    In a worker process too PyTorch has so many threads.
+    """
+    torch.set_num_threads(threads)
 
     @lru_cache
     def trainer(index: int) -> TorchTrainer:

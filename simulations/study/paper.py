@@ -23,7 +23,11 @@ from flwr_colearn import ColearnError
 from flwr_colearn.reporting import Curve, save_panels
 from simulations.arms import ARMS
 from simulations.settings import CONF, read_config
-from simulations.study.arguments import add_unit_arguments, settings_of
+from simulations.study.arguments import (
+    add_processes_argument,
+    add_unit_arguments,
+    settings_of,
+)
 from simulations.study.claims import claims_table
 from simulations.study.comparison import curves, rows, run_study
 from simulations.study.converged.page import write_sections
@@ -124,15 +128,16 @@ def run_exhibit(
     seeds: Sequence[int],
     data_dir: str | None,
     results: Path,
+    processes: int = 1,
 ) -> None:
-    """Run the units of a table or figure that the results do not hold yet."""
+    """Run the units of a table or figure that the results do not hold yet, in so many processes."""
     for row in exhibit.rows:
         if row.model in models:
             participants, settings = _settings(row.config)
             if data_dir is not None:
                 participants = replace(participants, data_dir=data_dir)
             wanted = [arm for arm in exhibit.arms if arm in arms]
-            run_study(wanted, seeds, participants, settings, results / row.config)
+            run_study(wanted, seeds, participants, settings, results / row.config, processes)
 
 
 def read_results(config: str, results: Path) -> list[ArmUnit]:
@@ -292,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="rows to run (default all)")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default {RESULTS}")
     add_unit_arguments(parser)
+    add_processes_argument(parser)
     options = parser.parse_args(arguments)
     if options.exhibit != "page":
         exhibit = known[options.exhibit]
@@ -306,6 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.seeds,
             options.data_dir,
             options.results,
+            options.processes,
         )
     try:
         print(f"Written: {write_page(options.results)}")

@@ -20,7 +20,7 @@ from clients.data import batches_in
 from clients.settings import ParticipantSettings
 from clients.tasks.registry import shards
 from simulations.settings import CONF, RunSettings, read_config
-from simulations.study.arguments import seeds, settings_of
+from simulations.study.arguments import add_processes_argument, seeds, settings_of
 from simulations.study.comparison import run_study
 from simulations.study.differences import difference
 from simulations.study.training import ArmUnit
@@ -61,16 +61,20 @@ def rows(units: Mapping[str, Sequence[ArmUnit]]) -> Iterator[dict[str, object]]:
 
 
 def run(
-    participants: ParticipantSettings, settings: RunSettings, which: range, output: Path
+    participants: ParticipantSettings,
+    settings: RunSettings,
+    which: range,
+    output: Path,
+    processes: int = 1,
 ) -> dict[str, list[ArmUnit]]:
-    """Run the units that `output` does not hold yet, and return all by treatment."""
+    """Run the units that `output` does not hold yet, in processes; return all by treatment."""
     participants = replace(participants, partition="shares")
     steps = mean_batches(participants, settings)
     units = {}
     for name, changes in treatments(steps).items():
         folder = output / name.replace("1/K", "plain").replace(", ", "-").replace(" ", "-")
         changed = replace(settings, **changes)
-        units[name] = run_study([ARM], which, participants, changed, folder)
+        units[name] = run_study([ARM], which, participants, changed, folder, processes)
     return units
 
 
@@ -86,10 +90,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("task", help="name of a config in simulations/conf")
     parser.add_argument("--seeds", type=seeds, default=range(3), help="N or A:B (default 3)")
     parser.add_argument("--output", type=Path, help="default outputs/unequal-TASK")
+    add_processes_argument(parser)
     options = parser.parse_args(arguments)
     logging.getLogger("flwr").setLevel(logging.WARNING)  # one progress bar says it all
     participants, settings = settings_of(read_config(CONF / f"{options.task}.toml"), options.task)
     output = options.output or Path("outputs") / f"unequal-{options.task}"
-    table = list(rows(run(participants, settings, options.seeds, output)))
+    units = run(participants, settings, options.seeds, output, options.processes)
+    table = list(rows(units))
     print(tabulate(table, headers="keys", tablefmt="github", disable_numparse=True))
     print(f"\nResults are in {output}")

@@ -12,17 +12,44 @@ from flwr.clientapp import ClientApp
 from tests.faults import participants, train
 
 
-def dies_once(folder):
-    """An app whose participant 1 is killed in the second round, once."""
+def dies_in_training(folder, trained_before):
+    """An app whose participant 1 is killed in rounds 2 and 3, once, with its reply or before."""
 
-    def killed(k, plan, arrays):
-        mark = Path(folder) / "died"
-        if k == 1 and plan.round == 2 and not mark.exists():
+    def kill(message, context, call_next):
+        config = message.content.get("config", {})
+        mark = Path(folder) / str(config.get("server-round"))
+        killed = context.node_id == 2 and mark.name in ("2", "3") and not mark.exists()
+        if killed and not trained_before:
+            _die(mark)
+        reply = call_next(message, context)
+        if killed:
+            _die(mark)
+        return reply
+
+    return participants(mods=[kill])
+
+
+def _die(mark):
+    mark.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fails_in_round_2(folder, how, times=1000):
+    """An app whose participant 1 fails so many times in round 2: it dies, hangs, or raises."""
+
+    def fail(k, plan, arrays):
+        marks = len(list(Path(folder).iterdir()))
+        if (k, plan.round) == (1, 2) and marks < times:
+            mark = Path(folder) / str(marks)
+            if how == "dies":
+                _die(mark)
             mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            if how == "raises":
+                raise ValueError("no data")
+            time.sleep(600)
         return train(k, plan, arrays)
 
-    return participants(killed)
+    return participants(fail)
 
 
 def dies_always():
@@ -83,6 +110,19 @@ def hanging(folder, nodes):
     return app
 
 
+def pausing(folder, seconds):
+    """An app whose participants train for so many seconds."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        time.sleep(seconds)
+        (Path(folder) / message.metadata.message_id).touch()
+        return Message(RecordDict(), reply_to=message)
+
+    return app
+
+
 def dies_and_leaves_a_child(folder):
     """An app whose first training forks a process that outlives the worker, as a loader may."""
     app, mark = ClientApp(), Path(folder) / "child"
@@ -108,5 +148,34 @@ def raising():
     @app.train()
     def train(message, context):
         raise ValueError("no data")
+
+    return app
+
+
+def reporting():
+    """An app whose replies have the process and the environment variables that were asked for."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        found = {name: os.environ.get(name) for name in message.content["config"]["names"]}
+        content = RecordDict({"config": ConfigRecord({"pid": os.getpid(), **found})})
+        return Message(content, reply_to=message)
+
+    return app
+
+
+def echoing():
+    """An app whose participants return what they receive and what they kept, as new arrays."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        received = message.content["arrays"]
+        kept = context.state.get("arrays", received)
+        arrays = ArrayRecord({name: Array(array.numpy()) for name, array in received.items()})
+        context.state["arrays"] = arrays
+        content = RecordDict({**message.content, "arrays": arrays, "kept": kept})
+        return Message(content, reply_to=message)
 
     return app

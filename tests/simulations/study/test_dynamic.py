@@ -78,6 +78,16 @@ def test_all_operators_see_the_same_number_of_steps(units):
         assert all(a < b for a, b in zip(unit.losses, unit.losses[1:], strict=False))
 
 
+@pytest.mark.parametrize("name", ["dynamic-0.01", "serial"])
+def test_learners_in_processes_learn_the_same(name):
+    setting = replace(QUICK, steps=32)  # long enough for a measurement on held-out examples
+    one, two = (
+        replace(run_unit(name, setting, "", processes), seconds=0.0) for processes in (1, 2)
+    )
+    assert one.held_out is not None
+    assert two == one
+
+
 def test_the_first_step_costs_all_of_them_the_same(units):
     """All start from one model on the same mini-batches."""
     firsts = [units[name].losses[0] for name in ("periodic-1", "dynamic-0.01", "none")]

@@ -68,11 +68,18 @@ def test_a_unit_of_each_training(training, scheme):
     assert np.sign(found.scheme_bytes) == signs[scheme]
 
 
+@pytest.mark.parametrize("scheme", ["local-bn", "recalibrated"])
+def test_participants_in_processes_train_the_same_models(scheme):
+    short = replace(cell("colearn", scheme), test_examples=100)
+    one, two = (replace(run_cell(short, processes), seconds=0.0) for processes in (1, 2))
+    assert two == one
+
+
 def test_units_are_written_skipped_and_refused_with_another_config(tmp_path, monkeypatch):
     plan = [cell(scheme="pooled"), cell(scheme="average")]
     calls = []
 
-    def fake(each):
+    def fake(each, processes):
         calls.append(each.scheme)
         return unit(scheme=each.scheme, config=config_of(each))
 

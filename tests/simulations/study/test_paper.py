@@ -192,16 +192,17 @@ def test_results_of_a_config_that_has_changed_are_refused(tmp_path):
 def test_a_command_runs_what_is_missing_and_writes_the_page(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def run_study(arms, seeds, participants, settings, output):
-        asked.append((list(arms), list(seeds), participants.model, participants.data_dir, output))
+    def run_study(arms, seeds, participants, settings, output, processes):
+        told = (participants.model, participants.data_dir, output, processes)
+        asked.append((list(arms), list(seeds), *told))
 
     monkeypatch.setattr(paper, "run_study", run_study)
     results = tmp_path / "results"
     results.mkdir()
     words = ["table-2", "--models", "DenseNet-40", "--seeds", "2", "--arms", "clr-ile", "clr-fle"]
-    paper.main([*words, "--results", str(results), "--data-dir", "/data"])
+    paper.main([*words, "--results", str(results), "--data-dir", "/data", "--processes", "3"])
     output = results / "cifar10-densenet40"
-    assert asked == [(["clr-ile"], [0, 1], "densenet40", "/data", output)]
+    assert asked == [(["clr-ile"], [0, 1], "densenet40", "/data", output, 3)]
     assert str(tmp_path / "results.md") in capsys.readouterr().out
     paper.main(["page", "--results", str(results)])
     assert len(asked) == 1

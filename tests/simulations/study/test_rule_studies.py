@@ -18,6 +18,17 @@ def units(tmp_path_factory):
     return unequal.run(PARTICIPANTS, SETTINGS, range(1), folder)
 
 
+def test_participants_in_processes_train_the_same_models(units, tmp_path):
+    two = unequal.run(PARTICIPANTS, SETTINGS, range(1), tmp_path, processes=2)
+    for name, (run,) in units.items():
+        assert two[name][0].metrics == run.metrics
+        assert two[name][0].bytes == run.bytes
+        assert (bool(run.round_seconds), two[name][0].round_seconds) == (True, [])
+    studies = (epsilon.Study(PARTICIPANTS, SETTINGS, (1,), rounds=2, processes=p) for p in (1, 2))
+    one_process, two_processes = (epsilon.results(study) for study in studies)
+    assert two_processes == one_process
+
+
 def test_treatments_differ_in_weights_and_steps_only(units):
     configs = {name: runs[0].config for name, runs in units.items()}
     plain = configs[unequal.PLAIN]

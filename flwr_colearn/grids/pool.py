@@ -2,34 +2,27 @@
 
 import atexit
 import logging
-import multiprocessing
-import signal
 import time
-import uuid
 import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from logging import DEBUG, INFO, WARNING
 from multiprocessing import connection, resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Message
 from flwr.common import log
 
-from .._flwr import CLIENT_CRASHED, set_message_id
 from ..errors import ColearnError
-from ..records import config_of, number_in
 from .app_reference import AppReference
+from .batches import Batches
 from .calling import Raised
-from .devices import environment_of, variables_set
-from .parcels import Frozen, Parcel, created, read, removed, size_of, written
-from .worker import Done, Started, Task, overflow_of, serve
-
-IN_FLIGHT = 2
-"""The tasks that a worker has at a time: it begins the second without waiting for the server."""
+from .devices import environment_of
+from .jobs import Job
+from .parcels import Frozen, read, removed, size_of, written
+from .worker import Done, Started, Task
+from .worker_process import IN_FLIGHT, WorkerProcess, how_ended
 
 MOST_DEATHS = 3
 """The deaths of workers after which a message counts as failed, or the start-up does."""
@@ -39,132 +32,6 @@ CHECK = 1.0
 
 CLOSING = 2.0
 """The seconds in which idle workers must have ended; they are killed then."""
-
-
-@dataclass
-class Batch:
-    """Messages that were pushed together, in one segment, in which common arrays are once."""
-
-    number: int
-    segment: SharedMemory
-    left: int
-
-
-@dataclass
-class Job:
-    """A message on its way to a participant, until there is a reply."""
-
-    message: Message
-    parcel: Parcel
-    batch: Batch
-    deaths: int = 0
-    began: float = 0.0
-
-    @property
-    def message_id(self) -> str:
-        """The message's id."""
-        return self.message.metadata.message_id
-
-    @property
-    def node_id(self) -> int:
-        """The participant."""
-        return self.message.metadata.dst_node_id
-
-    @property
-    def limit(self) -> float:
-        """The seconds that the participant may take; 0 for any number."""
-        return number_in(config_of(self.message.content), "time-limit")
-
-    def failed(self, reason: str) -> Message:
-        """Return an error reply."""
-        reply = Message(Error(CLIENT_CRASHED, reason), reply_to=self.message)
-        set_message_id(reply, str(uuid.uuid4()))
-        return reply
-
-
-@dataclass
-class Worker:
-    """One worker process; after its death the next one takes its place.
-
-    Attributes
-    ----------
-    number : int
-        Of the worker, from 0.
-    app : bytes
-        A pickled `AppReference`.
-    environment : dict
-        Environment variables.
-    waiting, running : deque of Job
-        The jobs of its participants: those it has not got yet, and those it has; of the latter the
-        first is the one that it works at.
-    known : dict
-        The contexts that the process has, by node.
-    outboxes : deque of SharedMemory
-        The segments for its replies, of which the first was used least recently.
-    largest : int
-        The bytes of the largest reply that did not fit into an outbox.
-    deaths : int
-        The deaths at start-up, one after the other.
-    started : bool
-        Whether the process has the ClientApp.
-    """
-
-    number: int
-    app: bytes
-    environment: dict[str, str]
-    waiting: deque[Job] = field(default_factory=deque)
-    running: deque[Job] = field(default_factory=deque)
-    known: dict[int, Frozen] = field(default_factory=dict)
-    outboxes: deque[SharedMemory] = field(default_factory=deque)
-    largest: int = 0
-    deaths: int = 0
-    started: bool = False
-
-    def start(self) -> None:
-        """Start a process."""
-        spawn = multiprocessing.get_context("spawn")
-        self.channel, theirs = spawn.Pipe()
-        level = logging.getLogger("flwr").getEffectiveLevel()
-        # Not a daemon: it may have processes of its own, such as those that load data.
-        self.process = spawn.Process(
-            target=serve, args=(theirs, self.app, level), name=f"colearn-{self.number}"
-        )
-        self.known.clear()
-        self.started = False
-        with variables_set(self.environment), _without_interrupts():
-            self.process.start()
-        theirs.close()
-
-    @property
-    def load(self) -> int:
-        """The number of jobs."""
-        return len(self.waiting) + len(self.running)
-
-    def outbox(self, size: int) -> SharedMemory:
-        """Return a segment of at least this size for a reply, which nobody uses."""
-        size = max(size, self.largest)
-        # As many tasks are in flight as there are outboxes, so that the first one is free.
-        free = [self.outboxes.popleft()] if len(self.outboxes) >= IN_FLIGHT else []
-        if not free or free[0].size < size:
-            removed(free)
-            free = [created(size)]
-        self.outboxes.extend(free)
-        return free[0]
-
-    def overflow(self) -> Iterator[SharedMemory]:
-        """Yield the segments that the process made for large replies."""
-        for outbox in self.outboxes:
-            with suppress(FileNotFoundError):
-                yield SharedMemory(overflow_of(outbox.name))
-
-    def end(self, seconds: float = 0.0) -> None:
-        """End the process; an idle one ends by itself when the connection is closed."""
-        self.channel.close()
-        self.process.join(seconds)
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join()
-        removed(self.overflow())
 
 
 class ProcessPool:
@@ -198,18 +65,17 @@ class ProcessPool:
         portable = app.portable()
         names = [None if not devices else devices[i % len(devices)] for i in range(processes)]
         self.workers = [
-            Worker(number, portable, environment_of(name, processes))
+            WorkerProcess(number, portable, environment_of(name, processes))
             for number, name in enumerate(names)
         ]
-        self._homes: dict[int, Worker] = {}
+        self._homes: dict[int, WorkerProcess] = {}
         self._jobs: dict[str, Job] = {}
         self._replies: dict[str, Message] = {}
-        self._spare: list[SharedMemory] = []
-        self._batches: dict[int, Batch] = {}  # those of which replies are missing, by number
-        self._numbered = 0
+        self._asked: set[str] = set()  # messages asked for since a reply came or was taken
+        self._batches = Batches()
         self._raised: list[tuple[int, Message, Raised]] = []
         # At the end of this process too, before multiprocessing waits for its children.
-        self._finalizer = weakref.finalize(self, _close, self.workers, self._batches, self._spare)
+        self._finalizer = weakref.finalize(self, _close, self.workers, self._batches)
         atexit.register(self._finalizer)
         resource_tracker.ensure_running()
         for worker in self.workers:
@@ -223,15 +89,8 @@ class ProcessPool:
 
     def push(self, messages: Sequence[Message]) -> None:
         """Send messages to the workers of their participants."""
-        if not self._finalizer.alive:
-            raise ColearnError("InProcessGrid: expected an open grid, found it closed")
-        if not messages:
-            return
-        frozen = [Frozen.of(message) for message in messages]
-        batch = self._new_batch(size_of(frozen), len(messages))
-        parcels = written(frozen, batch.segment)
-        for message, parcel in zip(messages, parcels, strict=True):
-            job = Job(message, parcel, batch)
+        self._check_open()
+        for job in self._batches.jobs_of(messages):
             self._jobs[job.message_id] = job
             self._home_of(job.node_id).waiting.append(job)
         self._dispatch()
@@ -242,37 +101,40 @@ class ProcessPool:
         Raises
         ------
         ColearnError
-            If the workers cannot start.
+            If the workers cannot start, or the pool is closed.
         """
         ids = list(message_ids)
-        if any(id_ in self._jobs for id_ in ids):
+        if not self._jobs.keys().isdisjoint(ids):
+            self._check_open()
             self._receive(0)
-            while not self._replies:
+            while not self._has_news(ids):
                 self._receive(CHECK)
-        return [self._replies.pop(id_) for id_ in ids if id_ in self._replies]
+        self._asked.update(ids)
+        replies = [self._replies.pop(id_) for id_ in ids if id_ in self._replies]
+        if replies:
+            self._asked.clear()
+        return replies
+
+    def _has_news(self, ids: Sequence[str]) -> bool:
+        """Return whether a reply is there for these messages, or for others that may be asked for.
+
+        Whoever asks for the same messages again has not taken the replies that are there, which
+        belong to nobody, such as those of a run that was interrupted.
+        """
+        if not self._replies.keys().isdisjoint(ids):
+            return True
+        return bool(self._replies) and not self._asked.issuperset(ids)
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise ColearnError("InProcessGrid: expected an open grid, found it closed")
 
     def take_raised(self) -> list[tuple[int, Message, Raised]]:
         """Return the exceptions since the last call, with node and message."""
         raised, self._raised = self._raised, []
         return raised
 
-    # Batches ------------------------------------------------------------------------------------
-
-    def _new_batch(self, size: int, messages: int) -> Batch:
-        # Memory that was in use before needs no new pages.
-        fitting = [each for each in self._spare if each.size >= size]
-        if fitting:
-            segment = min(fitting, key=lambda each: each.size)
-            self._spare.remove(segment)
-        else:
-            removed(self._spare)
-            self._spare.clear()
-            segment = created(size)
-        self._numbered += 1
-        batch = self._batches[self._numbered] = Batch(self._numbered, segment, messages)
-        return batch
-
-    def _home_of(self, node_id: int) -> Worker:
+    def _home_of(self, node_id: int) -> WorkerProcess:
         if node_id not in self._homes:
             self._homes[node_id] = min(self.workers, key=lambda worker: worker.load)
         return self._homes[node_id]
@@ -284,7 +146,7 @@ class ProcessPool:
             while worker.waiting and worker.started and len(worker.running) < IN_FLIGHT:
                 self._send(worker)
 
-    def _send(self, worker: Worker) -> None:
+    def _send(self, worker: WorkerProcess) -> None:
         """Send a worker its next job."""
         job = worker.waiting[0]
         node = job.node_id
@@ -316,7 +178,7 @@ class ProcessPool:
             self._check(worker)
         self._dispatch()
 
-    def _read(self, worker: Worker) -> None:
+    def _read(self, worker: WorkerProcess) -> None:
         """Process all that a worker has sent."""
         try:
             while worker.channel.poll():
@@ -324,7 +186,7 @@ class ProcessPool:
         except (EOFError, OSError):
             self._died(worker)
 
-    def _check(self, worker: Worker) -> None:
+    def _check(self, worker: WorkerProcess) -> None:
         """Replace a worker that has died, or that works too long at one message."""
         job, process = worker.running[0] if worker.running else None, worker.process
         if process.exitcode is not None:
@@ -337,7 +199,7 @@ class ProcessPool:
             self._answer(job, job.failed(f"no reply within {job.limit:g} s"))
             self._replace(worker)
 
-    def _process(self, worker: Worker, received: Any) -> None:
+    def _process(self, worker: WorkerProcess, received: Any) -> None:
         if isinstance(received, logging.LogRecord):
             logging.getLogger(received.name).handle(received)
         elif isinstance(received, Started):
@@ -345,7 +207,7 @@ class ProcessPool:
         elif isinstance(received, Done):
             self._done(worker, received)
 
-    def _started(self, worker: Worker, received: Started) -> None:
+    def _started(self, worker: WorkerProcess, received: Started) -> None:
         if received.failure:
             self.close()
             raise ColearnError(
@@ -354,7 +216,7 @@ class ProcessPool:
             )
         worker.started, worker.deaths = True, 0
 
-    def _done(self, worker: Worker, done: Done) -> None:
+    def _done(self, worker: WorkerProcess, done: Done) -> None:
         job = worker.running.popleft()
         reply_at = done.reply.segment
         segments = {segment.name: segment for segment in worker.outboxes}
@@ -377,16 +239,14 @@ class ProcessPool:
 
     def _answer(self, job: Job, reply: Message) -> None:
         self._replies[job.message_id] = reply
+        self._asked.clear()
         del self._jobs[job.message_id]
-        job.batch.left -= 1
-        if not job.batch.left:
-            del self._batches[job.batch.number]
-            self._spare.append(job.batch.segment)
+        self._batches.answered(job)
 
-    def _died(self, worker: Worker) -> None:
+    def _died(self, worker: WorkerProcess) -> None:
         """Replace a worker that has died."""
         worker.process.join()
-        how = _how_ended(worker.process.exitcode)
+        how = how_ended(worker.process.exitcode)
         if not worker.started:
             self._died_at_start(worker, how)
         elif worker.running:
@@ -398,7 +258,7 @@ class ProcessPool:
                 self._answer(job, job.failed(f"the worker process {how}, {job.deaths} times"))
         self._replace(worker)
 
-    def _died_at_start(self, worker: Worker, how: str) -> None:
+    def _died_at_start(self, worker: WorkerProcess, how: str) -> None:
         worker.deaths += 1
         log(WARNING, "In process: a worker %s at its start", how)
         if worker.deaths >= MOST_DEATHS:
@@ -409,7 +269,7 @@ class ProcessPool:
                 '"__main__":\' around what it does, since every worker imports it'
             )
 
-    def _replace(self, worker: Worker) -> None:
+    def _replace(self, worker: WorkerProcess) -> None:
         """Start a worker again, with the jobs that it had."""
         worker.end()
         worker.waiting.extendleft(reversed(worker.running))
@@ -417,15 +277,7 @@ class ProcessPool:
         worker.start()
 
 
-def _how_ended(exitcode: int | None) -> str:
-    if exitcode is None or exitcode >= 0:
-        return f"ended with exit code {exitcode}"
-    name = signal.Signals(-exitcode).name
-    hint = ", as when memory runs out" if name == "SIGKILL" else ""
-    return f"was ended by {name}{hint}"
-
-
-def _close(workers: Sequence[Worker], batches: dict[int, Batch], spare: list[SharedMemory]) -> None:
+def _close(workers: Sequence[WorkerProcess], batches: Batches) -> None:
     """End processes and free memory; those that train are ended at once."""
     for worker in workers:
         worker.channel.close()
@@ -434,21 +286,7 @@ def _close(workers: Sequence[Worker], batches: dict[int, Batch], spare: list[Sha
         idle = worker.started and not worker.running
         worker.end(max(0.0, until - time.monotonic()) if idle else 0.0)
         removed(worker.outboxes)
-    removed(batch.segment for batch in batches.values())
-    removed(spare)
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Start processes that Ctrl-C does not reach: the server ends them, without their tracebacks.
-
-    Ctrl-C goes to all processes of a terminal, and a blocked signal stays blocked in new ones.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    batches.remove()
 
 
 __all__ = ["ProcessPool"]
