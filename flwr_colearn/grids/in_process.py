@@ -263,8 +263,9 @@ class InProcessGrid(Grid):
 
 def _are_names(devices: object) -> bool:
     """Return whether an object is a list of strings that has any."""
-    several = isinstance(devices, Sequence) and not isinstance(devices, str) and devices
-    return bool(several) and all(isinstance(each, str) for each in several)
+    if not isinstance(devices, Sequence) or isinstance(devices, str):
+        return False
+    return bool(devices) and all(isinstance(each, str) for each in devices)
 
 
 def _keep_freed_memory() -> None:
