@@ -37,7 +37,7 @@ def deployment(tmp_path_factory):
             data.mkdir()
             own = slice(300 * index, 300 * index + 100 * (index + 1))
             np.savez(data / "train.npz", x=digits.images[own], y=digits.target[own])
-            deployed.add_site(f'name="{name}" data-dir="{data}"')
+            deployed.add_site(f'name="{name}" data-dir="{data}"', name=name)
         deployed.await_nodes(len(SITES))
         yield deployed
     finally:
