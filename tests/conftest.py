@@ -48,6 +48,7 @@ ORDER = ("e2e", "simulations/launch", "tensorflow", "dropin", "simulations", "cl
 # In a process of their own these tests have a deployment of their own.
 ALONE = {
     "test_a_hang_in_an_evaluation_ends_at_the_time_limit_and_costs_no_round": "e2e/evaluation",
+    "test_a_site_is_revoked_and_another_gets_a_new_key": "e2e/revocation",
 }
 
 

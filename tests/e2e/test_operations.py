@@ -22,15 +22,25 @@ BACKUP = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def deployment(tmp_path_factory):
-    """Shared by all tests; after the last one of the file not all sites are online."""
-    deployed = Deployment(tmp_path_factory.mktemp("operations"))
+def started(folder):
+    """A deployment of its sites, for a fixture."""
+    deployed = Deployment(folder)
     try:
         deployed.start(sites=SITES)
         yield deployed
     finally:
         deployed.stop()
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory):
+    """Shared by the tests after which all its sites are online."""
+    yield from started(tmp_path_factory.mktemp("operations"))
+
+
+@pytest.fixture
+def own_deployment(tmp_path):
+    yield from started(tmp_path)
 
 
 def nodes(deployment):
@@ -58,6 +68,34 @@ def certificate_of(address):
         context.wrap_socket(plain) as tls,
     ):
         return ssl.DER_cert_to_PEM_cert(tls.getpeercert(binary_form=True))
+
+
+def test_a_site_is_revoked_and_another_gets_a_new_key(own_deployment):
+    deployment = own_deployment
+    first, second = deployment.sites
+    before = set(nodes(deployment))
+    # Revoked: the operator unregisters the site's node.
+    first_id = node_of(first)
+    process = first.process
+    deployment.flwr("supernode", "unregister", first_id, "site")
+    process.wait(timeout=60)
+    await_that(lambda: first.process is not process, 30, "a new start of the revoked site")
+    first.process.wait(timeout=60)
+    assert first.process.returncode != 0
+    assert nodes(deployment)[first_id] == "unregistered" or first_id not in nodes(deployment)
+    # A new key: it is registered before the old one is unregistered.
+    old = node_of(second)
+    deployment.run_script("site-key.sh", second.home / "new")
+    deployment.register(second.home / "new" / "site.key.pub")
+    shutil.copy(second.home / "new" / "site.key", second.home / "site.key")
+    second.kill(signal.SIGTERM)
+    await_that(
+        lambda: "online" in [s for n, s in nodes(deployment).items() if n not in before],
+        120, "the site online under its new key",
+    )  # fmt: skip
+    deployment.flwr("supernode", "unregister", old, "site")
+    (record,) = train(deployment, "renewed", participants=1)
+    assert record.participants == ["partition-1"]
 
 
 def test_certificates_are_renewed_and_sites_change_nothing(deployment):
@@ -109,30 +147,3 @@ def test_a_site_that_was_away_comes_back_as_the_same_node(deployment):
     deployment.sites[0] = Site(deployment, 0).start()
     deployment.await_nodes(SITES)
     assert nodes(deployment) == before
-
-
-def test_a_site_is_revoked_and_another_gets_a_new_key(deployment):
-    first, second = deployment.sites
-    before = set(nodes(deployment))
-    # Revoked: the operator unregisters the site's node.
-    first_id = node_of(first)
-    process = first.process
-    deployment.flwr("supernode", "unregister", first_id, "site")
-    process.wait(timeout=60)
-    await_that(lambda: first.process is not process, 30, "a new start of the revoked site")
-    first.process.wait(timeout=60)
-    assert first.process.returncode != 0
-    assert nodes(deployment)[first_id] == "unregistered" or first_id not in nodes(deployment)
-    # A new key: it is registered before the old one is unregistered.
-    old = node_of(second)
-    deployment.run_script("site-key.sh", second.home / "new")
-    deployment.register(second.home / "new" / "site.key.pub")
-    shutil.copy(second.home / "new" / "site.key", second.home / "site.key")
-    second.kill(signal.SIGTERM)
-    await_that(
-        lambda: "online" in [s for n, s in nodes(deployment).items() if n not in before],
-        120, "the site online under its new key",
-    )  # fmt: skip
-    deployment.flwr("supernode", "unregister", old, "site")
-    (record,) = train(deployment, "renewed", participants=1)
-    assert record.participants == ["partition-1"]
