@@ -27,8 +27,9 @@ demo-fast: .venv/demo.stamp
 test: lint
 	$(PYTEST)
 
+# A process a processor, since none of these waits.
 test-fast: .venv/dev.stamp
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --numprocesses logical -m "not slow"
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff check .
