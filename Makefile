@@ -10,7 +10,9 @@
 PYTHON ?= python3
 # Deployments mostly wait, so that one process more than processors keeps those busy.
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-PYTEST = OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 .venv/bin/python -m pytest \
+# Compiled modules are kept, which hundreds of processes of deployments import.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 \
+	.venv/bin/python -m pytest \
 	--numprocesses $(WORKERS) --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -25,8 +27,9 @@ demo-fast: .venv/demo.stamp
 test: lint
 	$(PYTEST)
 
+# A process a processor, since none of these waits.
 test-fast: .venv/dev.stamp
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --numprocesses logical -m "not slow"
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff check .

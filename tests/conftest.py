@@ -3,6 +3,7 @@
 import gc
 import logging
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,17 +30,18 @@ settings.load_profile("tests")
 
 
 TESTS = Path(__file__).parent
-TENSORFLOW = ["clients/keras", "clients/slim", "clients/tensorflow", "flwr_colearn/keras"]
-TENSORFLOW += ["clients/test_frameworks.py", "clients/tasks/test_spectrogram.py"]
+TENSORFLOW = ("clients/keras", "clients/slim", "clients/tensorflow", "flwr_colearn/keras")
+TENSORFLOW += ("clients/test_frameworks.py", "clients/tasks/test_spectrogram.py")
 # Deployments, Flower's simulations, training runs, builds of packages, and TensorFlow, which takes
 # seconds to import. Single tests have the mark `slow` themselves.
-SLOW = ["e2e", "docs", "dropin", *(f"simulations/{part}" for part in ("launch", "study", "bench"))]
-SLOW += [
+SLOW = ("e2e", "docs", "dropin", *(f"simulations/{part}" for part in ("launch", "study", "bench")))
+SLOW += tuple(
     f"simulations/test_{part}.py" for part in ("server_app", "golden", "export", "secure_accuracy")
-]
-SLOW += [*TENSORFLOW, "clients/test_torch_after_tensorflow.py", "clients/torch"]
-SLOW += ["flwr_colearn/test_features.py", "flwr_colearn/dynamic/test_protocol.py"]
-SLOW += ["test_packaging.py"]
+)
+SLOW += (*TENSORFLOW, "clients/test_torch_after_tensorflow.py", "clients/torch")
+SLOW += ("flwr_colearn/test_features.py", "flwr_colearn/dynamic/test_protocol.py")
+SLOW += ("flwr_colearn/grids/test_processes.py",)  # each test starts processes of its own
+SLOW += ("test_packaging.py",)
 # Groups of pytest-xdist begin in this order: those that take longest, and deployments, which
 # mostly wait, before all others.
 ORDER = ("e2e", "simulations/launch", "tensorflow", "dropin", "simulations", "clients")
@@ -50,7 +52,8 @@ ALONE = {
 }
 
 
-def is_in(path: Path, folders: list[str]) -> bool:
+@cache  # asked for thousands of tests of a few hundred files
+def is_in(path: Path, folders: tuple[str, ...]) -> bool:
     return any(path.is_relative_to(TESTS / folder) for folder in folders)
 
 
@@ -64,7 +67,7 @@ def group_of(nodeid: str) -> str:
     path = TESTS.parent / file
     if is_in(path, TENSORFLOW):
         return "tensorflow"
-    if is_in(path, ["simulations/launch"]):
+    if is_in(path, ("simulations/launch",)):
         return "simulations/launch"
     return ALONE.get(test, file.removeprefix("tests/"))
 

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,9 @@ class Deployment:
         # Flower's programs are Python scripts, so the name is the first or the second word of the
         # command line.
         for child in psutil.Process(self.superlink.pid).children(recursive=True):
-            if any(Path(part).name == name for part in child.cmdline()[:2]):
-                return child
+            with suppress(psutil.Error):  # it has just ended
+                if any(Path(part).name == name for part in child.cmdline()[:2]):
+                    return child
         return None
 
     def stop(self) -> None:

@@ -60,14 +60,14 @@ def test_sites_that_end_in_training_and_in_every_stage(deployment):
 
 
 @pytest.mark.timeout(900)
-def test_the_rounds_of_a_run_without_faults_with_and_without_it(deployment):
+def test_the_round_of_a_run_without_faults_with_and_without_it(deployment):
     seconds = {}
     for secure in (False, True):
         output = deployment.folder / f"clean-{secure}"
-        run(deployment, output, rounds=2, secure=int(secure)).wait(timeout=600)
-        records = list(History.read(output / "history.jsonl"))
-        assert [len(record.participants) for record in records] == [K, K]
-        assert [bool(record.secure) for record in records] == [secure, secure]
-        assert np.abs(np.load(output / "model.npy") - 6.0).max() < 1e-5
-        seconds[secure] = [round(record.seconds, 1) for record in records]
+        run(deployment, output, rounds=1, secure=int(secure)).wait(timeout=600)
+        (record,) = History.read(output / "history.jsonl")
+        assert len(record.participants) == K
+        assert bool(record.secure) == secure
+        assert np.abs(np.load(output / "model.npy") - 3.0).max() < 1e-5
+        seconds[secure] = round(record.seconds, 1)
     print("seconds of a round, plain and secure", seconds)

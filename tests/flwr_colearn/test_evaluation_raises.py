@@ -112,7 +112,10 @@ class Server:
 
 
 @pytest.mark.parametrize("hook", ["evaluate_fn", "aggregate_evaluate"])
-@pytest.mark.parametrize("fails_in", [1, 3, ROUNDS])
+@pytest.mark.parametrize(
+    "fails_in",
+    [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(ROUNDS, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_run_whose_evaluation_raised_goes_on_without_training_the_round_again(
     name, fails_in, hook, tmp_path

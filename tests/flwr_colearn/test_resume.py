@@ -221,7 +221,10 @@ def test_the_runs_below_have_something_to_go_on_with(uninterrupted):
 
 
 @pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("round_", [1, 3, ROUNDS])
+@pytest.mark.parametrize(
+    "round_",
+    [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(ROUNDS, marks=pytest.mark.slow)],
+)
 def test_a_run_killed_anywhere_and_resumed_is_the_run(point, round_, server, uninterrupted):
     if point == "Path.unlink" and round_ < 3:
         pytest.skip("nothing is removed before the fourth checkpoint")

@@ -88,6 +88,7 @@ def test_without_folder_and_torchvision_it_is_said_where_the_data_belong(tmp_pat
 
 
 @needs_data
+@pytest.mark.slow
 def test_the_real_data_set():
     from torchvision.datasets import CIFAR10
 

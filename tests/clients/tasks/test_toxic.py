@@ -257,6 +257,7 @@ def test_every_model_trains_and_is_judged_by_roc_auc(settings, model):
 
 
 @needs_data
+@pytest.mark.slow
 def test_the_real_comments(tmp_path):
     real = Path(os.environ["COLEARN_DATA"], "jigsaw", "train.csv")
     (tmp_path / "train.csv").symlink_to(real)  # so that prepared arrays stay out of its folder
