@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from flwr_colearn import ColearnError
+from simulations.launch.app_files import app_files
 from simulations.launch.simulation import ROOT, flower, free_port, stop
 
 SCRIPTS = ROOT / "simulations" / "deploy"
@@ -144,6 +145,7 @@ class Deployment:
         overrides = " ".join(
             f"{key.replace('_', '-')}={_toml(value)}" for key, value in config.items()
         )
+        app = app_files(app, self.folder / "app")
         command = [flower("flwr"), "run", str(app), "site", "--stream", "--run-config", overrides]
         with (self.folder / "run.log").open("a") as log_file:
             return subprocess.Popen(

@@ -11,11 +11,13 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
 
 from flwr_colearn import ColearnError
+from simulations.launch.app_files import app_files
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT = 60.0
@@ -55,9 +57,9 @@ def run_app(
     """
     # --run-config takes TOML; JSON's strings, numbers and booleans are TOML too.
     overrides = " ".join(f"{key}={json.dumps(value)}" for key, value in run_config.items())
-    with simulation_superlink(home) as environment:
+    with TemporaryDirectory() as scratch, simulation_superlink(home) as environment:
         command = [
-            flower("flwr"), "run", str(app), "--stream",
+            flower("flwr"), "run", str(app_files(app, Path(scratch, "app"))), "--stream",
             "--federation-config",
             f"num-supernodes={num_supernodes} client-resources-num-cpus=1",
             "--run-config", overrides,
