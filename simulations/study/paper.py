@@ -23,11 +23,7 @@ from flwr_colearn import ColearnError
 from flwr_colearn.reporting import Curve, save_panels
 from simulations.arms import ARMS
 from simulations.settings import CONF, read_config
-from simulations.study.arguments import (
-    add_processes_argument,
-    add_unit_arguments,
-    settings_of,
-)
+from simulations.study.arguments import add_processes_argument, add_unit_arguments, settings_of
 from simulations.study.claims import claims_table
 from simulations.study.comparison import curves, rows, run_study
 from simulations.study.converged.page import write_sections

@@ -7,12 +7,7 @@ from typing import Any
 
 from simulations.study.claims import CLAIMS, claims_table
 from simulations.study.converged.figures import save_curves
-from simulations.study.converged.tables import (
-    Runs,
-    convergence_rows,
-    hours,
-    rows,
-)
+from simulations.study.converged.tables import Runs, convergence_rows, hours, rows
 from simulations.study.converged.training import Run, run_config
 from simulations.study.converged.variants import FOLDER, Study, read_study, with_seed
 from simulations.study.differences import difference
